@@ -1,0 +1,1 @@
+"""Values only: tasks, baselines, training recipes, starter weights."""

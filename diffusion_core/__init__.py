@@ -1,0 +1,1 @@
+"""The diffusion core: mathematics on tensors. Start with protocols.py."""

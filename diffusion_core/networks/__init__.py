@@ -1,0 +1,1 @@
+"""Networks: F inside the preconditioner that makes it D."""

@@ -1,0 +1,1 @@
+"""Noise: processes (forward SDEs), schedules (sequences of sigma), draws (keyed noise)."""

@@ -1,0 +1,1 @@
+"""Generic linear maps; the physics lives in domains/."""

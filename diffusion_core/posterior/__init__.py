@@ -1,0 +1,1 @@
+"""Posterior solvers, one a file, all with the signature of protocols.Solver."""

@@ -1,0 +1,1 @@
+"""Samplers of the prior, one algorithm a file."""

@@ -1,0 +1,1 @@
+"""Training: loss, optimiser, EMA, loop, checkpoints."""

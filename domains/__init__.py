@@ -1,0 +1,1 @@
+"""Domain adapters: files, units, physics, baselines. Start with base.py."""

@@ -1,0 +1,210 @@
+"""What a domain is: the plug-in that knows one field's files, units, physics and baselines.
+
+A domain turns files into Items, Items into Measurements (simulated, or found damaged), and a
+Measurement into a Problem: the linear inverse problem in network units that the diffusion core
+solves. It turns the solution back into the field's units and files. It knows no orchestration.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from diffusion_core.protocols import LinearOperator, NoiseModel, Reach
+
+Split = Literal["train", "validation", "test", "unassigned"]
+Array = np.ndarray[Any, Any]
+
+
+class BadInputError(ValueError):
+    """A user's input that cannot be used. The message is one sentence: file, reason, next step."""
+
+
+@dataclass(frozen=True)
+class ItemRecord:
+    """Everything about an item but its pixels; JSON-able, free of patient data.
+
+    Attributes:
+        item_id: [a-z0-9][a-z0-9-]*; a public label, or a keyed hash for a user's own file.
+        domain: name of the domain.
+        shape: (c, z, h, w).
+        dtype: numpy name of the source values as stored.
+        units: of the pixel values: "HU", "intensity", "counts" ...
+        spacing_mm: (z, y, x), or None where there is no physical size.
+        affine: 4x4 voxel-to-world (RAS, mm) of array axes (x, y, z) as NIfTI has it, or None.
+        source_digest: sha256 of the source file's bytes.
+        source_format: "nrrd", "nifti", "png", "jpeg", "tiff", "video" ...
+        group: patient or scene; splits never divide one.
+        split: which part of a study it serves.
+        licence: as stated by the source, "" for a user's own.
+        meta: further JSON-able facts the writer needs (dtype range, orientation codes ...).
+    """
+
+    item_id: str
+    domain: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    units: str
+    source_digest: str
+    source_format: str
+    spacing_mm: tuple[float, float, float] | None = None
+    affine: tuple[tuple[float, ...], ...] | None = None
+    group: str = ""
+    split: Split = "unassigned"
+    licence: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, volume or frame sequence: pixels (c z h w) in source units, and its record."""
+
+    pixels: Array
+    record: ItemRecord
+
+    def slices(self, start: int, stop: int) -> Item:
+        """The item cut to slices (or frames) start..stop; shares memory."""
+        part = self.pixels[:, start:stop]
+        return Item(part, replace(self.record, shape=tuple(part.shape)))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A protocol: how measurements are made or read. Values come from configs/tasks/NAME.yaml.
+
+    Attributes:
+        name: "ct-sparse60", "inpaint-random70" ...
+        operator: kind of operator: "parallel-beam", "fourier", "mask", "blur", "pool", "identity".
+        operator_params: of the operator (num_views, acceleration, missing_share, factor ...).
+        noise: {"kind": "gaussian", "sigma_y": .05} | {"kind": "poisson", "counts_per_ray": 1e5}
+            | {"kind": "snr", "snr_db": 30}.
+        baselines: names of the classical methods that go with the task.
+        region: "image", or "hole" where PSNR counts missing pixels only.
+    """
+
+    name: str
+    domain: str
+    operator: str
+    operator_params: Mapping[str, Any]
+    noise: Mapping[str, Any]
+    baselines: Sequence[str] = ()
+    region: Literal["image", "hole"] = "image"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What we are given for an item; never holds the truth.
+
+    Attributes:
+        record: of the item that is measured (shape and units of the image to be restored).
+        task: name of the task, or "given" for a user's damaged image.
+        operator: kind of operator, as in Task.
+        params: JSON-able operator parameters, complete: with `arrays` they rebuild the operator.
+        noise: JSON-able noise model.
+        y: the data; the first axis is z (slice or frame): (z, *m). Units: see the domain.
+        arrays: further arrays of the operator (mask, kernel ...); first axis z, or shared by all
+            slices if the name is listed in params["shared_arrays"].
+        truth_digest: sha256 of the true pixels if the measurement is simulated, else None.
+        seed: of the simulation.
+    """
+
+    record: ItemRecord
+    task: str
+    operator: str
+    params: Mapping[str, Any]
+    noise: Mapping[str, Any]
+    y: Array
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    truth_digest: str | None = None
+    seed: int = 0
+
+    def slices(self, start: int, stop: int) -> Measurement:
+        """The measurement of slices start..stop alone."""
+        shared = set(self.params.get("shared_arrays", ()))
+        arrays = {k: v if k in shared else v[start:stop] for k, v in self.arrays.items()}
+        c, _, h, w = self.record.shape
+        record = replace(self.record, shape=(c, stop - start, h, w))
+        return replace(self, record=record, y=self.y[start:stop], arrays=arrays)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A measurement as a linear inverse problem in network units, ready for a Solver.
+
+    Attributes:
+        operator: A, on batches (b c h w), b = slices of the measurement.
+        y: data in the operator's range, with the affine offset of the units moved into it.
+        noise: likelihood for y.
+        shape: (b, c, h, w) of the unknown.
+        reach: "plane" if every datum sees the whole plane, else a radius in pixels.
+        condition: name of the network's condition: "ct", "mri", "mri-complex", "city", "city-grey".
+        to_source: network units -> source units, as an image (b c' h w) (magnitude for complex).
+        known: (b, 1|c, h, w) boolean, where pixels are measured exactly or directly; None if the
+            operator is not a mask.
+    """
+
+    operator: LinearOperator
+    y: Tensor
+    noise: NoiseModel
+    shape: tuple[int, int, int, int]
+    reach: Reach
+    condition: str
+    to_source: Callable[[Tensor], Tensor]
+    known: Tensor | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+Baseline = Callable[[Measurement, Problem, Mapping[str, Any]], Tensor]
+"""(measurement, its problem, frozen parameters) -> restored batch (b c h w) in network units."""
+
+
+class Domain(ABC):
+    """One field. Subclass it, name the subclass in the entry-point group `sashiko.domains`."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    conditions: Mapping[str, int]
+    """Network conditions of the domain and the channels of each: {"mri": 1, "mri-complex": 2}."""
+
+    @abstractmethod
+    def read(self, path: Path) -> Item:
+        """Read one file. Raises BadInputError with a clear sentence; never another exception."""
+
+    @abstractmethod
+    def write(self, item: Item, stem: Path) -> Path:
+        """Write an item in its source's format at `stem` + suffix; returns the path written."""
+
+    @abstractmethod
+    def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
+        """Measure a clean item as the task says, noise keyed by (seed, source digest)."""
+
+    @abstractmethod
+    def given(self, item: Item, *, mask: Array | None, kernel: Array | None, scale: int | None,
+              sigma_y: float) -> Measurement:
+        """Take a damaged image as a measurement: mask (True = missing), kernel or scale."""
+
+    @abstractmethod
+    def problem(self, measurement: Measurement) -> Problem:
+        """Build the linear inverse problem in network units."""
+
+    @abstractmethod
+    def baselines(self) -> Mapping[str, Baseline]:
+        """The classical methods by name."""
+
+    @abstractmethod
+    def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
+        """(offset, gain) with (value - offset) * gain in [0, 1], for metrics alone."""
+
+    @abstractmethod
+    def training_windows(self, item: Item) -> Mapping[str, Array]:
+        """{condition: pixels (c z h w) float32 in network units} from which patches are drawn."""
+
+    def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
+        """Where the body is (z h w), for metrics inside it; None where that has no meaning."""
+        return None

@@ -1,0 +1,1 @@
+"""City photographs, aerial scenes, camera sequences."""

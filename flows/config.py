@@ -1,0 +1,158 @@
+"""The typed configuration: what every command takes, and how configs/*.yaml fill it in.
+
+Heavy imports are kept out: the command line imports this module before it knows what to do.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from platformdirs import user_cache_path, user_data_path
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from domains.base import BadInputError, Task
+
+
+class Home(BaseSettings):
+    """Where things are kept; every field can be set by an environment variable SASHIKO_*."""
+
+    model_config = SettingsConfigDict(env_prefix="SASHIKO_")
+
+    home: Path = Field(default_factory=lambda: user_data_path("sashiko"))
+    cache: Path = Field(default_factory=lambda: user_cache_path("sashiko"))
+    mlflow_uri: str | None = None
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's store: SASHIKO_MLFLOW_URI, or sqlite under the home folder."""
+        return self.mlflow_uri or f"sqlite:///{self.home.resolve() / 'mlflow.db'}"
+
+
+class Settings(BaseModel):
+    """Base of every command's settings: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSettings(Settings):
+    """One way to restore: a diffusion solver with its levels, or a classical baseline."""
+
+    name: str = "covprox"
+    kind: Literal["solver", "baseline"] = "solver"
+    num_levels: int = 12
+    sigma_max: float = 0.5
+    sigma_min: float = 0.05
+    rho: float = 3.0
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ComputeSettings(Settings):
+    """Who computes, none of which changes a pixel (device class apart)."""
+
+    executor: Literal["ray", "inline"] = "ray"
+    num_workers: int = Field(0, description="0: one a core (CPU) or one a GPU")
+    num_gpus_per_worker: float = 0.0
+    memory_limit_bytes: int | None = None
+    ray_address: str | None = None
+    max_attempts: int = 3
+
+
+class RestoreSettings(Settings):
+    """`sashiko restore`."""
+
+    input: Path
+    output: Path
+    model: str = Field("starter", description="starter, a directory, or models:/NAME@ALIAS")
+    domain: str | None = None
+    mask: str | None = Field(None, description="folder of masks (white = missing) or 'nodata'")
+    kernel: Path | None = None
+    scale: int | None = None
+    sigma_y: float = Field(0.0, description="noise std on [-1, 1] of a given damaged image")
+    method: MethodSettings | None = Field(None, description="default: the task's own")
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    block_size: int = Field(512, description="write region of a tiled block, pixels")
+    slices_per_block: int = 4
+    window_items: int = Field(8, description="items a Prefect window task")
+    compute: ComputeSettings = ComputeSettings()
+
+
+class EvaluateSettings(Settings):
+    """`sashiko evaluate`."""
+
+    input: Path
+    domain: str | None = None
+    tasks: list[str]
+    model: str = "starter"
+    output: Path
+    methods: list[str] | None = Field(None, description="default: all that the task names")
+    items: list[str] | None = None
+    json_path: Path | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: ComputeSettings = ComputeSettings()
+
+
+class TrainSettings(Settings):
+    """`sashiko train configs/train-*.yaml`."""
+
+    name: str
+    data: list[Path] = Field(default_factory=list, description="datasets; empty: the samples")
+    output: Path = Path("runs")
+    conditions: dict[str, float] = Field(description="network condition -> share of the batch")
+    network: dict[str, Any]
+    patch_size: int = 64
+    batch_size: int = 32
+    num_steps: int
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    adamw_ratio: float = 0.25
+    ema_decay: float = 0.999
+    ln_sigma_mean: float = -1.5
+    ln_sigma_std: float = 1.3
+    uniform_share: float = 0.25
+    sigma_range: tuple[float, float] = (0.01, 4.0)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = 0
+    checkpoint_every_s: float = 60.0
+    log_every_steps: int = 50
+    picture_every_steps: int = 500
+    num_workers: int = 1
+    num_threads: int = 0
+    register_as: list[str] = Field(default_factory=list)
+    include_extra: bool = False
+
+
+def config_path(*parts: str) -> Path:
+    """Path of a shipped configuration file or folder."""
+    return Path(str(files("configs").joinpath(*parts)))
+
+
+def task_names() -> list[str]:
+    """Names of the shipped tasks."""
+    return sorted(p.stem for p in config_path("tasks").glob("*.yaml"))
+
+
+def load_task_file(name: str) -> dict[str, Any]:
+    """A task's YAML as it stands: Task fields, and `solver` with the default MethodSettings."""
+    path = config_path("tasks", f"{name}.yaml")
+    if not path.is_file():
+        known = ", ".join(task_names())
+        raise BadInputError(f"unknown task '{name}': choose one of {known}")
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def load_task(name: str) -> Task:
+    """The protocol of a task."""
+    values = load_task_file(name)
+    values.pop("solver", None)
+    return Task(name=name, **values)
+
+
+def load_method(task: str) -> MethodSettings:
+    """The task's default way to restore."""
+    return MethodSettings(**load_task_file(task).get("solver", {}))

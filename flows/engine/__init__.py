@@ -1,0 +1,1 @@
+"""The block engine: plan, blocks, receipts, publishing, executors."""
