@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from torch import Tensor
 
-from diffusion_core.protocols import LinearOperator, NoiseModel, Reach
+if TYPE_CHECKING:  # torch takes seconds to import; the command line and the planner need none of it
+    from torch import Tensor
+
+    from diffusion_core.protocols import LinearOperator, NoiseModel, Reach
 
 Split = Literal["train", "validation", "test", "unassigned"]
 Array = np.ndarray[Any, Any]
@@ -160,7 +162,7 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-Baseline = Callable[[Measurement, Problem, Mapping[str, Any]], Tensor]
+Baseline = Callable[[Measurement, Problem, Mapping[str, Any]], "Tensor"]
 """(measurement, its problem, frozen parameters) -> restored batch (b c h w) in network units."""
 
 
