@@ -1,0 +1,43 @@
+# Every target makes .venv when it is missing, and makes it anew in place when the pins change.
+# Elsewhere than on a CPU: see README, "Install".
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-all check bench
+
+help:
+	@echo "make demo      real CT, MRI and city images, damaged, restored, measured: demo/report/index.html"
+	@echo "make test      style, types, import directions, and the tests that are not slow"
+	@echo "make test-all  the slow tests too"
+	@echo "make check     style, types and import directions alone"
+	@echo "make bench     times on this machine"
+
+install: $(STAMP)
+
+# The constraints pin a torch without CUDA, so that pip pulls no gigabytes of it.
+$(STAMP): pyproject.toml infra/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c infra/constraints.txt
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/sashiko demo --output demo
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: check
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest tests/benchmarks -m "" -s
