@@ -1,0 +1,211 @@
+"""A model as a directory: safetensors and JSON, each file's sha256, one digest for the whole.
+
+    weights.safetensors            the averaged weights, float16
+    config.json                    network, sigma_data, conditions in the order of their index
+    covariance-CONDITION.safetensors   measured on validation (posterior/covariance.py)
+    MODEL_CARD.md                  data, licences, recipe, figures, limits
+    digests.json                   sha256 of every file above
+
+There is never a pickle: nothing in the directory can run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_core.protocols import Denoiser
+
+if TYPE_CHECKING:
+    import torch
+
+    from diffusion_core.networks.precond import Preconditioned
+    from diffusion_core.posterior.covariance import CovarianceTable
+
+WEIGHTS, CONFIG, CARD, DIGESTS = (
+    "weights.safetensors",
+    "config.json",
+    "MODEL_CARD.md",
+    "digests.json",
+)
+
+
+class BadModelError(ValueError):
+    """A model directory that is missing, incomplete or altered; the message is one sentence."""
+
+
+def save_model(
+    path: Path,
+    module: Preconditioned,
+    conditions: Mapping[str, int],
+    tables: Mapping[str, CovarianceTable],
+    card: str,
+    facts: Mapping[str, Any],
+) -> str:
+    """Write a model directory by rename; an older one at `path` is replaced.
+
+    Args:
+        path: of the directory.
+        module: the denoiser (the averaged weights).
+        conditions: condition -> channels, in the order of the network's indices.
+        tables: condition -> covariance table; may be empty, then solvers that need one refuse.
+        card: the model card, Markdown.
+        facts: further JSON-able configuration (training settings, data digests).
+    Returns:
+        The model's digest.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    staging.chmod(0o755)
+    weights = {k: v.to(torch.float16).contiguous() for k, v in module.state_dict().items()}
+    save_file(weights, staging / WEIGHTS)
+    config = {
+        "format": 1,
+        "sigma_data": module.sigma_data,
+        "network": module.network.config,
+        "conditions": dict(conditions),
+        **facts,
+    }
+    (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (staging / CARD).write_text(card)
+    for condition, table in tables.items():
+        table.save(staging / f"covariance-{condition}.safetensors")
+    digests = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
+    (staging / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+    if path.exists():
+        shutil.rmtree(path)
+    staging.rename(path)
+    return model_digest(path)
+
+
+def model_digest(path: Path) -> str:
+    """The digest of a model directory after checking every file against digests.json.
+
+    Raises:
+        BadModelError: if the directory is not a model, or a file is missing or altered.
+    """
+    listing = path / DIGESTS
+    if not listing.is_file():
+        raise BadModelError(
+            f"{path} is not a model directory (no {DIGESTS}): give one that `sashiko train` made"
+        )
+    try:
+        digests: dict[str, str] = json.loads(listing.read_text())
+        named = sorted(digests.items())
+    except (ValueError, AttributeError) as error:
+        raise BadModelError(f"{listing} cannot be read ({error}): fetch the model again") from error
+    for name, expected in named:
+        file = path / name
+        if Path(name).name != name or not file.is_file() or _sha256(file) != expected:
+            raise BadModelError(
+                f"{file} is missing or not the file that was trained (sha256 differs): "
+                "fetch the model again"
+            )
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        path: its directory.
+        digest: of the whole directory.
+        config: config.json.
+        module: the denoiser network on the chosen device.
+    """
+
+    path: Path
+    digest: str
+    config: dict[str, Any]
+    module: Preconditioned
+
+    @classmethod
+    def load(cls, path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
+        """Load a model directory, checking every digest.
+
+        Args:
+            path: of the directory.
+            dtype: precision that F computes in; default float32.
+            device: torch device.
+        Raises:
+            BadModelError: as model_digest, and if the weights do not fit the configuration.
+        """
+        import torch
+        from safetensors.torch import load_file
+
+        from diffusion_core.networks.local_unet import LocalUNet
+        from diffusion_core.networks.precond import Preconditioned, to_channels_last
+
+        path = Path(path)
+        digest = model_digest(path)
+        config = json.loads((path / CONFIG).read_text())
+        try:
+            module = Preconditioned(LocalUNet(**config["network"]), config["sigma_data"])
+            module.load_state_dict(load_file(path / WEIGHTS))
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadModelError(
+                f"{path} does not hold a model of this version ({reason}): train or fetch one"
+            ) from error
+        module = module.to(device).eval()
+        to_channels_last(module)
+        module.network.to(dtype or torch.float32)
+        module.requires_grad_(requires_grad=False)
+        return cls(path, digest, config, module)
+
+    @property
+    def conditions(self) -> dict[str, int]:
+        """Condition -> number of channels."""
+        return dict(self.config["conditions"])
+
+    def denoiser(self, condition: str) -> Denoiser:
+        """D(x; sigma) for one condition; gradients are not tracked.
+
+        Raises:
+            BadModelError: if the model was not trained for the condition.
+        """
+        from diffusion_core.networks.precond import ConditionedDenoiser
+
+        self._check(condition)
+        index = list(self.conditions).index(condition)
+        return ConditionedDenoiser(self.module, index, self.conditions[condition])
+
+    def prior(self, condition: str) -> CovarianceTable:
+        """The covariance table measured for a condition.
+
+        Raises:
+            BadModelError: if there is none.
+        """
+        from diffusion_core.posterior.covariance import CovarianceTable
+
+        self._check(condition)
+        file = self.path / f"covariance-{condition}.safetensors"
+        if not file.is_file():
+            raise BadModelError(
+                f"{self.path} has no covariance table for '{condition}': train it with "
+                "validation data, or use --method diffpir or dds"
+            )
+        return CovarianceTable.load(file)
+
+    def _check(self, condition: str) -> None:
+        if condition not in self.conditions:
+            known = ", ".join(self.conditions)
+            raise BadModelError(
+                f"{self.path} was not trained for '{condition}' (it knows {known}): "
+                "choose another model"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,112 @@
+"""The local U-Net F: one network for all domains, whose output looks at a finite window only.
+
+Design choices, and why:
+- A 2x pixel-unshuffle stem: full-resolution channels would dominate the cost.
+- No statistic across pixels (blocks.PixelNorm): tiles with a halo of `reach` equal the whole.
+- Three input channels with the unused ones at zero; a condition index says which image this is
+  (grey CT, complex MRI, colour ...), so that one network serves every domain.
+- Besides x itself it is shown asinh((x - box5(x)) / sigma): detail in units of the noise, which
+  keeps its scale when the image is dark and the noise small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from diffusion_core.networks.blocks import Features, ResidualBlock
+
+NUM_CHANNELS = 3
+
+
+def _box_mean(x: Tensor, size: int) -> Tensor:
+    """Mean over a size x size window; at the border over the part inside the canvas."""
+    return F.avg_pool2d(x, size, stride=1, padding=size // 2, count_include_pad=False)
+
+
+class LocalUNet(nn.Module):
+    """A U-Net of residual blocks after a pixel-unshuffle stem; inputs must divide by `stride`.
+
+    Args:
+        num_conditions: how many kinds of image it knows.
+        widths: channels at each resolution, the first at half the input's.
+        depths: residual blocks at each resolution, on the way down and again on the way up
+            (the last resolution is passed once).
+        num_features: length of the modulation vector.
+    """
+
+    def __init__(
+        self,
+        num_conditions: int,
+        widths: Sequence[int] = (64, 96, 192),
+        depths: Sequence[int] = (3, 2, 2),
+        num_features: int = 128,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "num_conditions": num_conditions,
+            "widths": list(widths),
+            "depths": list(depths),
+            "num_features": num_features,
+        }
+        self.stride = 2 ** len(widths)
+        self.features = Features(num_conditions, num_features)
+        self.stem = nn.Conv2d(2 * NUM_CHANNELS * 4, widths[0], 3, padding=1)
+
+        def stage(width: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(ResidualBlock(width, num_features) for _ in range(depth))
+
+        self.down = nn.ModuleList(stage(w, d) for w, d in zip(widths, depths, strict=True))
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
+        self.grow = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(stage(w, d) for w, d in zip(widths[:-1], depths[:-1], strict=True))
+        self.head = nn.Conv2d(widths[0], NUM_CHANNELS * 4, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # Conv2d has one by default
+
+    @property
+    def reach(self) -> int:
+        """Radius in pixels of the window that an output pixel depends on (an upper bound)."""
+        depths = self.config["depths"]
+        scales = [2 ** (i + 1) for i in range(len(depths))]
+        passes = [2] * (len(depths) - 1) + [1]
+        blocks = sum(2 * d * p * s for d, p, s in zip(depths, passes, scales, strict=True))
+        # Stem and head reach one half-resolution pixel each, the box mean 2, and a pixel's phase
+        # in the coarsest cell adds one cell.
+        return blocks + 2 * 2 + 2 + self.stride
+
+    def forward(
+        self,
+        x_scaled: Float[Tensor, "b 3 h w"],
+        x_detail: Float[Tensor, "b 3 h w"],
+        ln_sigma: Float[Tensor, " b"],
+        condition: Int[Tensor, " b"],
+    ) -> Float[Tensor, "b 3 h w"]:
+        """F(c_in x, detail; ln sigma, condition); h and w must divide by `stride`."""
+        features = self.features(ln_sigma, condition)
+        h = F.pixel_unshuffle(torch.cat([x_scaled, x_detail], dim=1), 2)
+        h = self.stem(h.contiguous(memory_format=torch.channels_last))
+        skips: list[Tensor] = []
+        for level, blocks in enumerate(self.down):
+            for block in blocks:  # type: ignore[attr-defined]
+                h = block(h, features)
+            if level < len(self.shrink):
+                skips.append(h)
+                h = self.shrink[level](h)
+        for level in reversed(range(len(self.up))):
+            grown = F.pixel_shuffle(self.grow[level](h), 2)
+            h = skips[level] + grown.contiguous(memory_format=torch.channels_last)
+            for block in self.up[level]:  # type: ignore[attr-defined]
+                h = block(h, features)
+        return F.pixel_shuffle(self.head(h), 2)
+
+
+def local_detail(x: Tensor, sigma: Tensor) -> Tensor:
+    """asinh((x - box5(x)) / sigma): detail in units of the noise; shape of x."""
+    return torch.asinh((x - _box_mean(x, 5)) / sigma[:, None, None, None])

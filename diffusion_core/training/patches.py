@@ -1,0 +1,121 @@
+"""Training patches drawn by counter: sample number n is the same whoever draws it, and when.
+
+A resumed run, or one split over several workers, sees the sequence of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core.networks.local_unet import NUM_CHANNELS
+
+Array = np.ndarray[Any, Any]
+Augment = Callable[[str, Array, np.random.Generator], Array]
+
+GOLDEN = 0.6180339887498949
+_FLAT_STD = 0.03  # network units: air, sky; worth a look now and then only
+_MAX_REDRAWS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of clean patches.
+
+    Attributes:
+        x0: (b 3 h w) in network units, unused channels at 0.
+        condition: (b,) index of the condition.
+        channels: (b 3) 1 where a channel is in use.
+    """
+
+    x0: Tensor
+    condition: Tensor
+    channels: Tensor
+
+
+class PatchSource:
+    """Draws patches from volumes held in memory.
+
+    Args:
+        windows: for each condition the volumes (c z h w), float, in network units.
+        shares: condition -> share of the samples; its order gives the condition's index.
+        patch_size: side in pixels, also the least side a volume must have.
+        seed: of the whole sequence.
+        augment: (condition, patch (c h w), rng) -> patch, by the domain; its scale and phase
+            changes must be ones that real images could have had.
+    """
+
+    def __init__(
+        self,
+        windows: Mapping[str, Sequence[Array]],
+        shares: Mapping[str, float],
+        patch_size: int,
+        seed: int,
+        augment: Augment,
+    ) -> None:
+        missing = [name for name in shares if not windows.get(name)]
+        if missing:
+            raise ValueError(f"no training image for {', '.join(missing)}: add data or drop it")
+        self.conditions = list(shares)
+        self._windows = windows
+        self._edges = np.cumsum(list(shares.values())) / sum(shares.values())
+        # The square root keeps one large scan from drowning many small photographs.
+        self._weights = {
+            name: _normalised(np.sqrt([v[0].size for v in volumes]))
+            for name, volumes in windows.items()
+            if volumes
+        }
+        self._size = patch_size
+        self._seed = seed
+        self._augment = augment
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first .. first + count - 1 of the sequence."""
+        drawn = [self._sample(n) for n in range(first, first + count)]
+        return Batch(
+            x0=torch.from_numpy(np.stack([patch for _, patch, _ in drawn])),
+            condition=torch.tensor([index for index, _, _ in drawn]),
+            channels=torch.tensor(
+                [[float(i < used) for i in range(NUM_CHANNELS)] for _, _, used in drawn]
+            ),
+        )
+
+    def _sample(self, n: int) -> tuple[int, Array, int]:
+        # A low-discrepancy walk over the shares: any stretch of samples holds its due mix.
+        index = int(np.searchsorted(self._edges, (n * GOLDEN) % 1.0, side="right"))
+        name = self.conditions[min(index, len(self.conditions) - 1)]
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, n]))
+        for _ in range(_MAX_REDRAWS):
+            patch = self._crop(name, rng)
+            if patch.std() > _FLAT_STD:
+                break
+        patch = _dihedral(self._augment(name, patch, rng), rng)
+        used = patch.shape[0]
+        padded = np.zeros((NUM_CHANNELS, *patch.shape[1:]), np.float32)
+        padded[:used] = patch
+        return index, padded, used
+
+    def _crop(self, name: str, rng: np.random.Generator) -> Array:
+        volumes = self._windows[name]
+        volume = volumes[rng.choice(len(volumes), p=self._weights[name])]
+        z = rng.integers(volume.shape[1])
+        y = rng.integers(volume.shape[2] - self._size + 1)
+        x = rng.integers(volume.shape[3] - self._size + 1)
+        crop: Array = volume[:, z, y : y + self._size, x : x + self._size]
+        return crop.astype(np.float32)
+
+
+def _normalised(weights: Array) -> Array:
+    total: Array = weights / weights.sum()
+    return total
+
+
+def _dihedral(patch: Array, rng: np.random.Generator) -> Array:
+    """One of the eight turns and flips of the square, on (c h w)."""
+    turned = np.rot90(patch, int(rng.integers(4)), axes=(1, 2))
+    return turned[:, :, ::-1] if rng.integers(2) else turned
