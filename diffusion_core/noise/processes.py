@@ -1,0 +1,259 @@
+"""Noise processes: linear forward SDEs as pairs (s, sigma) over one denoiser.
+
+dX = a(t) X dt + b(t) dW has X_t = s(t) (x0 + sigma(t) eps) with s = exp(int a) and
+sigma^2 = int b^2 / s^2 (math.md 1; Karras et al. 2022, Appendix B). A denoiser D(x; sigma) trained at
+s = 1 therefore serves every such process: give it X_t / s(t).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core.protocols import Denoiser, Signal
+
+
+class LinearProcess(ABC):
+    """dX = a(t) X dt + b(t) dW on t in [0, 1], X_0 = x0."""
+
+    @abstractmethod
+    def drift(self, t: float) -> float:
+        """a(t)."""
+
+    @abstractmethod
+    def diffusion(self, t: float) -> float:
+        """b(t)."""
+
+    @abstractmethod
+    def scale(self, t: float) -> float:
+        """s(t)."""
+
+    @abstractmethod
+    def sigma(self, t: float) -> float:
+        """sigma(t), the noise level of X_t / s(t)."""
+
+
+@dataclass(frozen=True)
+class EDM(LinearProcess):
+    """s = 1, sigma = sigma_max t. Source: Karras et al. 2022, Table 1 ("Ours")."""
+
+    sigma_max: float = 80.0
+
+    def drift(self, t: float) -> float:  # noqa: ARG002 - none at any time
+        """No drift."""
+        return 0.0
+
+    def diffusion(self, t: float) -> float:
+        """b^2 = d(sigma^2)/dt."""
+        return self.sigma_max * math.sqrt(2.0 * t)
+
+    def scale(self, t: float) -> float:  # noqa: ARG002
+        """The signal is never scaled."""
+        return 1.0
+
+    def sigma(self, t: float) -> float:
+        """Linear in time."""
+        return self.sigma_max * t
+
+
+@dataclass(frozen=True)
+class VE(LinearProcess):
+    """Variance exploding: geometric levels. Source: Song et al. 2021 (2011.13456), Equation 30."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def drift(self, t: float) -> float:  # noqa: ARG002
+        """No drift."""
+        return 0.0
+
+    def diffusion(self, t: float) -> float:
+        """b = sigma(t) sqrt(2 ln(sigma_max / sigma_min))."""
+        return self._level(t) * math.sqrt(2.0 * math.log(self.sigma_max / self.sigma_min))
+
+    def scale(self, t: float) -> float:  # noqa: ARG002
+        """The signal is never scaled."""
+        return 1.0
+
+    def sigma(self, t: float) -> float:
+        """Zero at t = 0: the transition from X_0, not the marginal of data with sigma_min on it."""
+        return math.sqrt(self._level(t) ** 2 - self.sigma_min**2)
+
+    def _level(self, t: float) -> float:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** t
+
+
+@dataclass(frozen=True)
+class VP(LinearProcess):
+    """Variance preserving, linear beta. Source: Song et al. 2021 (2011.13456), Equation 32."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def drift(self, t: float) -> float:
+        """a = -beta / 2."""
+        return -0.5 * self._beta(t)
+
+    def diffusion(self, t: float) -> float:
+        """b^2 = beta."""
+        return math.sqrt(self._beta(t))
+
+    def scale(self, t: float) -> float:
+        """s = exp(-1/2 int beta)."""
+        return math.exp(-0.5 * self._integral(t))
+
+    def sigma(self, t: float) -> float:
+        """sigma^2 = exp(int beta) - 1, so that s^2 (1 + sigma^2) = 1."""
+        return math.sqrt(math.expm1(self._integral(t)))
+
+    def _beta(self, t: float) -> float:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def _integral(self, t: float) -> float:
+        return self.beta_min * t + 0.5 * t**2 * (self.beta_max - self.beta_min)
+
+
+@dataclass(frozen=True)
+class CosineVP(LinearProcess):
+    """Variance preserving, s = cos(pi t / 2). Source: Nichol and Dhariwal 2021 (2102.09672)."""
+
+    def drift(self, t: float) -> float:
+        """a = s' / s."""
+        return -0.5 * math.pi * math.tan(0.5 * math.pi * t)
+
+    def diffusion(self, t: float) -> float:
+        """b^2 = -2 a, as for every variance-preserving process."""
+        return math.sqrt(math.pi * math.tan(0.5 * math.pi * t))
+
+    def scale(self, t: float) -> float:
+        """s = cos(pi t / 2)."""
+        return math.cos(0.5 * math.pi * t)
+
+    def sigma(self, t: float) -> float:
+        """sigma = tan(pi t / 2)."""
+        return math.tan(0.5 * math.pi * t)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(LinearProcess):
+    """X_t = (1 - t) x0 + t eps in law. Source: Liu et al. 2023 (2209.03003)."""
+
+    def drift(self, t: float) -> float:
+        """a = s' / s."""
+        return -1.0 / (1.0 - t)
+
+    def diffusion(self, t: float) -> float:
+        """b^2 = s^2 d(sigma^2)/dt = 2 t / (1 - t)."""
+        return math.sqrt(2.0 * t / (1.0 - t))
+
+    def scale(self, t: float) -> float:
+        """s = 1 - t."""
+        return 1.0 - t
+
+    def sigma(self, t: float) -> float:
+        """sigma = t / (1 - t)."""
+        return t / (1.0 - t)
+
+
+@dataclass(frozen=True)
+class Integrated(LinearProcess):
+    """A process given by its a(t) and b(t) alone; s and sigma by Gauss-Legendre quadrature.
+
+    Attributes:
+        drift_of: a(t), smooth on [0, 1].
+        diffusion_of: b(t), smooth on [0, 1].
+        num_nodes: of the quadrature on [0, t]; the error falls exponentially for analytic a, b.
+    """
+
+    drift_of: Callable[[float], float]
+    diffusion_of: Callable[[float], float]
+    num_nodes: int = 32
+
+    def drift(self, t: float) -> float:
+        """a(t)."""
+        return self.drift_of(t)
+
+    def diffusion(self, t: float) -> float:
+        """b(t)."""
+        return self.diffusion_of(t)
+
+    def scale(self, t: float) -> float:
+        """s = exp(int a)."""
+        return math.exp(self._quadrature(self.drift_of, t))
+
+    def sigma(self, t: float) -> float:
+        """sigma^2 = int b^2 / s^2."""
+        return math.sqrt(self._quadrature(lambda u: (self.diffusion_of(u) / self.scale(u)) ** 2, t))
+
+    def _quadrature(self, function: Callable[[float], float], t: float) -> float:
+        nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
+        values = [function(0.5 * t * (node + 1.0)) for node in nodes]
+        return float(0.5 * t * np.dot(weights, values))
+
+
+@dataclass(frozen=True)
+class Multiplicative:
+    """dX = a(t) X dt + b(t) X dW (Ito) on positive images: a VE process on log intensities.
+
+    log X_t = log x0 + int (a - b^2 / 2) + (int b^2)^(1/2) eps: geometric Brownian motion, the right
+    process for speckle. Its denoiser must be a prior on *log* intensities.
+
+    Attributes:
+        drift: a(t).
+        diffusion: b(t).
+    """
+
+    drift: Callable[[float], float]
+    diffusion: Callable[[float], float]
+
+    def log_shift(self, t: float) -> float:
+        """E[log X_t - log x0]."""
+        process = Integrated(lambda u: self.drift(u) - 0.5 * self.diffusion(u) ** 2, self.diffusion)
+        return math.log(process.scale(t))
+
+    def sigma(self, t: float) -> float:
+        """Standard deviation of log X_t given x0."""
+        return Integrated(lambda _: 0.0, self.diffusion).sigma(t)
+
+
+def predict_x0(denoise: Denoiser, process: LinearProcess, X_t: Signal, t: float) -> Signal:
+    """E[x0 | X_t] for any linear process, by the one denoiser: D(X_t / s(t); sigma(t)).
+
+    Args:
+        denoise: D(x; sigma) at s = 1.
+        process: what made X_t.
+        X_t: the noisy image at time t, in the process's own scale.
+        t: time in [0, 1] with s(t) > 0.
+
+    Returns:
+        The estimate of x0, shaped like X_t.
+    """
+    sigma = torch.full((X_t.shape[0],), process.sigma(t), dtype=X_t.dtype, device=X_t.device)
+    return denoise(X_t / process.scale(t), sigma)
+
+
+def euler_maruyama(process: LinearProcess, x0: Tensor, noise: Tensor, t_end: float) -> Tensor:
+    """A path of the SDE by Euler-Maruyama steps, midpoint in time: what the closed forms predict.
+
+    Args:
+        process: a(t) and b(t); s and sigma are not used.
+        x0: start.
+        noise: (steps, *x0.shape) standard normal increments.
+        t_end: in (0, 1].
+
+    Returns:
+        X at t_end.
+    """
+    num_steps = noise.shape[0]
+    dt = t_end / num_steps
+    X = x0.clone()
+    for i, eps in enumerate(noise):
+        t = (i + 0.5) * dt
+        X = X + process.drift(t) * X * dt + process.diffusion(t) * math.sqrt(dt) * eps
+    return X
