@@ -103,8 +103,8 @@ class KeyedDraws:
 
         Args:
             level: index of the noise level; each has noise of its own.
-            like: (b *m); batch element i is slice origin z + i. The last two axes are y and x, those
-                between are folded into the channel. Only shape, dtype and device are used.
+            like: (b *m); batch element i is slice origin z + i. The last two axes are y and x,
+                those between are folded into the channel. Only shape, dtype and device count.
             stream: tells apart several draws within a level.
 
         Returns:
@@ -137,7 +137,7 @@ class KeyedDraws:
 def _as_voxels(shape: torch.Size) -> tuple[int, int, int, int]:
     """Read any shape (b *m) as (b c h w)."""
     b, rest = shape[0], tuple(shape[1:])
-    h, w = ((1, 1) + rest)[-2:]
+    h, w = (1, 1, *rest)[-2:]
     return b, math.prod(rest[:-2]), h, w
 
 

@@ -40,7 +40,7 @@ class PoissonTransmission:
     """Log-transformed photon counts: y = -log(n / I0) - offset, n ~ Poisson(I0 exp(-p)).
 
     To first order Var(y) = (n + electronic_counts^2) / n^2 at the expected count n = I0 exp(-p),
-    which is exp(p) / I0 without electronic noise (protocols.md, "weights exp(A x_k) / I0").
+    which is exp(p) / I0 without electronic noise (so weights n, from the current estimate).
 
     Attributes:
         counts_per_ray: I0, photons a ray in air, > 0.

@@ -1,8 +1,8 @@
 """Noise processes: linear forward SDEs as pairs (s, sigma) over one denoiser.
 
 dX = a(t) X dt + b(t) dW has X_t = s(t) (x0 + sigma(t) eps) with s = exp(int a) and
-sigma^2 = int b^2 / s^2 (math.md 1; Karras et al. 2022, Appendix B). A denoiser D(x; sigma) trained at
-s = 1 therefore serves every such process: give it X_t / s(t).
+sigma^2 = int b^2 / s^2 (Karras et al. 2022, arXiv:2206.00364, Appendix B). A denoiser D(x; sigma)
+trained at s = 1 therefore serves every such process: give it X_t / s(t).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LinearProcess(ABC):
 
     @abstractmethod
     def sigma(self, t: float) -> float:
-        """sigma(t), the noise level of X_t / s(t)."""
+        """Noise level of X_t / s(t)."""
 
 
 @dataclass(frozen=True)

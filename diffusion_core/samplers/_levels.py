@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def checked_levels(sigmas: Tensor) -> list[float]:
         ValueError: if there are fewer than two, or they do not strictly decrease, or go below 0.
     """
     levels = [float(s) for s in sigmas]
-    decreasing = all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    decreasing = all(a > b for a, b in itertools.pairwise(levels))
     if len(levels) < 2 or not decreasing or levels[-1] < 0:
         raise ValueError(f"noise levels must strictly decrease, none below 0: {levels}")
     return levels

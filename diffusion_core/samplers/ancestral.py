@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from jaxtyping import Float
@@ -32,7 +33,7 @@ def ancestral(
         x0 + (sigma'/sigma)^2 (x - x0) and the variance sigma'^2 (1 - (sigma'/sigma)^2).
     """
     levels = checked_levels(sigmas)
-    for i, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):
+    for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
         D_x = denoise(x, per_sample(sigma, x))
         ratio = (sigma_next / sigma) ** 2
         x = D_x + ratio * (x - D_x)

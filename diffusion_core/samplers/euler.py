@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,11 +25,11 @@ def euler(denoise: Denoiser, x: Signal, sigmas: Float[Tensor, " levels"]) -> Sig
     Raises:
         ValueError: if sigmas is not strictly decreasing or goes below 0.
 
-    Source: dx/dsigma = (x - D(x; sigma)) / sigma, Karras et al. 2022 (arXiv:2206.00364), Equation 1 at
-        s = 1; the step is DDIM's, Song et al. 2020 (arXiv:2010.02502), eta = 0.
+    Source: dx/dsigma = (x - D(x; sigma)) / sigma, Karras et al. 2022 (arXiv:2206.00364),
+        Equation 1 at s = 1; the step is DDIM's, Song et al. 2020 (arXiv:2010.02502), eta = 0.
     """
     levels = checked_levels(sigmas)
-    for sigma, sigma_next in zip(levels, levels[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(levels):
         D_x = denoise(x, per_sample(sigma, x))
         x = D_x + (sigma_next / sigma) * (x - D_x)
     return x

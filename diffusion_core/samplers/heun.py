@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def heun(denoise: Denoiser, x: Signal, sigmas: Float[Tensor, " levels"]) -> Sign
     Source: Karras et al. 2022 (arXiv:2206.00364), Algorithm 1, sigma(t) = t, s(t) = 1.
     """
     levels = checked_levels(sigmas)
-    for sigma, sigma_next in zip(levels, levels[1:], strict=False):
+    for sigma, sigma_next in itertools.pairwise(levels):
         slope = (x - denoise(x, per_sample(sigma, x))) / sigma
         x_next = x + (sigma_next - sigma) * slope
         if sigma_next > 0:
