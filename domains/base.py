@@ -173,6 +173,8 @@ class Domain(ABC):
     suffixes: tuple[str, ...]
     conditions: Mapping[str, int]
     """Network conditions of the domain and the channels of each: {"mri": 1, "mri-complex": 2}."""
+    drawn_from: Mapping[str, str] = {}
+    """Conditions whose training patches are made from another's: {"mri-complex": "mri"}."""
 
     @abstractmethod
     def read(self, path: Path) -> Item:
@@ -210,3 +212,10 @@ class Domain(ABC):
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where the body is (z h w), for metrics inside it; None where that has no meaning."""
         return None
+
+    def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
+        """Vary a training patch (c h w) as real images of the condition vary; the same by default.
+
+        A condition listed in `drawn_from` makes its patch here from the other's.
+        """
+        return patch
