@@ -110,6 +110,7 @@ class TrainSettings(Settings):
     num_steps: int
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    decay_share: float = Field(0.4, description="last share of the steps, rate falling to 0")
     adamw_ratio: float = 0.25
     ema_decay: float = 0.999
     ln_sigma_mean: float = -1.5
@@ -121,10 +122,10 @@ class TrainSettings(Settings):
     checkpoint_every_s: float = 60.0
     log_every_steps: int = 50
     picture_every_steps: int = 500
-    num_workers: int = 1
-    num_threads: int = 0
+    num_threads: int = Field(0, description="CPU threads a worker; 0: the cores shared evenly")
     register_as: list[str] = Field(default_factory=list)
-    include_extra: bool = False
+    shippable_only: bool = Field(True, description="leave out data whose licence forbids shipping")
+    compute: ComputeSettings = ComputeSettings(num_workers=1)
 
 
 def config_path(*parts: str) -> Path:

@@ -1,0 +1,267 @@
+"""`sashiko train`: datasets to patches, the core's loop inside Ray Train, a model directory out.
+
+runs/NAME/
+  settings.json     what was asked; a different one needs another name
+  checkpoints/      safetensors, the newest two; a killed run goes on from here
+  log.jsonl         one line a reading: step, loss, throughput
+  model/            the finished model (diffusion_core/model.py)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domains.base import BadInputError, Domain
+from domains.registry import domain_names, load_domain
+from flows.config import Home, TrainSettings
+from flows.engine.events import Event
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from diffusion_core.networks.precond import Preconditioned
+    from diffusion_core.training.loop import Recipe
+    from diffusion_core.training.patches import PatchSource
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run left.
+
+    Attributes:
+        model_path: the model directory.
+        digest: of the model.
+        num_steps: optimiser steps done in all.
+        metrics: denoising PSNR on validation by condition and sigma, in dB.
+        versions: registered name -> version, if it was registered.
+    """
+
+    model_path: Path
+    digest: str
+    num_steps: int
+    metrics: dict[str, float]
+    versions: dict[str, str]
+
+
+def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResult:
+    """Train as the settings say, or go on where a killed run of the same name was.
+
+    Args:
+        settings: see TrainSettings.
+        on_event: told of progress.
+
+    Returns:
+        The finished model; trained already, it is returned as it is.
+
+    Raises:
+        BadInputError: if the data lacks a condition, or the run folder holds other settings.
+    """
+    from flows.training.finish import finish
+
+    report = on_event or (lambda _event: None)
+    run = _open_run(settings)
+    settings = settings.model_copy(update={"data": _datasets(settings, report)})
+    payload = {"settings": settings.model_dump(mode="json"), "run": str(run)}
+    _run_workers(settings, payload, report)
+    return finish(settings, run, report)
+
+
+def recipe_of(settings: TrainSettings) -> Recipe:
+    """The core's recipe as the settings give it."""
+    from diffusion_core.training.loop import Recipe
+    from diffusion_core.training.loss import SigmaDensity
+
+    low, high = settings.sigma_range
+    return Recipe(
+        num_steps=settings.num_steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        adamw_ratio=settings.adamw_ratio,
+        warmup_steps=settings.warmup_steps,
+        decay_share=settings.decay_share,
+        ema_decay=settings.ema_decay,
+        density=SigmaDensity(
+            settings.ln_sigma_mean, settings.ln_sigma_std, settings.uniform_share, low, high
+        ),
+        bfloat16=settings.dtype == "bfloat16",
+        seed=settings.seed,
+        log_every_steps=settings.log_every_steps,
+        checkpoint_every_s=settings.checkpoint_every_s,
+    )
+
+
+def new_network(settings: TrainSettings) -> Preconditioned:
+    """The network before its first step; the same for the same seed."""
+    from diffusion_core.networks.local_unet import LocalUNet
+    from diffusion_core.networks.precond import Preconditioned
+    from diffusion_core.noise.streams import seeded_initialisation
+
+    with seeded_initialisation(settings.seed):
+        network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
+        return Preconditioned(network)
+
+
+def condition_channels(settings: TrainSettings) -> dict[str, int]:
+    """Condition -> channels, in the order of the settings.
+
+    Raises:
+        BadInputError: if no domain has a condition of that name.
+    """
+    known: dict[str, int] = {}
+    for name in domain_names():
+        known |= dict(load_domain(name).conditions)
+    unknown = [name for name in settings.conditions if name not in known]
+    if unknown:
+        raise BadInputError(
+            f"no domain knows the condition '{unknown[0]}': choose from {', '.join(known)}"
+        )
+    return {name: known[name] for name in settings.conditions}
+
+
+def load_windows(
+    settings: TrainSettings, split: str
+) -> Iterator[tuple[str, Domain, np.ndarray[Any, Any]]]:
+    """(condition, its domain, pixels (c z h w)) of every item of a split that may be used."""
+    from flows.store import Dataset
+
+    for path in settings.data:
+        dataset = Dataset(path)
+        for record in dataset.items():
+            if record.split != split or not allowed(record.meta, settings):
+                continue
+            domain = load_domain(record.domain)
+            windows = domain.training_windows(dataset.read(record.item_id))
+            for condition, pixels in windows.items():
+                yield condition, domain, pixels
+
+
+def patch_source(settings: TrainSettings) -> PatchSource:
+    """The sequence of training patches, from the datasets' train split.
+
+    Raises:
+        BadInputError: if a condition has no image of at least the patch's size.
+    """
+    from diffusion_core.training.patches import PatchSource
+
+    channels = condition_channels(settings)
+    windows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in channels}
+    domains = {c: load_domain(n) for n in domain_names() for c in load_domain(n).conditions}
+    for condition, _, pixels in load_windows(settings, "train"):
+        if min(pixels.shape[-2:]) >= settings.patch_size:
+            windows.setdefault(condition, []).append(pixels)
+    # A condition without images of its own is drawn from another's by the domain's augmentation:
+    # complex MRI from magnitudes and a phase, grey from colour.
+    for condition in channels:
+        source = domains[condition].drawn_from.get(condition)
+        if source is not None:
+            windows[condition] = windows[condition] + windows.get(source, [])
+    try:
+        return PatchSource(
+            windows,
+            settings.conditions,
+            settings.patch_size,
+            settings.seed,
+            lambda name, patch, rng: domains[name].augment(name, patch, rng),
+        )
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
+
+
+def allowed(meta: Any, settings: TrainSettings) -> bool:
+    """Shipped weights learn only from what may be shipped."""
+    return bool(meta.get("ships", True)) or not settings.shippable_only
+
+
+def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
+    """The datasets to train on; with none named, the samples, ingested once."""
+    if settings.data:
+        return [path.resolve() for path in settings.data]
+    from flows.api_data import ingest_samples
+
+    path = Home().home / "datasets" / "samples.zarr"
+    if not path.exists():
+        ingest_samples(path, splits=("train", "validation"), on_event=report)
+    return [path.resolve()]
+
+
+def _open_run(settings: TrainSettings) -> Path:
+    """The run's folder, made or found again with the same settings."""
+    run = (settings.output / settings.name).resolve()
+    run.mkdir(parents=True, exist_ok=True)
+    asked = settings.model_dump(mode="json", exclude=_MAY_CHANGE)
+    kept = run / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != asked:
+        raise BadInputError(
+            f"{run} holds a run with other settings: give this one another name, or remove it"
+        )
+    kept.write_text(json.dumps(asked, indent=2) + "\n")
+    return run
+
+
+# What may differ when a killed run is taken up again: none of it changes the weights.
+_MAY_CHANGE = {
+    "output",
+    "num_threads",
+    "compute",
+    "checkpoint_every_s",
+    "log_every_steps",
+    "picture_every_steps",
+    "register_as",
+    "data",
+}
+
+
+def _run_workers(settings: TrainSettings, payload: dict[str, Any], report: OnEvent) -> None:
+    from flows.training import worker
+
+    log = Path(payload["run"]) / "log.jsonl"
+    with _follow(log, settings.num_steps, report):
+        if settings.compute.executor == "inline":
+            worker.work(payload)
+        else:
+            worker.run_on_ray(settings, payload)
+
+
+class _follow:  # noqa: N801  # reads as a statement: `with _follow(log)`
+    """Tell of new lines of the log while the workers run, from a thread."""
+
+    def __init__(self, log: Path, total: int, report: OnEvent) -> None:
+        import threading
+
+        self._log, self._total, self._report = log, total, report
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._position = log.stat().st_size if log.exists() else 0
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(1.0)
+            for line in self._new_lines():
+                reading = json.loads(line)
+                message = f"loss {reading['loss']:.3f}, {reading['megapixels_per_s']:.2f} MP/s"
+                step = int(reading["step"])
+                self._report(Event("train", step, self._total, message, reading))
+
+    def _new_lines(self) -> Iterable[str]:
+        if not self._log.exists():
+            return []
+        with self._log.open() as file:
+            file.seek(self._position)
+            text = file.read()
+        whole = text[: text.rfind("\n") + 1]
+        self._position += len(whole.encode())
+        return whole.splitlines()

@@ -1,0 +1,98 @@
+"""Validation images: what checkpoints, covariance tables and figures in the card come from."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from flows.config import TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusion_core.networks.precond import Preconditioned
+
+
+def validation_images(
+    settings: TrainSettings, num_images: int, side: int
+) -> dict[str, list[Tensor]]:
+    """Centre crops (1 c h w) in network units of the validation split, per condition.
+
+    Slices are spread over each item and taken in turn from every item, so that a few images
+    already show them all. A condition without images of its own is drawn from its source's by
+    the domain's augmentation, keyed by the image's number.
+
+    Args:
+        settings: names the datasets and conditions.
+        num_images: for each condition, where there are as many.
+        side: of the crop in pixels; smaller images are taken whole.
+    """
+    return _images(settings.model_dump_json(), num_images, side)
+
+
+@lru_cache(maxsize=4)
+def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Tensor]]:
+    import numpy as np
+    import torch
+
+    from domains.registry import domain_names, load_domain
+    from flows.api_train import condition_channels, load_windows
+
+    settings = TrainSettings.model_validate_json(settings_json)
+    channels = condition_channels(settings)
+    domains = {c: load_domain(n) for n in domain_names() for c in load_domain(n).conditions}
+    volumes: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    for condition, _, pixels in load_windows(settings, "validation"):
+        volumes.setdefault(condition, []).append(pixels)
+    images: dict[str, list[Tensor]] = {}
+    for condition in channels:
+        source = domains[condition].drawn_from.get(condition, condition)
+        found = volumes.get(condition, []) or volumes.get(source, [])
+        chosen: list[Tensor] = []
+        for number in range(num_images if found else 0):
+            volume = found[number % len(found)]
+            depth = volume.shape[1]
+            turn, turns = number // len(found), -(-num_images // len(found))
+            z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
+            patch = _centre(volume[:, z], side)
+            rng = np.random.Generator(np.random.Philox(key=[settings.seed, number]))
+            if condition in domains[condition].drawn_from:
+                patch = domains[condition].augment(condition, patch, rng)
+            chosen.append(torch.from_numpy(np.ascontiguousarray(patch, np.float32))[None])
+        images[condition] = chosen
+    return images
+
+
+def denoising_psnr(
+    module: Preconditioned, images: dict[str, list[Tensor]], sigmas: tuple[float, ...]
+) -> dict[str, float]:
+    """PSNR in dB of D at each level, mean over images: {"ct/sigma-0.2": 34.1, ...}.
+
+    Network units span 2, so the peak is 2; nothing is clipped.
+    """
+    import torch
+
+    from diffusion_core.networks.precond import ConditionedDenoiser
+    from diffusion_core.noise.streams import training_noise
+
+    figures: dict[str, float] = {}
+    for index, (condition, chosen) in enumerate(images.items()):
+        for sigma in sigmas:
+            total = 0.0
+            for number, x0 in enumerate(chosen):
+                denoise = ConditionedDenoiser(module, index, x0.shape[1])
+                with torch.no_grad():
+                    D_x = denoise(
+                        x0 + sigma * training_noise(1, number, x0), torch.full((1,), sigma)
+                    )
+                total += float(10 * torch.log10(4 / (D_x - x0).square().mean()))
+            if chosen:
+                figures[f"{condition}/sigma-{sigma:g}"] = total / len(chosen)
+    return figures
+
+
+def _centre(image, side: int):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """The centre side x side of (c h w), or all of a smaller one."""
+    h, w = image.shape[-2:]
+    top, left = max(0, (h - side) // 2), max(0, (w - side) // 2)
+    return image[:, top : top + side, left : left + side]

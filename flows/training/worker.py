@@ -1,0 +1,199 @@
+"""One training worker: the core's loop with its log, pictures and gradient averaging plugged in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import TrainSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from diffusion_core.networks.precond import Preconditioned
+    from flows.tracking import TrackedRun
+
+_MAX_FAILURES = 3  # times that Ray starts the workers again from the newest checkpoint
+
+
+def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
+    """Run the workers under Ray Train; a worker that dies is replaced from the last checkpoint."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from flows.engine.ray_session import connect
+
+    compute = settings.compute
+    with connect(compute):
+        use_gpu = compute.num_gpus_per_worker > 0
+        num_workers = compute.num_workers or int(
+            ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)
+        )
+        num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // num_workers)
+        trainer = TorchTrainer(
+            _ray_loop,
+            train_loop_config={**payload, "num_threads": num_threads},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name=settings.name,
+                storage_path=str(Path(payload["run"]) / "ray"),
+                failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+            ),
+        )
+        trainer.fit()
+
+
+def _ray_loop(payload: dict[str, Any]) -> None:
+    import ray.train
+    import torch
+    import torch.distributed
+
+    context = ray.train.get_context()
+    num_workers = context.get_world_size()
+
+    def average(gradients: Iterable[Tensor]) -> None:
+        if num_workers > 1:
+            flat = list(gradients)
+            joined = torch.cat([g.reshape(-1) for g in flat])
+            torch.distributed.all_reduce(joined)
+            joined /= num_workers
+            for g, part in zip(flat, joined.split([g.numel() for g in flat]), strict=True):
+                g.copy_(part.view_as(g))
+
+    work(
+        payload,
+        rank=context.get_world_rank(),
+        num_workers=num_workers,
+        average=average,
+        tell=lambda metrics: ray.train.report(metrics),
+        device=str(ray.train.torch.get_device()),
+    )
+
+
+def work(
+    payload: dict[str, Any],
+    *,
+    rank: int = 0,
+    num_workers: int = 1,
+    average: Callable[[Iterable[Tensor]], None] = lambda _gradients: None,
+    tell: Callable[[dict[str, float]], None] = lambda _metrics: None,
+    device: str = "cpu",
+) -> None:
+    """Train from the newest checkpoint to the last step, in this process.
+
+    Args:
+        payload: {"settings": TrainSettings as JSON, "run": the run's folder}.
+        rank: number of this worker; 0 writes the log, checkpoints and MLflow.
+        num_workers: in all.
+        average: averages gradients over the workers.
+        tell: told of the metrics at every reading, on every worker.
+        device: torch device.
+    """
+    import torch
+
+    from diffusion_core.training.loop import Callbacks, train
+    from flows.api_train import new_network, patch_source, recipe_of
+
+    settings = TrainSettings(**payload["settings"])
+    run = Path(payload["run"])
+    if num_threads := payload.get("num_threads", settings.num_threads):
+        torch.set_num_threads(num_threads)
+    patches = patch_source(settings)
+    with _Journal(settings, run, active=rank == 0) as journal:
+
+        def on_log(step: int, metrics: dict[str, float], averaged: Preconditioned) -> None:
+            journal.read(step, metrics, averaged)
+            tell({"step": step, **metrics})
+
+        train(
+            new_network(settings),
+            patches,
+            recipe_of(settings),
+            run / "checkpoints",
+            Callbacks(on_log=on_log, average=average),
+            rank=rank,
+            num_workers=num_workers,
+            device=device,
+        )
+
+
+class _Journal:
+    """The run's log.jsonl and its MLflow run; silent on all workers but the first."""
+
+    def __init__(self, settings: TrainSettings, run: Path, *, active: bool) -> None:
+        self._settings, self._run, self._active = settings, run, active
+        self._tracking: Any = None
+        self._tracked: TrackedRun | None = None
+
+    def __enter__(self) -> _Journal:
+        if self._active:
+            from flows.tracking import track_run
+
+            self._tracking = track_run(
+                "sashiko-train",
+                self._settings.name,
+                params=self._settings.model_dump(mode="json", exclude={"data", "output"}),
+            )
+            self._tracked = self._tracking.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._tracking is not None:
+            self._tracking.__exit__(*error)
+
+    def read(self, step: int, metrics: dict[str, float], averaged: Preconditioned) -> None:
+        """Log one reading, and now and then a picture of what the averaged model makes of noise."""
+        if self._tracked is None:
+            return
+        with (self._run / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._tracked.log_metrics(metrics, step)
+        every = self._settings.picture_every_steps
+        if step // every > (step - self._settings.log_every_steps) // every:
+            self._tracked.log_picture(
+                f"pictures/step-{step:07d}.png", sample_picture(self._settings, averaged)
+            )
+
+
+def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndarray[Any, Any]:
+    """Validation patches clean, noisy and denoised: a row a condition, uint8 (h w 3).
+
+    The crops are the centres of each condition's first validation image, the noise is keyed: two
+    pictures of one run differ by the network alone.
+    """
+    import numpy as np
+    import torch
+
+    from diffusion_core.networks.precond import ConditionedDenoiser
+    from diffusion_core.noise.streams import training_noise
+    from flows.training.validation import validation_images
+
+    rows = []
+    for index, images in enumerate(validation_images(settings, 1, 128).values()):
+        if not images:
+            continue
+        x0 = images[0]
+        denoise = ConditionedDenoiser(averaged, index, x0.shape[1])
+        x = x0 + 0.4 * training_noise(0, index, x0)
+        with torch.no_grad():
+            D_x = denoise(x, torch.full((1,), 0.4))
+        rows.append(np.concatenate([_as_rgb(part[0].numpy()) for part in (x0, x, D_x)], axis=1))
+    side = max((row.shape[1] for row in rows), default=0)
+    return np.concatenate([np.pad(r, ((0, 0), (0, side - r.shape[1]), (0, 0))) for r in rows])
+
+
+def _as_rgb(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(c h w) in network units to uint8 (h w 3); of a complex image the magnitude."""
+    import numpy as np
+
+    if image.shape[0] == 2:
+        image = 2 * np.linalg.norm(image, axis=0, keepdims=True) - 1
+    grey = np.clip((image + 1) * 127.5, 0, 255).astype(np.uint8)
+    return (
+        np.repeat(grey, 3, axis=0).transpose(1, 2, 0) if len(grey) == 1 else grey.transpose(1, 2, 0)
+    )
