@@ -128,6 +128,34 @@ class TrainSettings(Settings):
     compute: ComputeSettings = ComputeSettings(num_workers=1)
 
 
+class ReviewSettings(Settings):
+    """`sashiko review NAME`: shall a registered model become champion?"""
+
+    name: str = Field(description="registered name, such as sashiko-ct")
+    candidate: str | None = Field(None, description="version; default: the newest")
+    input: Path | None = Field(None, description="clean dataset; default: the demo's items")
+    tasks: list[str] = Field(default_factory=list, description="default: the demo's tasks")
+    method: str = "covprox"
+    output: Path | None = Field(None, description="default: under the home folder")
+    answer: Literal["yes", "no"] | None = Field(None, description="default: a person is asked")
+    timeout_days: float = Field(3.0, gt=0, description="no answer within this time means no")
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: ComputeSettings = ComputeSettings()
+
+
+class NightlySettings(Settings):
+    """`sashiko nightly`: restore what is new in the inbox."""
+
+    inbox: Path = Field(description="one folder a job: job.yaml and files, or measurements (Zarr)")
+    output: Path
+    model: str = Field("champion", description="champion (of the job's domain), or as for restore")
+    settle_s: float = Field(30.0, ge=0, description="a file younger than this is left for later")
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compute: ComputeSettings = ComputeSettings()
+
+
 def config_path(*parts: str) -> Path:
     """Path of a shipped configuration file or folder."""
     return Path(str(files("configs").joinpath(*parts)))
