@@ -137,7 +137,7 @@ Made by `sashiko train` with the settings in config.json ("training").
 
 ## Recipe
 
-{step} steps of {settings.batch_size} patches of {settings.patch_size}^2, {megapixels:.0f} MP in all;
+{step} steps of {settings.batch_size} patches of {settings.patch_size}^2: {megapixels:.0f} MP;
 Muon on convolutions at {recipe.learning_rate:g}, AdamW on the rest at
 {recipe.learning_rate * recipe.adamw_ratio:g}, held and then brought to 0 over the last
 {recipe.decay_share:.0%}; averaged weights (decay {recipe.ema_decay:g}); ln sigma ~

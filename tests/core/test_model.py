@@ -1,0 +1,87 @@
+"""A model directory: what was saved is what is loaded, and nothing else is."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from diffusion_core.model import BadModelError, Model, model_digest, save_model
+from diffusion_core.networks.local_unet import LocalUNet
+from diffusion_core.networks.precond import Preconditioned
+from diffusion_core.noise.streams import seeded_initialisation, training_noise
+
+
+@pytest.fixture
+def saved(tmp_path):
+    with seeded_initialisation(0):
+        module = Preconditioned(LocalUNet(2, (8, 8), (1, 1), num_features=8))
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    path = tmp_path / "model"
+    save_model(path, module, {"ct": 1, "city": 3}, {}, "# card\n", {"note": "test"})
+    return path, module
+
+
+def test_a_loaded_model_denoises_as_the_saved_one(saved):
+    path, module = saved
+    x = training_noise(0, 0, torch.empty(1, 3, 20, 20))
+    sigma = torch.tensor([0.3])
+    model = Model.load(path)
+    with torch.no_grad():
+        expected = module(x, sigma, torch.tensor([1]))
+    # Weights are stored in float16: 11 bits.
+    assert torch.allclose(model.denoiser("city")(x, sigma), expected, atol=2e-2)
+    assert model.config["note"] == "test"
+    assert model.digest == model_digest(path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "config.json", "MODEL_CARD.md"])
+def test_an_altered_file_is_refused(saved, name):
+    path, _ = saved
+    raw = bytearray((path / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (path / name).write_bytes(raw)
+    with pytest.raises(BadModelError, match=f"{name} is missing or not the file"):
+        Model.load(path)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(BadModelError, match="not a model directory"):
+        Model.load(tmp_path)
+    (tmp_path / "digests.json").write_text("[1, 2")
+    with pytest.raises(BadModelError, match="cannot be read"):
+        Model.load(tmp_path)
+
+
+def test_a_digest_list_cannot_point_outside_the_directory(saved):
+    path, _ = saved
+    outside = path.parent / "secret"
+    outside.write_text("x")
+    listing = json.loads((path / "digests.json").read_text())
+    import hashlib
+
+    listing["../secret"] = hashlib.sha256(b"x").hexdigest()
+    (path / "digests.json").write_text(json.dumps(listing))
+    with pytest.raises(BadModelError, match="secret"):
+        model_digest(path)
+
+
+def test_an_unknown_condition_is_named(saved):
+    path, _ = saved
+    with pytest.raises(BadModelError, match="not trained for 'mri'"):
+        Model.load(path).denoiser("mri")
+    with pytest.raises(BadModelError, match="no covariance table"):
+        Model.load(path).prior("ct")
+
+
+class Canary:
+    def __reduce__(self):
+        return (pytest.fail, ("a planted pickle ran",))
+
+
+def test_a_planted_pickle_never_runs(saved):
+    path, _ = saved
+    (path / "weights.safetensors").write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(BadModelError):
+        Model.load(path)
