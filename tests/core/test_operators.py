@@ -1,0 +1,309 @@
+"""Every operator keeps the contract, and equals an independent computation of the same map."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.sparse import random_array
+
+from diffusion_core.operators import (
+    Blur,
+    Compose,
+    Fourier,
+    Identity,
+    Mask,
+    Operator,
+    Pool,
+    Sparse,
+    Stack,
+    inner,
+)
+from diffusion_core.operators.sparse import _torch_csr
+from diffusion_core.testing import LinearOperatorContract, adjoint_gap
+
+ODD = (2, 3, 17, 23)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+def coin(*shape: int, share: float = 0.4) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(5).random(shape) < share)
+
+
+def lopsided_kernel(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return normal(4, 7, seed=9, dtype=dtype).abs()
+
+
+def sparse(scale: float = 1.0, shape: tuple[int, int] = (17, 23)) -> Sparse:
+    rng = np.random.default_rng(4)
+    size = (5 * 6, shape[0] * shape[1])
+    matrix = random_array(size, density=0.2, format="csr", rng=rng, dtype=np.float32)
+    return Sparse(matrix, matrix.T.tocsr(), shape, (5, 6), scale)
+
+
+class TestIdentity(LinearOperatorContract):
+    def make(self, dtype):
+        return Identity(), ODD
+
+
+class TestMask(LinearOperatorContract):
+    def make(self, dtype):
+        return Mask(coin(2, 1, 17, 23)), ODD
+
+
+class TestMaskPerChannel(LinearOperatorContract):
+    def make(self, dtype):
+        return Mask(coin(1, 3, 17, 23)), ODD
+
+
+class TestBlur(LinearOperatorContract):
+    def make(self, dtype):
+        return Blur(lopsided_kernel(dtype), (17, 23)), ODD
+
+
+class TestBlurWiderThanTheImage(LinearOperatorContract):
+    def make(self, dtype):
+        return Blur(lopsided_kernel(dtype), (3, 5)), (2, 1, 3, 5)
+
+
+class TestPool(LinearOperatorContract):
+    def make(self, dtype):
+        return Pool(3), (2, 3, 15, 21)
+
+
+class TestFourierReal(LinearOperatorContract):
+    def make(self, dtype):
+        return Fourier(coin(2, 1, 1, 23), channels=1), (2, 1, 17, 23)
+
+
+class TestFourierRealEvenSize(LinearOperatorContract):
+    def make(self, dtype):
+        return Fourier(coin(1, 1, 16, 24), channels=1), (2, 1, 16, 24)
+
+
+class TestFourierComplex(LinearOperatorContract):
+    def make(self, dtype):
+        return Fourier(coin(2, 1, 1, 23), channels=2), (2, 2, 17, 23)
+
+
+class TestSparse(LinearOperatorContract):
+    def make(self, dtype):
+        return sparse(scale=0.03), ODD
+
+
+class TestSparseThroughTorch(LinearOperatorContract):
+    """The product that a GPU takes, run by torch on the CPU."""
+
+    def make(self, dtype):
+        operator = sparse(scale=0.03)
+        matrices = (operator.matrix, operator.transpose)
+        operator._on_device = tuple(_torch_csr(m, "cpu") for m in matrices)
+        return operator, ODD
+
+
+class TestCompose(LinearOperatorContract):
+    def make(self, dtype):
+        blur = Blur(lopsided_kernel(dtype), (15, 21))
+        return Compose(Pool(3), blur), (2, 3, 15, 21)
+
+
+class TestStack(LinearOperatorContract):
+    def make(self, dtype):
+        blur = Blur(lopsided_kernel(dtype), (15, 21))
+        return Stack([Pool(3), blur], (3, 15, 21)), (2, 3, 15, 21)
+
+
+class TestStackOfComplexData(LinearOperatorContract):
+    def make(self, dtype):
+        masks = coin(1, 1, 17, 23), coin(1, 1, 1, 23, share=0.7)
+        return Stack([Fourier(m, channels=2) for m in masks], (2, 17, 23)), (2, 2, 17, 23)
+
+
+class Mixing(Operator):
+    """Adds the batch mean: linear, self-adjoint, but batch elements mix."""
+
+    kind: ClassVar[str] = "mixing"
+
+    def A(self, x):
+        return x + x.mean(dim=0, keepdim=True)
+
+    def A_adjoint(self, y):
+        return self.A(y)
+
+
+class Affine(Operator):
+    kind: ClassVar[str] = "affine"
+
+    def A(self, x):
+        return x + 1
+
+    def A_adjoint(self, y):
+        return y
+
+
+class Transposed(Operator):
+    """The Fourier adjoint with the conjugation forgotten."""
+
+    kind: ClassVar[str] = "transposed"
+
+    def A(self, x):
+        return Fourier(coin(1, 1, 1, 23), channels=2).A(x)
+
+    def A_adjoint(self, y):
+        return Fourier(coin(1, 1, 1, 23), channels=2).A_adjoint(y.conj())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "test"),
+    [
+        (Mixing(), "test_batch_elements_do_not_mix"),
+        (Affine(), "test_it_is_real_linear"),
+        (Transposed(), "test_adjoint_is_the_adjoint_in_float64"),
+    ],
+)
+def test_the_contract_fails_a_wrong_operator(wrong, test):
+    class Case(LinearOperatorContract):
+        def make(self, dtype):
+            return wrong, (2, 2, 17, 23)
+
+    with pytest.raises(AssertionError):
+        getattr(Case(), test)()
+
+
+def test_inner_product_is_real_and_per_batch_element():
+    a = torch.complex(normal(2, 3), normal(2, 3, seed=1))
+    b = torch.complex(normal(2, 3, seed=2), normal(2, 3, seed=3))
+    expected = [np.vdot(a[i].numpy(), b[i].numpy()).real for i in range(2)]
+    assert torch.allclose(inner(a, b), torch.tensor(expected, dtype=torch.float64), rtol=1e-14)
+
+
+def test_blur_is_the_periodic_convolution_of_scipy():
+    kernel, x = normal(5, 7, seed=9), normal(*ODD)
+    y = Blur(kernel, (17, 23)).A(x)
+    expected = ndimage.convolve(x[1, 2].numpy(), kernel.numpy(), mode="wrap")
+    assert np.allclose(y[1, 2].numpy(), expected, rtol=1e-12)
+
+
+def test_blur_of_a_point_is_the_kernel_round_it():
+    kernel, x = lopsided_kernel(), torch.zeros(1, 1, 17, 23, dtype=torch.float64)
+    x[0, 0, 8, 10] = 1.0
+    y = Blur(kernel, (17, 23)).A(x)
+    assert torch.allclose(y[0, 0, 8 - 2 : 8 + 2, 10 - 3 : 10 + 4], kernel, atol=1e-14)
+
+
+def test_pool_is_the_mean_of_blocks_and_its_rows_are_orthogonal():
+    x = normal(2, 3, 15, 21)
+    pool = Pool(3)
+    expected = x.numpy().reshape(2, 3, 5, 3, 7, 3).mean(axis=(3, 5))
+    assert np.allclose(pool.A(x).numpy(), expected, rtol=1e-12)
+    y = normal(2, 3, 5, 7)
+    assert torch.allclose(pool.A(pool.A_adjoint(y)), y / 9, rtol=1e-12)
+
+
+def test_pool_refuses_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="15 x 22 pixels do not divide by 3"):
+        Pool(3).A(normal(1, 1, 15, 22))
+
+
+def test_fourier_is_numpys_unitary_transform_masked():
+    mask, x = coin(2, 1, 1, 23), normal(2, 2, 17, 23)
+    y = Fourier(mask, channels=2).A(x)
+    image = x[:, 0].numpy() + 1j * x[:, 1].numpy()
+    expected = np.fft.fft2(image, norm="ortho") * mask[:, 0].numpy()
+    assert np.allclose(y[:, 0].numpy(), expected, rtol=1e-12)
+
+
+def test_fourier_of_a_real_image_is_its_complex_self_with_no_imaginary_part():
+    mask, x = coin(2, 1, 1, 23), normal(2, 1, 17, 23)
+    both = torch.cat([x, torch.zeros_like(x)], dim=1)
+    real, complex_ = Fourier(mask, channels=1), Fourier(mask, channels=2)
+    assert torch.allclose(real.A(x), complex_.A(both), rtol=1e-13)
+    y = complex_.A(normal(2, 2, 17, 23, seed=8))
+    assert torch.allclose(real.A_adjoint(y), complex_.A_adjoint(y)[:, :1], rtol=1e-13)
+
+
+def test_full_fourier_keeps_energy():
+    x = normal(2, 2, 17, 23)
+    y = Fourier(torch.ones(1, 1, 1, 1, dtype=torch.bool), channels=2).A(x)
+    assert torch.allclose(inner(y, y), inner(x, x), rtol=1e-13)
+
+
+def test_mask_keeps_what_it_measures_and_zeroes_the_rest():
+    mask, x = Mask(coin(2, 1, 17, 23)), normal(*ODD)
+    assert np.array_equal(mask.A(x).numpy(), np.where(mask.mask.numpy(), x.numpy(), 0.0))
+
+
+def test_sparse_is_the_dense_product():
+    operator, x = sparse(scale=0.03), normal(*ODD)
+    dense = torch.from_numpy(operator.matrix.toarray()).double()
+    expected = 0.03 * (x.reshape(6, -1) @ dense.T).reshape(2, 3, 5, 6)
+    assert torch.allclose(operator.A(x), expected, rtol=1e-12)
+
+
+def test_sparse_takes_read_only_memory_mapped_arrays(tmp_path):
+    operator = sparse()
+    mapped = []
+    for side, matrix in enumerate((operator.matrix, operator.transpose)):
+        for name in ("data", "indices", "indptr"):
+            np.save(tmp_path / f"{name}{side}.npy", getattr(matrix, name))
+        parts = [
+            np.load(tmp_path / f"{n}{side}.npy", mmap_mode="r")
+            for n in ("data", "indices", "indptr")
+        ]
+        mapped.append(type(matrix)(tuple(parts), shape=matrix.shape, copy=False))
+    again = Sparse(mapped[0], mapped[1], (17, 23), (5, 6))
+    x = normal(*ODD, dtype=torch.float32)
+    assert torch.equal(again.A(x), operator.A(x))
+    assert np.shares_memory(again.matrix.data, mapped[0].data)
+
+
+def test_stack_splits_into_its_parts():
+    x = normal(2, 3, 15, 21)
+    pool, blur = Pool(3), Blur(lopsided_kernel(), (15, 21))
+    stack = Stack([pool, blur], (3, 15, 21))
+    first, second = stack.split(stack.A(x))
+    assert torch.equal(first, pool.A(x))
+    assert torch.equal(second, blur.A(x))
+
+
+def test_stack_refuses_real_beside_complex_data():
+    with pytest.raises(ValueError, match="not both"):
+        Stack([Identity(), Fourier(coin(1, 1, 17, 23), channels=1)], (1, 17, 23))
+
+
+def test_compose_is_one_after_the_other():
+    x, blur = normal(2, 3, 15, 21), Blur(lopsided_kernel(), (15, 21))
+    assert torch.equal(Compose(Pool(3), blur).A(x), Pool(3).A(blur.A(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Mask(torch.ones(1, 1, 4, 4)), "boolean"),
+        (lambda: Fourier(coin(1, 1, 4, 4), channels=3), "1 .real. or 2"),
+        (lambda: Fourier(coin(1, 1, 4, 4), channels=2).A(normal(1, 1, 4, 4)), "expected 2"),
+        (lambda: Blur(lopsided_kernel(), (4, 4)).A(normal(1, 1, 4, 5)), "built for"),
+        (lambda: Pool(0), "factor"),
+        (lambda: sparse().A(normal(1, 1, 17, 24)), "expected"),
+        (lambda: Sparse(sparse().matrix, sparse().matrix, (17, 23), (5, 6)), "do not map"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_moving_to_a_device_reaches_nested_operators():
+    mask = Mask(coin(2, 1, 15, 21))
+    moved = Compose(mask, Blur(lopsided_kernel(), (15, 21))).to("meta")
+    assert moved.outer.mask.device.type == moved.inner.transfer.device.type == "meta"
+    assert mask.mask.device.type == "cpu"
+
+
+def test_adjoint_gap_sums_in_double_precision():
+    x = normal(1, 1, 64, 64, dtype=torch.float32)
+    assert adjoint_gap(Identity(), x, x) < 1e-14
