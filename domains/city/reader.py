@@ -1,0 +1,193 @@
+"""Reads city images: PNG, JPEG and TIFF through scikit-image, and video frames through OpenCV.
+
+EXIF orientation is left as it is: pixels come as the sensor wrote them. `meta` of the record
+tells the writer and the physics what they need: `value_range` (black and white of the values)
+and `layout` (how a TIFF orders its axes).
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domains.base import Array, BadInputError, Item, ItemRecord
+from domains.files import file_digest, keyed_id, require_file, require_finite, require_size
+
+FORMATS = {
+    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff",
+}  # fmt: skip
+VIDEO_SUFFIXES = (".mp4", ".avi")
+SUFFIXES = tuple(FORMATS)
+
+
+def read(path: Path) -> Item:
+    """Read one image (1 frame) or video (z = frames); pixels (c z h w) in the file's dtype.
+
+    Raises:
+        BadInputError: if the file cannot be used.
+    """
+    require_file(path)
+    suffix = path.suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return _item(path, _read_video(path), "video", {})
+    if suffix not in FORMATS:
+        raise BadInputError(f"{path}: not an image we read; expected {', '.join(SUFFIXES)}")
+    try:
+        if FORMATS[suffix] == "tiff":
+            pixels, meta = _read_tiff(path)
+        else:
+            pixels, meta = _read_photograph(path)
+    except BadInputError:
+        raise
+    except Exception as error:
+        raise BadInputError(
+            f"{path}: not a readable {FORMATS[suffix].upper()} image; export it again"
+        ) from error
+    return _item(path, pixels, FORMATS[suffix], meta)
+
+
+def _item(path: Path, pixels: Array, source_format: str, meta: dict[str, Any]) -> Item:
+    """Check the pixels (c z h w) and give them a record."""
+    if pixels.dtype.kind not in "uif" or pixels.dtype.itemsize > 8:
+        raise BadInputError(f"{path}: pixels of type {pixels.dtype.name} are not supported")
+    require_finite(path, pixels)
+    digest = file_digest(path)
+    c, z, h, w = pixels.shape
+    record = ItemRecord(
+        item_id=keyed_id("city", digest, b""),
+        domain="city",
+        shape=(c, z, h, w),
+        dtype=pixels.dtype.name,
+        units="intensity",
+        source_digest=digest,
+        source_format=source_format,
+        meta={**meta, "value_range": value_range(pixels)},
+    )
+    return Item(np.ascontiguousarray(pixels), record)
+
+
+def value_range(pixels: Array) -> list[float]:
+    """Black and white of the values: invertible, coarse, and never tighter than the data.
+
+    8-bit images span their dtype. Satellites and cameras put 10 to 14 bits into 16, so that
+    other whole numbers span the power of two they fit in; fractions within [0, 1] span that.
+    """
+    if pixels.dtype == np.uint8:
+        return [0.0, 255.0]
+    low, high = float(pixels.min()), float(pixels.max())
+    if pixels.dtype.kind == "f" and low >= 0 and high <= 1:
+        return [0.0, 1.0]
+    num_bits = max(8, int(np.ceil(np.log2(max(abs(low), high, 1.0) + 1))))
+    white = 2.0**num_bits - 1
+    return [-white if low < 0 else 0.0, white]
+
+
+def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
+    """PNG or JPEG: (c 1 h w), uint8 or uint16."""
+    from PIL import Image
+
+    with Image.open(path) as header:
+        mode, (width, height) = header.mode, header.size
+        require_size(path, (height, width), (height, width))
+        if mode in ("CMYK", "YCCK", "LAB", "HSV"):
+            raise BadInputError(f"{path}: {mode} colours are not supported; convert it to RGB")
+        transparent = "transparency" in header.info
+    image = _decode(path, sixteen_bit_colour=_is_deep_colour_png(path))
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
+    bands = image[..., None] if image.ndim == 2 else image
+    meta: dict[str, Any] = {}
+    if bands.shape[2] in (2, 4):
+        bands = _without_alpha(path, bands)
+        meta["alpha"] = "opaque"
+    elif transparent:
+        raise BadInputError(f"{path}: it has transparent pixels; save it without transparency")
+    return bands.transpose(2, 0, 1)[:, None], meta
+
+
+def _decode(path: Path, *, sixteen_bit_colour: bool) -> Array:
+    """Decode through scikit-image; colour PNGs of 16 bits through OpenCV.
+
+    Pillow, which scikit-image uses, silently reduces those to 8 bits.
+    """
+    if not sixteen_bit_colour:
+        from skimage import io
+
+        return np.asarray(io.imread(path))
+    import cv2
+
+    image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise ValueError("OpenCV cannot decode it")
+    order = [2, 1, 0, 3][: image.shape[2]]
+    return np.asarray(image[..., order])
+
+
+def _is_deep_colour_png(path: Path) -> bool:
+    """True if the file is a PNG with 16 bits a sample and more than one sample a pixel."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    return head[:8] == b"\x89PNG\r\n\x1a\n" and head[24] == 16 and head[25] in (2, 4, 6)
+
+
+def _without_alpha(path: Path, bands: Array) -> Array:
+    """Drop an alpha channel that says nothing."""
+    if bands[..., -1].min() != np.iinfo(bands.dtype).max:
+        raise BadInputError(f"{path}: it has transparent pixels; save it without transparency")
+    return bands[..., :-1]
+
+
+def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
+    """TIFF of any number of bands and pages: (c z h w) in the file's dtype."""
+    import tifffile
+    from skimage import io
+
+    with tifffile.TiffFile(path) as tiff:
+        series = tiff.series[0]
+        axes, shape = series.axes, series.shape
+    size = dict(zip(axes, shape, strict=True))
+    require_size(path, shape, (size["Y"], size["X"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tifffile warns of private tags
+        image = np.asarray(io.imread(path)).reshape(shape)
+    bands = [a for a in axes if a in "SC"]
+    pages = [a for a in axes if a not in "SCYX"]
+    if len(bands) > 1 or len(pages) > 1:
+        raise BadInputError(f"{path}: axes {axes} are not one image; export one image per file")
+    order = [axes.index(a) for a in (*bands, *pages, "Y", "X")]
+    pixels = image.transpose(order)
+    if not bands:
+        pixels = pixels[None]
+    if not pages:
+        pixels = pixels[:, None]
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.uint8) * 255
+    layout = "planar" if bands and axes.index(bands[0]) < axes.index("Y") else "interleaved"
+    return pixels, {"layout": layout}
+
+
+def _read_video(path: Path) -> Array:
+    """All frames of a video: (3 z h w) uint8, RGB."""
+    import cv2
+
+    capture = cv2.VideoCapture(str(path))
+    try:
+        if not capture.isOpened():
+            raise BadInputError(f"{path}: not a readable video; export it again")
+        props = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
+        z, h, w = (int(capture.get(prop)) for prop in props)
+        require_size(path, (z, h, w, 3), (h, w))
+        frames = []
+        while True:
+            found, frame = capture.read()
+            if not found:
+                break
+            frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    finally:
+        capture.release()
+    if not frames:
+        raise BadInputError(f"{path}: the video has no readable frame; export it again")
+    return np.stack(frames).transpose(3, 0, 1, 2)

@@ -1,0 +1,76 @@
+"""Writes city images: PNG or TIFF, in the source's dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from domains.base import Array, BadInputError, Item
+
+
+def write(item: Item, stem: Path) -> Path:
+    """Write an item: TIFF if it came from one or PNG cannot hold it, else PNG.
+
+    Values are rounded to the record's dtype and bounded by it. JPEG and video sources are
+    written as PNG: a second lossy pass would undo part of the restoration.
+
+    Returns:
+        The path written: stem + ".png" or ".tif".
+    """
+    pixels = to_dtype(item.pixels, np.dtype(item.record.dtype))
+    c, z, _, _ = pixels.shape
+    fits_png = z == 1 and c in (1, 3) and pixels.dtype in (np.uint8, np.uint16)
+    if item.record.source_format == "tiff" or not fits_png:
+        return _write_tiff(pixels, stem, item.record.meta.get("layout", "interleaved"))
+    return _write_png(pixels[:, 0], stem, opaque=item.record.meta.get("alpha") == "opaque")
+
+
+def to_dtype(pixels: Array, dtype: np.dtype[np.generic]) -> Array:
+    """Round and bound computed values to a dtype; values that fit are unchanged."""
+    if pixels.dtype == dtype or dtype.kind == "f":
+        return pixels.astype(dtype)
+    info = np.iinfo(dtype)  # type: ignore[type-var]
+    return np.clip(np.rint(pixels), info.min, info.max).astype(dtype)
+
+
+def _write_png(bands: Array, stem: Path, *, opaque: bool) -> Path:
+    """Write (c h w) as PNG; `opaque` puts back the alpha channel that the source had."""
+    import cv2
+
+    path = stem.with_name(stem.name + ".png")
+    image = bands[::-1].transpose(1, 2, 0)  # OpenCV wants BGR, and writes 16-bit colour
+    if opaque:
+        alpha = np.full_like(image[..., :1], np.iinfo(image.dtype).max)
+        grey = image.shape[2] == 1
+        image = np.concatenate([*([image] * (3 if grey else 1)), alpha], axis=2)
+    found, data = cv2.imencode(".png", np.ascontiguousarray(image))
+    if not found:
+        raise BadInputError(f"{path}: cannot be written as PNG")
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def _write_tiff(pixels: Array, stem: Path, layout: str) -> Path:
+    """Write (c z h w) as TIFF: bands interleaved or planar as in the source, z as pages."""
+    import tifffile
+
+    path = stem.with_name(stem.name + ".tif")
+    planar = layout == "planar"
+    c, z, _, _ = pixels.shape
+    image = pixels.transpose(1, 0, 2, 3) if planar else pixels.transpose(1, 2, 3, 0)
+    image = image[0] if z == 1 else image
+    if c == 1:
+        image = image.squeeze(-3 if planar else -1)
+        config = None
+    else:
+        config = "separate" if planar else "contig"
+    tifffile.imwrite(
+        path,
+        np.ascontiguousarray(image),
+        photometric="rgb" if c == 3 and pixels.dtype.kind == "u" else "minisblack",
+        planarconfig=config,
+        compression="deflate",
+        metadata=None,
+    )
+    return path

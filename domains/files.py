@@ -1,0 +1,157 @@
+"""What all readers share: digests, bounds checked before decoding, keyed names, pixel checks."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from domains.base import Array, BadInputError, Item
+
+MIN_SIDE = 16
+"""Shortest side of an image, in pixels: less holds no structure to restore."""
+
+MAX_PIXELS = 2**30
+"""Most pixels (over all slices and bands) that one file may hold; checked on the header."""
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def keyed_id(domain: str, digest: str, key: bytes) -> str:
+    """A name for a user's own file that tells nothing without the site's key.
+
+    Args:
+        domain: name of the domain, the id's prefix.
+        digest: sha256 of the source.
+        key: secret of the site; b"" gives the same name everywhere.
+    """
+    code = hmac.new(key, f"{domain}:{digest}".encode(), hashlib.sha256).hexdigest()
+    return f"{domain}-{code[:12]}"
+
+
+def with_site_key(item: Item, key: bytes) -> Item:
+    """The item under the name that this site's key gives it."""
+    item_id = keyed_id(item.record.domain, item.record.source_digest, key)
+    return Item(item.pixels, replace(item.record, item_id=item_id))
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is not a file with something in it.
+
+    Raises:
+        BadInputError: naming the path and what is wrong.
+    """
+    if not path.is_file():
+        raise BadInputError(f"{path}: there is no such file; check the path")
+    if path.stat().st_size == 0:
+        raise BadInputError(f"{path}: the file is empty; fetch or export it again")
+
+
+def require_size(path: Path, shape: tuple[int, ...], height_width: tuple[int, int]) -> None:
+    """Refuse sizes that cannot be restored, before any pixel is decoded.
+
+    Args:
+        path: for the message.
+        shape: all dimensions that the header states.
+        height_width: of one slice.
+
+    Raises:
+        BadInputError: if a slice is under MIN_SIDE or the whole over MAX_PIXELS.
+    """
+    num_pixels = math.prod(shape)
+    size = " x ".join(str(n) for n in shape)
+    if num_pixels > MAX_PIXELS:
+        raise BadInputError(f"{path}: {size} is over the limit of {MAX_PIXELS} pixels; split it")
+    if num_pixels <= 0 or min(height_width) < MIN_SIDE:
+        raise BadInputError(
+            f"{path}: {size} pixels is too small; images need at least {MIN_SIDE} x {MIN_SIDE}"
+        )
+
+
+def require_finite(path: Path, pixels: Array) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        BadInputError: with the number of such pixels.
+    """
+    if not np.issubdtype(pixels.dtype, np.floating):
+        return
+    num_bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
+    if num_bad:
+        raise BadInputError(
+            f"{path}: {num_bad} pixels are NaN or infinite; replace them by numbers first"
+        )
+
+
+def select(
+    item: Item, *, slices: Sequence[int] | None = None, crop: Sequence[int] | None = None
+) -> Item:
+    """A part of an item: some of its slices or frames, and a window of each.
+
+    The affine moves with the window. Slices that are not evenly spaced have no exact affine: it
+    then steps by their mean distance, and `meta["slices"]` names them as the source counts them.
+
+    Args:
+        item: the whole.
+        slices: indices along z, increasing; None takes all.
+        crop: (top, left, height, width) in pixels; None takes the whole plane.
+
+    Raises:
+        BadInputError: if the item does not have these slices or this window.
+    """
+    _, z, h, w = item.pixels.shape
+    indices = list(range(z)) if slices is None else [int(s) for s in slices]
+    top, left, height, width = (0, 0, h, w) if crop is None else (int(v) for v in crop)
+    inside = 0 <= top and 0 <= left and top + height <= h and left + width <= w
+    if not indices or indices[0] < 0 or indices[-1] >= z or not inside or min(height, width) < 1:
+        raise BadInputError(
+            f"{item.record.item_id}: slices {indices[:1]}..{indices[-1:]} and crop {crop} do not "
+            f"lie in its {z} x {h} x {w} pixels; choose others"
+        )
+    first, step = indices[0], 1.0
+    if len(indices) > 1:
+        step = (indices[-1] - first) / (len(indices) - 1)
+    evenly = indices == list(range(first, indices[-1] + 1, max(round(step), 1)))
+    planes = item.pixels[:, slice(first, indices[-1] + 1, round(step)) if evenly else indices]
+    pixels = planes[:, :, top : top + height, left : left + width]
+    meta = dict(item.record.meta)
+    if slices is not None:
+        before = meta.get("slices") or list(range(z))
+        meta["slices"] = [before[i] for i in indices]
+    if crop is not None:
+        above = meta.get("crop") or [0, 0]
+        meta["crop"] = [above[0] + top, above[1] + left, height, width]
+    record = replace(
+        item.record,
+        shape=pixels.shape,
+        affine=_moved(item.record.affine, (left, top, first), step),
+        spacing_mm=_stretched(item.record.spacing_mm, step),
+        meta=meta,
+    )
+    return Item(pixels, record)
+
+
+def _moved(
+    affine: tuple[tuple[float, ...], ...] | None, origin_xyz: tuple[int, int, int], step: float
+) -> tuple[tuple[float, ...], ...] | None:
+    """The affine of a window that starts at an origin and steps along z."""
+    if affine is None:
+        return None
+    window = np.diag([1.0, 1.0, step, 1.0])
+    window[:3, 3] = origin_xyz
+    return tuple(tuple(float(v) for v in row) for row in np.array(affine) @ window)
+
+
+def _stretched(
+    spacing: tuple[float, float, float] | None, step: float
+) -> tuple[float, float, float] | None:
+    return None if spacing is None else (spacing[0] * step, spacing[1], spacing[2])

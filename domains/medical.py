@@ -1,0 +1,225 @@
+"""NIfTI and NRRD for the medical domains: read and oriented through MONAI, written by nibabel.
+
+The canonical orientation is LPS: array axes (x, y, z) run to the patient's Left, Posterior and
+Superior, so that a slice (row = y, column = x) shows the patient as a radiologist hangs the
+film. Getting there is a permutation and flips of axes, never an interpolation, and the affine
+moves with it; the codes of the source are kept, so that writing returns to them exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domains.base import Array, BadInputError, Item, ItemRecord
+from domains.files import file_digest, keyed_id, require_file, require_finite, require_size
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+NRRD_SUFFIXES = (".nrrd", ".nhdr")
+SUFFIXES = (*NIFTI_SUFFIXES, *NRRD_SUFFIXES)
+CANONICAL = "LPS"
+LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a medical file says of itself before its pixels are read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    scaled: bool
+    source_format: str
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix as medical files have it: .nii.gz counts as one."""
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def read_header(path: Path) -> Header:
+    """Read a header alone.
+
+    Raises:
+        BadInputError: if the file is not what its suffix says.
+    """
+    suffix = suffix_of(path)
+    if suffix not in SUFFIXES:
+        raise BadInputError(f"{path}: not a NIfTI or NRRD file; expected {', '.join(SUFFIXES)}")
+    try:
+        return _nifti_header(path) if suffix in NIFTI_SUFFIXES else _nrrd_header(path)
+    except Exception as error:
+        kind = "NIfTI" if suffix in NIFTI_SUFFIXES else "NRRD"
+        raise BadInputError(
+            f"{path}: not a readable {kind} file ({_reason(error)}); export it again"
+        ) from error
+
+
+def _nifti_header(path: Path) -> Header:
+    import nibabel
+
+    image = nibabel.load(path)
+    # nibabel clears the scale in the loaded header; the data proxy has it.
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
+    return Header(tuple(image.shape), image.get_data_dtype(), scaled, "nifti")
+
+
+def _nrrd_header(path: Path) -> Header:
+    import nrrd
+
+    header = nrrd.read_header(str(path))
+    shape = tuple(int(n) for n in header["sizes"])
+    return Header(shape, nrrd.reader._determine_datatype(header), False, "nrrd")
+
+
+def read_volume(path: Path, domain: str, units: str) -> Item:
+    """Read one NIfTI or NRRD volume in canonical orientation.
+
+    Integer values stay as they are stored; scaled or floating values become float32.
+
+    Args:
+        path: .nii, .nii.gz, .nrrd or .nhdr; 2-D, 3-D, or 4-D with a last dimension of 1.
+        domain: name of the domain, for the record.
+        units: of the values, for the record.
+
+    Returns:
+        The item, pixels (1 z h w), affine of array axes (x, y, z).
+
+    Raises:
+        BadInputError: if it cannot be used.
+    """
+    require_file(path)
+    header = read_header(path)
+    shape = _volume_shape(path, header.shape)
+    # Orientation may permute the axes: no axis but the slice axis may be short, and that is
+    # known only afterwards, so the check before decoding takes the two longest.
+    require_size(path, shape, _two_longest(shape))
+    try:
+        pixels, affine, codes = _load(path, shape, header.source_format)
+    except Exception as error:
+        raise BadInputError(
+            f"{path}: the pixels cannot be read ({_reason(error)}); export it again"
+        ) from error
+    require_size(path, pixels.shape, (pixels.shape[2], pixels.shape[3]))
+    pixels = _stored_values(path, pixels, header)
+    digest = file_digest(path)
+    record = ItemRecord(
+        item_id=keyed_id(domain, digest, b""),
+        domain=domain,
+        shape=pixels.shape,
+        dtype=pixels.dtype.name,
+        units=units,
+        source_digest=digest,
+        source_format=header.source_format,
+        spacing_mm=spacing_of(affine),
+        affine=tuple(tuple(float(v) for v in row) for row in affine),
+        meta={"orientation": codes, "num_source_dims": len(header.shape)},
+    )
+    return Item(pixels, record)
+
+
+def _volume_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(x, y, z) of a 2-D, 3-D or trivially 4-D file."""
+    core = shape
+    while len(core) > 3 and core[-1] == 1:
+        core = core[:-1]
+    if len(core) == 2:
+        core = (*core, 1)
+    if len(core) != 3:
+        size = " x ".join(str(n) for n in shape)
+        raise BadInputError(f"{path}: {size} is not one volume; export one volume per file")
+    return (core[0], core[1], core[2])
+
+
+def _two_longest(shape: tuple[int, int, int]) -> tuple[int, int]:
+    _, middle, longest = sorted(shape)
+    return (middle, longest)
+
+
+def _load(
+    path: Path, shape: tuple[int, int, int], source_format: str
+) -> tuple[Array, Array, str]:
+    """Pixels (1 z h w) and affine in canonical orientation, and the source's axis codes."""
+    import nibabel
+    import torch
+    from monai.data import MetaTensor, NibabelReader, NrrdReader
+    from monai.transforms import LoadImage, Orientation
+
+    # float64 holds every integer and float that the formats store without loss.
+    reader = NibabelReader() if source_format == "nifti" else NrrdReader(dtype=None)
+    image = LoadImage(reader=reader, image_only=True, dtype=None)(str(path))
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise ValueError("its affine is singular")
+    volume = MetaTensor(image.as_tensor().reshape(1, *shape), affine=torch.tensor(affine))
+    codes = "".join(nibabel.aff2axcodes(affine))
+    oriented = Orientation(axcodes=CANONICAL, labels=LABELS)(volume)
+    pixels = np.ascontiguousarray(oriented.numpy().transpose(0, 3, 2, 1))
+    return pixels, oriented.affine.numpy().astype(np.float64), codes
+
+
+def _stored_values(path: Path, pixels: Array, header: Header) -> Array:
+    """Integers in the dtype that the file has, everything else in float32; finite."""
+    if header.dtype.kind in "iu" and not header.scaled:
+        return pixels.astype(header.dtype.newbyteorder("="))
+    require_finite(path, pixels)
+    with np.errstate(over="ignore"):
+        values = pixels.astype(np.float32)
+    require_finite(path, values)
+    return values
+
+
+def spacing_of(affine: Array) -> tuple[float, float, float]:
+    """(z, y, x) spacing in mm of an affine of array axes (x, y, z)."""
+    x, y, z = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)
+    return (float(z), float(y), float(x))
+
+
+def write_volume(item: Item, stem: Path, dtype: np.dtype[Any]) -> Path:
+    """Write an item as NIfTI (gzip) in its source's orientation, with its exact affine.
+
+    Args:
+        item: pixels (1 z h w) in canonical orientation.
+        stem: path without suffix.
+        dtype: to write; values are taken as they are, so round before.
+
+    Returns:
+        stem + ".nii.gz".
+    """
+    import nibabel
+    from nibabel import orientations
+
+    record = item.record
+    if item.pixels.shape[0] != 1:
+        raise BadInputError(f"{stem}: a NIfTI volume has one channel, got {item.pixels.shape[0]}")
+    affine = np.array(record.affine) if record.affine else _affine_of_spacing(record)
+    volume = item.pixels[0].transpose(2, 1, 0)
+    transform = orientations.ornt_transform(
+        orientations.axcodes2ornt(nibabel.aff2axcodes(affine)),
+        orientations.axcodes2ornt(record.meta.get("orientation", CANONICAL)),
+    )
+    affine = affine @ orientations.inv_ornt_aff(transform, volume.shape)
+    volume = np.ascontiguousarray(orientations.apply_orientation(volume, transform), dtype=dtype)
+    image = nibabel.Nifti1Image(volume, affine, dtype=volume.dtype)
+    # sform holds the affine as it is; the qform cannot hold shears and is left unset.
+    image.set_sform(affine, code=1)
+    image.set_qform(None, code=0)
+    image.header.set_xyzt_units("mm")
+    path = stem.with_name(stem.name + ".nii.gz")
+    nibabel.save(image, path)
+    return path
+
+
+def _affine_of_spacing(record: ItemRecord) -> Array:
+    """An LPS affine about the origin for items that came without one."""
+    z, y, x = record.spacing_mm or (1.0, 1.0, 1.0)
+    return np.diag([-x, -y, z, 1.0])
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, short enough for a sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:120].rstrip(".")

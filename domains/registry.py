@@ -1,0 +1,36 @@
+"""Finds domains by entry point: the built-in ones use the same door as guests."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+from domains.base import BadInputError, Domain
+
+GROUP = "sashiko.domains"
+
+
+def _found() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def domain_names() -> list[str]:
+    """Names of the installed domains, sorted; imports none of them."""
+    return sorted(_found())
+
+
+def load_domain(name: str) -> Domain:
+    """Load a domain.
+
+    Raises:
+        BadInputError: if no installed package offers a usable domain of that name.
+    """
+    point = _found().get(name)
+    if point is None:
+        known = ", ".join(domain_names()) or "none is installed"
+        raise BadInputError(f"unknown domain '{name}': choose one of {known}")
+    domain_class = point.load()
+    if not (isinstance(domain_class, type) and issubclass(domain_class, Domain)):
+        raise BadInputError(
+            f"domain '{name}': its entry point {point.value} is no subclass of domains.base.Domain"
+        )
+    return domain_class()

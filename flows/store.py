@@ -1,0 +1,315 @@
+"""Datasets of items and stores of measurements, in Zarr v3.
+
+One chunk is one slice of one item (all its channels), so that a block of a run reads only what
+it needs. Stores are immutable and named by their content; store_files.py says how they are
+published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import zarr
+
+from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
+from flows.store_files import (
+    StoreWriter,
+    array_digest,
+    json_digest,
+    read_manifest,
+    write_array,
+)
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class MeasurementEntry:
+    """What a store says of one measurement: everything but the arrays.
+
+    Attributes:
+        item_id: of the item that is measured.
+        task: name of the task.
+        record: of the item.
+        num_slices: along z.
+        operator: kind of operator.
+        params: of the operator.
+        noise: the noise model.
+        digest: sha256 of the content: arrays, parameters, record.
+        num_bytes: of all arrays in memory.
+        y_shape: (z, *m).
+        arrays: array name -> sha256; "y", and "array-NAME" for the operator's.
+        truth_digest: of the true pixels if simulated.
+        seed: of the simulation.
+    """
+
+    item_id: str
+    task: str
+    record: ItemRecord
+    num_slices: int
+    operator: str
+    params: Mapping[str, Any]
+    noise: Mapping[str, Any]
+    digest: str
+    num_bytes: int
+    y_shape: tuple[int, ...]
+    arrays: Mapping[str, str]
+    truth_digest: str | None
+    seed: int
+
+
+def record_to_json(record: ItemRecord) -> dict[str, Any]:
+    """A record as JSON-able values."""
+    return dict(json.loads(json.dumps(asdict(record))))
+
+
+def record_from_json(values: Mapping[str, Any]) -> ItemRecord:
+    """The record that record_to_json wrote."""
+    fields = dict(values)
+    fields["shape"] = tuple(fields["shape"])
+    if fields["spacing_mm"] is not None:
+        fields["spacing_mm"] = tuple(fields["spacing_mm"])
+    if fields["affine"] is not None:
+        fields["affine"] = tuple(tuple(row) for row in fields["affine"])
+    return ItemRecord(**fields)
+
+
+class DatasetWriter(StoreWriter):
+    """Writes a dataset of items; see StoreWriter."""
+
+    kind = "sashiko-dataset"
+
+    def add(self, item: Item) -> None:
+        """Add an item.
+
+        Raises:
+            BadInputError: if the dataset has one of that name.
+        """
+        values = record_to_json(item.record)
+        item_id = item.record.item_id
+        if any(e["record"]["item_id"] == item_id for e in self._entries):
+            raise BadInputError(f"{item_id}: the dataset holds it already; leave one out")
+        c, _, h, w = item.pixels.shape
+        group = self._group.create_group(f"items/{item_id}", attributes={"record": values})
+        write_array(group, "pixels", item.pixels, (c, 1, h, w))
+        self._entries.append({"record": values, "pixels_digest": array_digest(item.pixels)})
+
+
+class MeasurementWriter(StoreWriter):
+    """Writes measurements of any items and tasks; see StoreWriter."""
+
+    kind = "sashiko-measurements"
+
+    def add(self, measurement: Measurement) -> None:
+        """Add a measurement.
+
+        Raises:
+            BadInputError: if the store has one of that item and task.
+        """
+        arrays = _named_arrays(measurement)
+        values = _measurement_to_json(measurement, arrays)
+        item_id, task = measurement.record.item_id, measurement.task
+        if any((e["record"]["item_id"], e["task"]) == (item_id, task) for e in self._entries):
+            raise BadInputError(f"{item_id}: the store holds its {task} already; leave one out")
+        group = self._group.create_group(f"measurements/{item_id}/{task}", attributes=values)
+        shared = _shared_names(measurement.params)
+        for name, array in arrays.items():
+            write_array(group, name, array, array.shape if name in shared else (1, *array.shape[1:]))
+        self._entries.append(values)
+
+
+def _named_arrays(measurement: Measurement) -> dict[str, Array]:
+    """Every array of a measurement under its name in the store."""
+    return {"y": measurement.y, **{f"array-{k}": v for k, v in measurement.arrays.items()}}
+
+
+def _shared_names(params: Mapping[str, Any]) -> set[str]:
+    """Names in the store of the arrays that all slices share."""
+    return {f"array-{name}" for name in params.get("shared_arrays", ())}
+
+
+def _measurement_to_json(measurement: Measurement, arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """All of a measurement but its arrays, which their digests stand for."""
+    values = {
+        "task": measurement.task,
+        "record": record_to_json(measurement.record),
+        "operator": measurement.operator,
+        "params": dict(measurement.params),
+        "noise": dict(measurement.noise),
+        "truth_digest": measurement.truth_digest,
+        "seed": measurement.seed,
+        "num_bytes": int(sum(array.nbytes for array in arrays.values())),
+        "y_shape": list(measurement.y.shape),
+        "arrays": {name: array_digest(array) for name, array in arrays.items()},
+    }
+    values = json.loads(json.dumps(values))
+    return {**values, "digest": json_digest(values)}
+
+
+def _entry_from_json(values: Mapping[str, Any]) -> MeasurementEntry:
+    record = record_from_json(values["record"])
+    fields = {**values, "record": record, "y_shape": tuple(values["y_shape"])}
+    return MeasurementEntry(item_id=record.item_id, num_slices=record.shape[1], **fields)
+
+
+class Store:
+    """A finished store, open for reading.
+
+    Attributes:
+        path: its folder.
+        manifest: as it stands, facts noted by the writer included.
+        content_digest: sha256 of the content: the same entries give the same digest anywhere.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: Path) -> None:
+        """Open a store.
+
+        Raises:
+            BadInputError: if there is none of this kind at the path.
+        """
+        self.path = path
+        self.manifest = read_manifest(path)
+        if self.manifest["kind"] != self.kind:
+            raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
+        self.content_digest: str = self.manifest["digest"]
+        self._group = zarr.open_group(path, mode="r", zarr_format=3)
+
+    def _array(self, name: str, where: Any) -> Array:
+        """A part of an array; only the chunks it touches are read."""
+        try:
+            return np.asarray(self._group[name][where])  # type: ignore[index]
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise BadInputError(
+                f"{self.path}: a chunk of {name} is damaged or missing; make the store again"
+            ) from error
+
+
+class Dataset(Store):
+    """A dataset, open for reading."""
+
+    kind = DatasetWriter.kind
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        records = [record_from_json(e["record"]) for e in self.manifest["entries"]]
+        self._records = {record.item_id: record for record in records}
+        self._digests = {
+            e["record"]["item_id"]: str(e["pixels_digest"]) for e in self.manifest["entries"]
+        }
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of the content: the same items give the same digest anywhere."""
+        return self.content_digest
+
+    def items(self) -> list[ItemRecord]:
+        """Records of all items, in the order they came in."""
+        return list(self._records.values())
+
+    def record(self, item_id: str) -> ItemRecord:
+        """The record of one item.
+
+        Raises:
+            BadInputError: if the dataset has no such item.
+        """
+        if item_id not in self._records:
+            raise BadInputError(f"{self.path}: holds no item '{item_id}'; choose one of its items")
+        return self._records[item_id]
+
+    def pixels_digest(self, item_id: str) -> str:
+        """Sha256 of one item's pixels."""
+        self.record(item_id)
+        return self._digests[item_id]
+
+    def read(self, item_id: str, z: slice = ALL) -> Item:
+        """Read an item, or the slices z of it.
+
+        Raises:
+            BadInputError: if the dataset has no such item, or a chunk is damaged.
+        """
+        record = self.record(item_id)
+        start, stop, _ = z.indices(record.shape[1])
+        pixels = self._array(f"items/{item_id}/pixels", (ALL, slice(start, stop)))
+        c, _, h, w = record.shape
+        return Item(pixels, replace(record, shape=(c, stop - start, h, w)))
+
+
+class Measurements(Store):
+    """A store of measurements, open for reading."""
+
+    kind = MeasurementWriter.kind
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        entries = [_entry_from_json(e) for e in self.manifest["entries"]]
+        self._by_key = {(e.item_id, e.task): e for e in entries}
+
+    def entries(self) -> list[MeasurementEntry]:
+        """All measurements, in the order they came in."""
+        return list(self._by_key.values())
+
+    def entry(self, item_id: str, task: str) -> MeasurementEntry:
+        """One measurement's entry.
+
+        Raises:
+            BadInputError: if the store has no such measurement.
+        """
+        if (item_id, task) not in self._by_key:
+            raise BadInputError(f"{self.path}: holds no {task} of '{item_id}'; simulate it first")
+        return self._by_key[item_id, task]
+
+    def digest(self, item_id: str, task: str) -> str:
+        """Sha256 of the content of one measurement."""
+        return self.entry(item_id, task).digest
+
+    def read(self, item_id: str, task: str, z: slice = ALL) -> Measurement:
+        """Read a measurement, or that of the slices z.
+
+        Raises:
+            BadInputError: if the store has no such measurement, or a chunk is damaged.
+        """
+        entry = self.entry(item_id, task)
+        start, stop, _ = z.indices(entry.num_slices)
+        shared = _shared_names(entry.params)
+        arrays = {
+            name: self._array(
+                f"measurements/{item_id}/{task}/{name}",
+                ... if name in shared else slice(start, stop),
+            )
+            for name in entry.arrays
+        }
+        c, _, h, w = entry.record.shape
+        return Measurement(
+            record=replace(entry.record, shape=(c, stop - start, h, w)),
+            task=task,
+            operator=entry.operator,
+            params=entry.params,
+            noise=entry.noise,
+            y=arrays.pop("y"),
+            arrays={name.removeprefix("array-"): array for name, array in arrays.items()},
+            truth_digest=entry.truth_digest,
+            seed=entry.seed,
+        )
+
+
+def open_store(path: Path) -> Dataset | Measurements:
+    """Open a store of either kind.
+
+    Raises:
+        BadInputError: if the path holds neither.
+    """
+    kinds: dict[str, type[Dataset | Measurements]] = {
+        Dataset.kind: Dataset,
+        Measurements.kind: Measurements,
+    }
+    kind = read_manifest(path)["kind"]
+    if kind not in kinds:
+        raise BadInputError(f"{path}: a {kind} store is not known here; update sashiko")
+    return kinds[kind](path)

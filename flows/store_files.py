@@ -1,0 +1,181 @@
+"""The ground under flows/store.py: checksummed arrays, digests, and publishing by rename.
+
+A store is a folder: a Zarr v3 group with the arrays, and manifest.json, which says what is in it
+and with which sha256. It is written into a staging folder beside its final place, flushed to
+disk, and renamed once the manifest is in it: a killed writer leaves no store, and of two writers
+one wins. Every chunk carries a checksum (zstd's), so that a flipped bit is found on reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+from uuid import uuid4
+
+import numpy as np
+import psutil
+import zarr
+from zarr.codecs import ZstdCodec
+
+from domains.base import Array, BadInputError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+COMPRESSION_LEVEL = 3
+
+
+def array_digest(array: Array) -> str:
+    """Sha256 of an array: dtype, shape, and values in C order, little-endian."""
+    values = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    code = hashlib.sha256(f"{values.dtype.name}{values.shape}".encode())
+    code.update(values.reshape(-1).view(np.uint8).data)
+    return code.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Sha256 of a JSON-able value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def entries_digest(entries: list[dict[str, Any]]) -> str:
+    """Sha256 of all entries of a manifest; their order does not matter."""
+    return json_digest(sorted(json_digest(entry) for entry in entries))
+
+
+def write_array(group: zarr.Group, name: str, values: Array, chunk: tuple[int, ...]) -> None:
+    """Write one array with checksummed zstd chunks."""
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=tuple(max(n, 1) for n in chunk),
+        dtype=values.dtype,
+        compressors=[ZstdCodec(level=COMPRESSION_LEVEL, checksum=True)],
+        # A chunk that is not there must be damage, never "all zero".
+        config={"write_empty_chunks": True},
+    )
+    array[...] = values
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished store.
+
+    Raises:
+        BadInputError: if there is none, or it cannot be read.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise BadInputError(
+            f"{path}: not a store of ours, or an unfinished one (no {MANIFEST}); "
+            "make it with `sashiko ingest` or `sashiko simulate`"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        entries, kind, version = manifest["entries"], manifest["kind"], manifest["format"]
+        whole = manifest["digest"] == entries_digest(entries) and kind.startswith("sashiko-")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInputError(f"{file}: the manifest is damaged; make the store again") from error
+    if version != FORMAT:
+        raise BadInputError(f"{file}: format {version} is not known here; update sashiko")
+    if not whole:
+        raise BadInputError(f"{file}: the manifest is damaged; make the store again")
+    return dict(manifest)
+
+
+class StoreWriter:
+    """Writes one store: a context manager that publishes on a clean exit and else removes all.
+
+    Attributes:
+        path: where the store appears; must not exist.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._entries: list[dict[str, Any]] = []
+        self._facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self.path.exists():
+            raise BadInputError(
+                f"{self.path}: it exists already and stores never change; "
+                "choose another name or remove it"
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.path)
+        owner = f"{socket.gethostname()}@{os.getpid()}"
+        self._staging = self.path.with_name(f"{_staging_prefix(self.path)}{owner}@{uuid4().hex}")
+        self._group = zarr.create_group(self._staging, zarr_format=3)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a JSON-able fact in the manifest, outside the digest."""
+        self._facts[name] = value
+
+    def _publish(self) -> None:
+        """Write the manifest, flush everything to disk, and rename into place."""
+        manifest = {
+            **self._facts,
+            "kind": self.kind,
+            "format": FORMAT,
+            "digest": entries_digest(self._entries),
+            "entries": self._entries,
+        }
+        with (self._staging / MANIFEST).open("x", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1, sort_keys=True)
+        _flush_tree(self._staging)
+        try:
+            self._staging.rename(self.path)  # fails if a folder with content is there
+        except OSError as error:
+            if not self.path.exists():
+                raise
+            raise BadInputError(
+                f"{self.path}: another process made it meanwhile; that one is whole and stays"
+            ) from error
+        _flush(self.path.parent)
+
+
+def _staging_prefix(path: Path) -> str:
+    return f".{path.name}.staging@"
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed writers of this store left behind on this machine."""
+    for folder in path.parent.glob(f"{_staging_prefix(path)}*"):
+        host, pid, _ = folder.name.removeprefix(_staging_prefix(path)).split("@")
+        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    """Flush every file and folder below to disk, so that a power cut cannot tear a store."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(parent, name))
+        _flush(Path(parent))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
