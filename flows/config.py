@@ -156,6 +156,18 @@ class NightlySettings(Settings):
     compute: ComputeSettings = ComputeSettings()
 
 
+class ServeSettings(Settings):
+    """`sashiko serve`: a server, the flows as forms, and the nightly run."""
+
+    host: str = Field("127.0.0.1", description="loopback: the server asks nobody who they are")
+    port: int = Field(4200, ge=1, le=65535)
+    cron: str = Field("0 2 * * *", description="when `nightly` runs")
+    timezone: str = "UTC"
+    inbox: Path | None = Field(None, description="of nightly; default: under the home folder")
+    output: Path | None = Field(None, description="of nightly; default: under the home folder")
+    model: str = "champion"
+
+
 def config_path(*parts: str) -> Path:
     """Path of a shipped configuration file or folder."""
     return Path(str(files("configs").joinpath(*parts)))

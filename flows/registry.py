@@ -158,6 +158,13 @@ def promote(name: str, version: str | int) -> None:
     _crown(client, name, chosen)
 
 
+def tag_version(name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version: facts about it, kept with it."""
+    client = _client()
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version, key, value)
+
+
 def rollback(name: str) -> str:
     """Make the champion before the present one champion again; returns its version.
 

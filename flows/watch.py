@@ -10,27 +10,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows.engine.events import Event, EventHandler, ignore
 
+if TYPE_CHECKING:
+    from flows.api_review import Asker
+
 _LISTENER: ContextVar[EventHandler] = ContextVar("listener", default=ignore)
+_ASKER: ContextVar[Asker | None] = ContextVar("asker", default=None)
 _LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def listening(handler: EventHandler) -> Iterator[None]:
-    """Let `handler` hear the events of every flow called inside."""
-    token = _LISTENER.set(handler)
+def listening(handler: EventHandler, ask: Asker | None = None) -> Iterator[None]:
+    """Let `handler` hear the events of every flow called inside, and `ask` answer for a person."""
+    tokens = _LISTENER.set(handler), _ASKER.set(ask)
     try:
         yield
     finally:
-        _LISTENER.reset(token)
+        _LISTENER.reset(tokens[0])
+        _ASKER.reset(tokens[1])
 
 
 def listener() -> EventHandler:
     """The handler that listens here; one that ignores everything if none does."""
     return _LISTENER.get()
+
+
+def asker() -> Asker | None:
+    """Who puts a flow's question to the person at the terminal; None if there is no one."""
+    return _ASKER.get()
 
 
 def flow_events(key: str) -> EventHandler:
