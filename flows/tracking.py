@@ -11,7 +11,7 @@ them. So losing MLflow never loses a result and never fails the work that is bei
     HOME/mlflow-spool/RUN/         the files those entries name
 
 Nothing of this leaves the machine but to the store that was configured: MLflow's own telemetry
-is off. Importing this module imports no MLflow; that takes seconds and happens on first use.
+is off (flows.quiet). Importing this module imports no MLflow; that takes seconds and happens on first use.
 """
 
 from __future__ import annotations
@@ -41,10 +41,7 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 _LOG = logging.getLogger(__name__)
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+_PATIENCE = {
     # The defaults (7 retries, doubling from 2 s, of 120 s each) would hold work up for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -74,7 +71,7 @@ def open_client(home: Home | None = None) -> MlflowClient:
     home = home or Home()
     uri = home.tracking_uri
     _probe(uri)
-    for name, value in _QUIET.items():
+    for name, value in _PATIENCE.items():
         os.environ.setdefault(name, value)
     try:
         with warnings.catch_warnings():
