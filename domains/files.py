@@ -111,7 +111,7 @@ def select(
     _, z, h, w = item.pixels.shape
     indices = list(range(z)) if slices is None else [int(s) for s in slices]
     top, left, height, width = (0, 0, h, w) if crop is None else (int(v) for v in crop)
-    inside = 0 <= top and 0 <= left and top + height <= h and left + width <= w
+    inside = min(top, left) >= 0 and top + height <= h and left + width <= w
     if not indices or indices[0] < 0 or indices[-1] >= z or not inside or min(height, width) < 1:
         raise BadInputError(
             f"{item.record.item_id}: slices {indices[:1]}..{indices[-1:]} and crop {crop} do not "

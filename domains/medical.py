@@ -139,9 +139,7 @@ def _two_longest(shape: tuple[int, int, int]) -> tuple[int, int]:
     return (middle, longest)
 
 
-def _load(
-    path: Path, shape: tuple[int, int, int], source_format: str
-) -> tuple[Array, Array, str]:
+def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[Array, Array, str]:
     """Pixels (1 z h w) and affine in canonical orientation, and the source's axis codes."""
     import nibabel
     import torch

@@ -25,7 +25,7 @@ from typing import IO, Any, cast
 import yaml
 
 from domains.base import BadInputError, Item, Split
-from domains.files import file_digest
+from domains.files import file_digest, select
 
 BUILD_BACKEND = '''"""Stands in for setuptools while pip looks at a source archive.
 
@@ -345,9 +345,7 @@ def _matching(paths: list[Path], sha256: str) -> Path:
 
 
 def sample_item(item: Item, sample: SampleFile) -> Item:
-    """The item as the catalogue has it: cut to its part, with its public name, split and licence."""
-    from domains.files import select
-
+    """The item as the catalogue has it: its part alone, with public name, split and licence."""
     part = select(item, slices=_slice_range(sample), crop=sample.meta.get("crop"))
     record = replace(
         part.record,

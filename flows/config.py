@@ -61,6 +61,36 @@ class ComputeSettings(Settings):
     max_attempts: int = 3
 
 
+class SamplesSettings(Settings):
+    """`sashiko samples`: fetch the real sample data."""
+
+    extra: Path | None = Field(None, description="folder of further files, found by their sha256")
+    demo_only: bool = Field(False, description="only what the demo needs")
+
+
+class IngestSettings(Settings):
+    """`sashiko ingest`: files into one dataset."""
+
+    source: Path = Field(description="a file, or a folder with all below it")
+    domain: str
+    output: Path = Field(description="the dataset, a new .zarr folder")
+    split: Literal["unassigned", "train", "validation", "test", "by-group"] = Field(
+        "unassigned",
+        description="by-group: 80/10/10, by subfolder of the source (patient or scene)",
+    )
+
+
+class SimulateSettings(Settings):
+    """`sashiko simulate`: a task's measurements of a dataset's items."""
+
+    dataset: Path
+    tasks: list[str]
+    output: Path = Field(description="the measurements, a new .zarr folder")
+    items: list[str] | None = Field(None, description="default: all of the tasks' domains")
+    slices: list[int] | None = Field(None, description="slices or frames, default: all")
+    seed: int = 0
+
+
 class RestoreSettings(Settings):
     """`sashiko restore`."""
 

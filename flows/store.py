@@ -119,7 +119,8 @@ class MeasurementWriter(StoreWriter):
         group = self._group.create_group(f"measurements/{item_id}/{task}", attributes=values)
         shared = _shared_names(measurement.params)
         for name, array in arrays.items():
-            write_array(group, name, array, array.shape if name in shared else (1, *array.shape[1:]))
+            chunk = array.shape if name in shared else (1, *array.shape[1:])
+            write_array(group, name, array, chunk)
         self._entries.append(values)
 
 
@@ -184,7 +185,7 @@ class Store:
     def _array(self, name: str, where: Any) -> Array:
         """A part of an array; only the chunks it touches are read."""
         try:
-            return np.asarray(self._group[name][where])  # type: ignore[index]
+            return np.asarray(self._group[name][where])
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise BadInputError(
                 f"{self.path}: a chunk of {name} is damaged or missing; make the store again"
