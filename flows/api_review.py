@@ -16,7 +16,7 @@ from typing import Any
 
 from domains.base import BadInputError
 from flows import registry
-from flows.config import EvaluateSettings, Home, ReviewSettings, load_task
+from flows.config import EvaluateSettings, Home, ReviewSettings
 from flows.engine.events import Event, EventHandler, ignore
 
 Asker = Callable[["Comparison"], bool | None]
@@ -114,7 +114,9 @@ def decide(comparison: Comparison, answer: bool | None) -> ReviewResult:
     now = datetime.now(UTC).isoformat("T", "seconds")
     gains = {row.task: row.gain for row in comparison.tasks}
     note = {"decision": decision, "when": now, "against": comparison.champion, "gain_db": gains}
-    registry.tag_version(comparison.name, comparison.candidate, {"sashiko.review": json.dumps(note)})
+    registry.tag_version(
+        comparison.name, comparison.candidate, {"sashiko.review": json.dumps(note)}
+    )
     return ReviewResult(comparison, decision, promoted=bool(answer))
 
 
@@ -181,3 +183,11 @@ def _figures(
         psnr_candidate=fmean(candidate[key] for key in items),
         psnr_champion=None if champion is None else fmean(champion[key] for key in items),
     )
+
+
+def _demo_tasks(name: str) -> list[str]:
+    raise BadInputError(name)
+
+
+def _demo_dataset(name: str, on_event: EventHandler) -> Path:
+    raise BadInputError(name)

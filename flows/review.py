@@ -22,6 +22,8 @@ from flows.api_review import Comparison, ReviewResult, compare, decide
 from flows.config import ReviewSettings
 from flows.watch import asker, flow_events
 
+POLL_S = 10
+
 
 class ReviewAnswer(RunInput):
     """The form of the paused run."""
@@ -55,7 +57,7 @@ def _pause(comparison: Comparison, timeout_s: int) -> bool | None:
     )
     try:
         answer = pause_flow_run(
-            wait_for_input=form, timeout=timeout_s, poll_interval=min(10, timeout_s)
+            wait_for_input=form, timeout=timeout_s, poll_interval=min(POLL_S, timeout_s)
         )
     except FlowPauseTimeout:
         _leave_pause()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 120
 ZOMBIE_S = 600  # several heartbeats missed: 540 s is the least that the server tells apart reliably
 ZOMBIE_NAME = "sashiko: crash runs whose process is gone"
+_END_STATES = ("Completed", "Failed", "Cancelled", "Crashed")
 _START_TIMEOUT_S = 180.0
 
 
@@ -89,35 +90,32 @@ def deployments(settings: ServeSettings) -> list[RunnerDeployment]:
 
 def end_zombies() -> None:
     """Make the server mark runs as crashed whose heartbeat stopped; kill -9 leaves them Running."""
-    from prefect.automations import Automation
+    from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import EventTrigger, Posture
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    try:
-        Automation.read(name=ZOMBIE_NAME)
-    except ValueError:
-        ended = {f"prefect.flow-run.{s}" for s in ("Completed", "Failed", "Cancelled", "Crashed")}
-        Automation(
-            name=ZOMBIE_NAME,
-            trigger=EventTrigger(
-                after={"prefect.flow-run.heartbeat"},
-                expect={"prefect.flow-run.heartbeat", *ended},
-                match={"prefect.resource.id": ["prefect.flow-run.*"]},
-                for_each={"prefect.resource.id"},
-                posture=Posture.Proactive,
-                threshold=1,
-                within=timedelta(seconds=ZOMBIE_S),
-            ),
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.CRASHED,
-                    name="Crashed",
-                    message="its process sends no heartbeat any more",
-                    force=False,
-                )
-            ],
-        ).create()
+    ended = {f"prefect.flow-run.{state}" for state in _END_STATES}
+    gone = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *ended},
+        match={"prefect.resource.id": ["prefect.flow-run.*"]},
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=ZOMBIE_S),
+    )
+    crash = ChangeFlowRunState(
+        state=StateType.CRASHED,
+        name="Crashed",
+        message="its process sends no heartbeat any more",
+        force=False,
+    )
+    with get_client(sync_client=True) as client:
+        if not client.read_automations_by_name(ZOMBIE_NAME):
+            client.create_automation(
+                AutomationCore(name=ZOMBIE_NAME, description="", trigger=gone, actions=[crash])
+            )
 
 
 def _nightly(settings: ServeSettings) -> NightlySettings:

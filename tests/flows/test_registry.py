@@ -10,27 +10,13 @@ import pytest
 from diffusion_core.model import BadModelError, model_digest
 from domains.base import BadInputError
 from flows import registry
-from flows.config import Home
-from flows.tracking import open_client
 
 NAMES = ["sashiko-ct", "sashiko-mri", "sashiko-city"]
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables made, which takes seconds: once, then copied."""
-    home = tmp_path_factory.mktemp("store")
-    open_client(Home(home=home, mlflow_uri=None)).search_registered_models()
-    return home / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("SASHIKO_MLFLOW_URI", raising=False)
-    (tmp_path / "home").mkdir()
-    shutil.copy(empty_store, tmp_path / "home" / "mlflow.db")
-    return tmp_path / "home"
+def home(registry_home: Path) -> Path:
+    return registry_home
 
 
 def make_model(path: Path, weights: bytes) -> Path:
