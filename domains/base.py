@@ -206,8 +206,11 @@ class Domain(ABC):
         """(offset, gain) with (value - offset) * gain in [0, 1], for metrics alone."""
 
     @abstractmethod
-    def training_windows(self, item: Item) -> Mapping[str, Array]:
-        """{condition: pixels (c z h w) float32 in network units} from which patches are drawn."""
+    def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
+        """{condition: views (c z h w) float32 in network units} from which patches are drawn.
+
+        Views are the same item seen otherwise: along another axis, at half the resolution.
+        """
 
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where the body is (z h w), for metrics inside it; None where that has no meaning."""

@@ -10,7 +10,7 @@ runs/NAME/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.training.loop import Recipe
-    from diffusion_core.training.patches import PatchSource
+    from diffusion_core.training.patches import PatchSource, Volumes
 
 OnEvent = Callable[[Event], None]
 
@@ -113,9 +113,7 @@ def condition_channels(settings: TrainSettings) -> dict[str, int]:
     Raises:
         BadInputError: if no domain has a condition of that name.
     """
-    known: dict[str, int] = {}
-    for name in domain_names():
-        known |= dict(load_domain(name).conditions)
+    known = {c: int(domain.conditions[c]) for c, domain in condition_domains().items()}
     unknown = [name for name in settings.conditions if name not in known]
     if unknown:
         raise BadInputError(
@@ -126,19 +124,16 @@ def condition_channels(settings: TrainSettings) -> dict[str, int]:
 
 def load_windows(
     settings: TrainSettings, split: str
-) -> Iterator[tuple[str, Domain, np.ndarray[Any, Any]]]:
-    """(condition, its domain, pixels (c z h w)) of every item of a split that may be used."""
+) -> Iterator[tuple[str, Sequence[np.ndarray[Any, Any]]]]:
+    """(condition, its views (c z h w)) of every item of a split that may be used."""
     from flows.store import Dataset
 
     for path in settings.data:
         dataset = Dataset(path)
         for record in dataset.items():
-            if record.split != split or not allowed(record.meta, settings):
-                continue
-            domain = load_domain(record.domain)
-            windows = domain.training_windows(dataset.read(record.item_id))
-            for condition, pixels in windows.items():
-                yield condition, domain, pixels
+            if record.split == split and allowed(record.meta, settings):
+                domain = load_domain(record.domain)
+                yield from domain.training_windows(dataset.read(record.item_id)).items()
 
 
 def patch_source(settings: TrainSettings) -> PatchSource:
@@ -147,23 +142,23 @@ def patch_source(settings: TrainSettings) -> PatchSource:
     Raises:
         BadInputError: if a condition has no image of at least the patch's size.
     """
-    from diffusion_core.training.patches import PatchSource
+    from diffusion_core.training.patches import PatchSource, Volumes
 
-    channels = condition_channels(settings)
-    windows: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in channels}
-    domains = {c: load_domain(n) for n in domain_names() for c in load_domain(n).conditions}
-    for condition, _, pixels in load_windows(settings, "train"):
-        if min(pixels.shape[-2:]) >= settings.patch_size:
-            windows.setdefault(condition, []).append(pixels)
-    # A condition without images of its own is drawn from another's by the domain's augmentation:
-    # complex MRI from magnitudes and a phase, grey from colour.
-    for condition in channels:
-        source = domains[condition].drawn_from.get(condition)
-        if source is not None:
-            windows[condition] = windows[condition] + windows.get(source, [])
+    own: dict[str, list[Volumes]] = {}
+    for condition, views in load_windows(settings, "train"):
+        large = [v for v in views if min(v.shape[-2:]) >= settings.patch_size]
+        if large:
+            # The fourth root keeps a large scan from drowning small ones, which differ more from
+            # it than its slices do from each other.
+            own.setdefault(condition, []).append(Volumes(large, views[0].size ** 0.25))
+    domains = condition_domains()
+    items: dict[str, list[Volumes]] = {}
+    for condition in condition_channels(settings):
+        source = domains[condition].drawn_from.get(condition, "")
+        items[condition] = _evenly(own.get(condition, []), own.get(source, []))
     try:
         return PatchSource(
-            windows,
+            items,
             settings.conditions,
             settings.patch_size,
             settings.seed,
@@ -171,6 +166,23 @@ def patch_source(settings: TrainSettings) -> PatchSource:
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error
+
+
+def condition_domains() -> dict[str, Domain]:
+    """Condition -> the domain that it belongs to."""
+    found = [load_domain(name) for name in domain_names()]
+    return {condition: domain for domain in found for condition in domain.conditions}
+
+
+def _evenly(own: list[Volumes], drawn: list[Volumes]) -> list[Volumes]:
+    """A condition's own images and those drawn from another's, half of the samples each."""
+    from diffusion_core.training.patches import Volumes
+
+    def scaled(volumes: list[Volumes]) -> list[Volumes]:
+        total = sum(v.weight for v in volumes)
+        return [Volumes(v.views, v.weight / total) for v in volumes]
+
+    return scaled(own) + scaled(drawn)
 
 
 def allowed(meta: Any, settings: TrainSettings) -> bool:

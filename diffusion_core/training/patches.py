@@ -24,6 +24,19 @@ _MAX_REDRAWS = 4
 
 
 @dataclass(frozen=True)
+class Volumes:
+    """One item to draw from.
+
+    Attributes:
+        views: (c z h w) each, float, in network units; one is picked at random.
+        weight: how often the item is picked, against the others of its condition.
+    """
+
+    views: Sequence[Array]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of clean patches.
 
@@ -42,9 +55,9 @@ class PatchSource:
     """Draws patches from volumes held in memory.
 
     Args:
-        windows: for each condition the volumes (c z h w), float, in network units.
+        items: what to draw from, for each condition; views as large as a patch at least.
         shares: condition -> share of the samples; its order gives the condition's index.
-        patch_size: side in pixels, also the least side a volume must have.
+        patch_size: side in pixels.
         seed: of the whole sequence.
         augment: (condition, patch (c h w), rng) -> patch, by the domain; its scale and phase
             changes must be ones that real images could have had.
@@ -52,23 +65,20 @@ class PatchSource:
 
     def __init__(
         self,
-        windows: Mapping[str, Sequence[Array]],
+        items: Mapping[str, Sequence[Volumes]],
         shares: Mapping[str, float],
         patch_size: int,
         seed: int,
         augment: Augment,
     ) -> None:
-        missing = [name for name in shares if not windows.get(name)]
+        missing = [name for name in shares if not items.get(name)]
         if missing:
             raise ValueError(f"no training image for {', '.join(missing)}: add data or drop it")
         self.conditions = list(shares)
-        self._windows = windows
         self._edges = np.cumsum(list(shares.values())) / sum(shares.values())
-        # The square root keeps one large scan from drowning many small photographs.
+        self._items = items
         self._weights = {
-            name: _normalised(np.sqrt([v[0].size for v in volumes]))
-            for name, volumes in windows.items()
-            if volumes
+            name: _normalised(np.array([item.weight for item in items[name]])) for name in shares
         }
         self._size = patch_size
         self._seed = seed
@@ -101,8 +111,8 @@ class PatchSource:
         return index, padded, used
 
     def _crop(self, name: str, rng: np.random.Generator) -> Array:
-        volumes = self._windows[name]
-        volume = volumes[rng.choice(len(volumes), p=self._weights[name])]
+        item = self._items[name][rng.choice(len(self._items[name]), p=self._weights[name])]
+        volume = item.views[rng.integers(len(item.views))]
         z = rng.integers(volume.shape[1])
         y = rng.integers(volume.shape[2] - self._size + 1)
         x = rng.integers(volume.shape[3] - self._size + 1)

@@ -35,15 +35,14 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
     import numpy as np
     import torch
 
-    from domains.registry import domain_names, load_domain
-    from flows.api_train import condition_channels, load_windows
+    from flows.api_train import condition_channels, condition_domains, load_windows
 
     settings = TrainSettings.model_validate_json(settings_json)
     channels = condition_channels(settings)
-    domains = {c: load_domain(n) for n in domain_names() for c in load_domain(n).conditions}
+    domains = condition_domains()
     volumes: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
-    for condition, _, pixels in load_windows(settings, "validation"):
-        volumes.setdefault(condition, []).append(pixels)
+    for condition, views in load_windows(settings, "validation"):
+        volumes.setdefault(condition, []).append(views[0])
     images: dict[str, list[Tensor]] = {}
     for condition in channels:
         source = domains[condition].drawn_from.get(condition, condition)

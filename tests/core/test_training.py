@@ -11,7 +11,7 @@ from diffusion_core.training.checkpoint import latest_checkpoint
 from diffusion_core.training.loop import Callbacks, Recipe, train
 from diffusion_core.training.loss import SigmaDensity, denoising_loss, levels_of
 from diffusion_core.training.muon import orthogonalise
-from diffusion_core.training.patches import Batch, PatchSource
+from diffusion_core.training.patches import Batch, PatchSource, Volumes
 
 
 def small_network() -> Preconditioned:
@@ -24,7 +24,8 @@ def patches() -> PatchSource:
     grey = np.cumsum(rng.normal(size=(1, 3, 48, 48)), axis=3).astype(np.float32) / 8
     colour = np.cumsum(rng.normal(size=(3, 1, 48, 48)), axis=2).astype(np.float32) / 8
     shares = {"grey": 1.0, "colour": 1.0}
-    return PatchSource({"grey": [grey], "colour": [colour]}, shares, 16, 7, lambda _, p, __: p)
+    items = {"grey": [Volumes([grey])], "colour": [Volumes([colour])]}
+    return PatchSource(items, shares, 16, 7, lambda _, p, __: p)
 
 
 class Killed(Exception):
@@ -45,9 +46,7 @@ def run(folder, *, kill_at=None, num_steps=8, **changes):
         num_steps=num_steps, batch_size=4, warmup_steps=2, bfloat16=False, seed=5,
         log_every_steps=1, checkpoint_every_s=0.0, **changes,
     )  # fmt: skip
-    state = train(
-        small_network(), patches(), recipe, folder, Callbacks(on_log, on_checkpoint)
-    )
+    state = train(small_network(), patches(), recipe, folder, Callbacks(on_log, on_checkpoint))
     return losses, state
 
 
