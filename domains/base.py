@@ -62,6 +62,16 @@ class ItemRecord:
     licence: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def slices(self, start: int, stop: int) -> ItemRecord:
+        """The record of slices start..stop; `meta["slices"]` names them as the source counts."""
+        c, z, h, w = self.shape
+        if (start, stop) == (0, z):
+            return self
+        numbers = list(self.meta.get("slices") or range(z))[start:stop]
+        affine = self.affine and tuple((*row[:3], row[3] + start * row[2]) for row in self.affine)
+        meta = {**self.meta, "slices": numbers}
+        return replace(self, shape=(c, stop - start, h, w), affine=affine, meta=meta)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -72,8 +82,7 @@ class Item:
 
     def slices(self, start: int, stop: int) -> Item:
         """The item cut to slices (or frames) start..stop; shares memory."""
-        part = self.pixels[:, start:stop]
-        return Item(part, replace(self.record, shape=tuple(part.shape)))  # type: ignore[arg-type]
+        return Item(self.pixels[:, start:stop], self.record.slices(start, stop))
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,7 @@ class Measurement:
         """The measurement of slices start..stop alone."""
         shared = set(self.params.get("shared_arrays", ()))
         arrays = {k: v if k in shared else v[start:stop] for k, v in self.arrays.items()}
-        c, _, h, w = self.record.shape
-        record = replace(self.record, shape=(c, stop - start, h, w))
+        record = self.record.slices(start, stop)
         return replace(self, record=record, y=self.y[start:stop], arrays=arrays)
 
 
@@ -189,8 +197,15 @@ class Domain(ABC):
         """Measure a clean item as the task says, noise keyed by (seed, source digest)."""
 
     @abstractmethod
-    def given(self, item: Item, *, mask: Array | None, kernel: Array | None, scale: int | None,
-              sigma_y: float) -> Measurement:
+    def given(
+        self,
+        item: Item,
+        *,
+        mask: Array | None,
+        kernel: Array | None,
+        scale: int | None,
+        sigma_y: float,
+    ) -> Measurement:
         """Take a damaged image as a measurement: mask (True = missing), kernel or scale."""
 
     @abstractmethod

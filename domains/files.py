@@ -112,28 +112,26 @@ def select(
     indices = list(range(z)) if slices is None else [int(s) for s in slices]
     top, left, height, width = (0, 0, h, w) if crop is None else (int(v) for v in crop)
     inside = min(top, left) >= 0 and top + height <= h and left + width <= w
-    if not indices or indices[0] < 0 or indices[-1] >= z or not inside or min(height, width) < 1:
+    rising = indices == sorted(set(indices)) and bool(indices)
+    if not rising or indices[0] < 0 or indices[-1] >= z or not inside or min(height, width) < 1:
         raise BadInputError(
-            f"{item.record.item_id}: slices {indices[:1]}..{indices[-1:]} and crop {crop} do not "
-            f"lie in its {z} x {h} x {w} pixels; choose others"
+            f"{item.record.item_id}: slices {indices} with crop {crop} are not rising numbers and "
+            f"a window within its {z} x {h} x {w} pixels; choose others"
         )
-    first, step = indices[0], 1.0
-    if len(indices) > 1:
-        step = (indices[-1] - first) / (len(indices) - 1)
-    evenly = indices == list(range(first, indices[-1] + 1, max(round(step), 1)))
-    planes = item.pixels[:, slice(first, indices[-1] + 1, round(step)) if evenly else indices]
+    planes = item.pixels if slices is None else item.pixels[:, indices]
     pixels = planes[:, :, top : top + height, left : left + width]
+    step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or 1.0
     meta = dict(item.record.meta)
     if slices is not None:
-        before = meta.get("slices") or list(range(z))
-        meta["slices"] = [before[i] for i in indices]
+        numbers = meta.get("slices") or range(z)
+        meta["slices"] = [numbers[i] for i in indices]
     if crop is not None:
-        above = meta.get("crop") or [0, 0]
-        meta["crop"] = [above[0] + top, above[1] + left, height, width]
+        above, before = (meta.get("crop") or (0, 0))[:2]
+        meta["crop"] = [above + top, before + left, height, width]
     record = replace(
         item.record,
         shape=pixels.shape,
-        affine=_moved(item.record.affine, (left, top, first), step),
+        affine=_moved(item.record.affine, (left, top, indices[0]), step),
         spacing_mm=_stretched(item.record.spacing_mm, step),
         meta=meta,
     )

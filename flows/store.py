@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -236,10 +236,9 @@ class Dataset(Store):
             BadInputError: if the dataset has no such item, or a chunk is damaged.
         """
         record = self.record(item_id)
-        start, stop, _ = z.indices(record.shape[1])
+        start, stop = _bounds(z, record.shape[1])
         pixels = self._array(f"items/{item_id}/pixels", (ALL, slice(start, stop)))
-        c, _, h, w = record.shape
-        return Item(pixels, replace(record, shape=(c, stop - start, h, w)))
+        return Item(pixels, record.slices(start, stop))
 
 
 class Measurements(Store):
@@ -277,7 +276,7 @@ class Measurements(Store):
             BadInputError: if the store has no such measurement, or a chunk is damaged.
         """
         entry = self.entry(item_id, task)
-        start, stop, _ = z.indices(entry.num_slices)
+        start, stop = _bounds(z, entry.num_slices)
         shared = _shared_names(entry.params)
         arrays = {
             name: self._array(
@@ -286,9 +285,8 @@ class Measurements(Store):
             )
             for name in entry.arrays
         }
-        c, _, h, w = entry.record.shape
         return Measurement(
-            record=replace(entry.record, shape=(c, stop - start, h, w)),
+            record=entry.record.slices(start, stop),
             task=task,
             operator=entry.operator,
             params=entry.params,
@@ -298,6 +296,14 @@ class Measurements(Store):
             truth_digest=entry.truth_digest,
             seed=entry.seed,
         )
+
+
+def _bounds(z: slice, num_slices: int) -> tuple[int, int]:
+    """First and end of a slice object without steps."""
+    start, stop, step = z.indices(num_slices)
+    if step != 1:
+        raise ValueError("stores are read in steps of one slice")
+    return start, max(start, stop)
 
 
 def open_store(path: Path) -> Dataset | Measurements:

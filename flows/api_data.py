@@ -1,0 +1,367 @@
+"""From files to datasets, and from datasets to measurements: samples, ingest, simulate."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import cast
+
+import yaml
+
+from domains.base import BadInputError, Domain, Item, ItemRecord, Split, Task
+from domains.files import select, with_site_key
+from domains.registry import load_domain
+from domains.samples import SampleFile, fetch_samples, sample_item
+from flows.config import (
+    Home,
+    IngestSettings,
+    SamplesSettings,
+    SimulateSettings,
+    config_path,
+    load_task,
+)
+from flows.engine.events import Event, EventHandler, ignore
+from flows.store import (
+    Dataset,
+    DatasetWriter,
+    MeasurementEntry,
+    Measurements,
+    MeasurementWriter,
+)
+
+SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """An input that could not be used.
+
+    Attributes:
+        path: the file, for the person who gave it.
+        code: keyed hash of its place in the source, which is all that the manifest says of it:
+            file names hold patients' names.
+        reason: what is wrong, without the path.
+    """
+
+    path: Path
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """What ingest made.
+
+    Attributes:
+        path: the dataset.
+        digest: sha256 of its content.
+        items: records of its items.
+        quarantined: inputs that could not be used.
+    """
+
+    path: Path
+    digest: str
+    items: list[ItemRecord]
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SimulateResult:
+    """What simulate made: the store, its content digest, and its entries."""
+
+    path: Path
+    digest: str
+    entries: list[MeasurementEntry]
+
+
+@dataclass(frozen=True)
+class DemoItem:
+    """One item of the demo: slices and crop (top, left, height, width) as the source counts."""
+
+    label: str
+    slices: tuple[int, ...] | None = None
+    crop: tuple[int, int, int, int] | None = None
+
+
+def samples(settings: SamplesSettings, on_event: EventHandler = ignore) -> list[SampleFile]:
+    """Fetch the real sample data into the cache.
+
+    Args:
+        settings: what to fetch.
+        on_event: told of each step.
+
+    Returns:
+        The samples at hand, with path, licence and split.
+
+    Raises:
+        BadInputError: offline, or a file is not the one in the catalogue.
+    """
+
+    def report(line: str) -> None:
+        on_event(Event("step", 0, 0, line))
+
+    cache = Home().cache / "samples"
+    return fetch_samples(cache, extra=settings.extra, demo_only=settings.demo_only, report=report)
+
+
+def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestResult:
+    """Make a dataset of a user's own files.
+
+    Items are named by keyed hashes of their content; groups by keyed hashes of the first folder
+    below the source. What cannot be read is left out with a reason.
+
+    Args:
+        settings: source, domain, output, split.
+        on_event: told of each file.
+
+    Returns:
+        The dataset's items, and what was quarantined.
+
+    Raises:
+        BadInputError: if nothing in the source can be used, or the output exists.
+    """
+    files = find_files(settings.source, load_domain(settings.domain))
+    key = site_key(Home().home)
+    records: list[ItemRecord] = []
+    bad: list[Quarantined] = []
+    with DatasetWriter(settings.output) as writer:
+        for done, path in enumerate(files, start=1):
+            try:
+                item = _own_item(path, settings, key)
+                writer.add(item)
+            except BadInputError as error:
+                reason = str(error).removeprefix(f"{path}: ")
+                bad.append(Quarantined(path, _place(path, settings.source, key), reason))
+                on_event(Event("quarantined", done, len(files), f"{bad[-1].code}: {reason}"))
+            else:
+                records.append(item.record)
+                on_event(Event("file", done, len(files), _told(item.record)))
+        if not records:
+            raise BadInputError(_nothing_usable(settings.source, bad))
+        writer.note("quarantined", [{"input": q.code, "reason": q.reason} for q in bad])
+    return IngestResult(settings.output, Dataset(settings.output).digest, records, bad)
+
+
+def _own_item(path: Path, settings: IngestSettings, key: bytes) -> Item:
+    """A user's own file as an item of the dataset: keyed name, group and split."""
+    item = with_site_key(_read(load_domain(settings.domain), path), key)
+    folder = _first_folder(path, settings.source)
+    group = item.record.item_id if folder is None else f"group-{_code(key, folder)}"
+    by_group = settings.split == "by-group"
+    split = split_of(group, key) if by_group else cast(Split, settings.split)
+    return Item(item.pixels, replace(item.record, group=group, split=split))
+
+
+def _first_folder(path: Path, source: Path) -> str | None:
+    """The first folder below the source that a file lies in: a patient's or a scene's."""
+    inner = path.relative_to(source).parts if source.is_dir() else ()
+    return inner[0] if len(inner) > 1 else None
+
+
+def find_files(source: Path, domain: Domain) -> list[Path]:
+    """The files of a source that a domain reads, sorted; one file stands for itself.
+
+    Raises:
+        BadInputError: if there is none.
+    """
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise BadInputError(f"{source}: there is no such file or folder; check the path")
+    files = [p for p in sorted(source.rglob("*")) if _is_candidate(p, domain)]
+    if not files:
+        kinds = ", ".join(domain.suffixes)
+        raise BadInputError(f"{source}: no {domain.name} files in this folder; it reads {kinds}")
+    return files
+
+
+def _is_candidate(path: Path, domain: Domain) -> bool:
+    hidden = path.name.startswith(".")
+    return not hidden and path.name.lower().endswith(domain.suffixes) and not path.is_dir()
+
+
+def _read(domain: Domain, path: Path) -> Item:
+    """Read one file; whatever goes wrong with it is its own fault alone."""
+    if path.is_symlink():
+        raise BadInputError(f"{path}: a symbolic link; give the file itself")
+    try:
+        return domain.read(path)
+    except BadInputError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise BadInputError(f"{path}: it cannot be read ({kind}); export it again") from error
+
+
+def split_of(group: str, key: bytes) -> Split:
+    """The split of a group: the same for all its items, and for ever with one key."""
+    position = int(_code(key, f"split:{group}"), 16) / 16**12
+    for split, share in SHARES:
+        position -= share
+        if position < 0:
+            return split
+    return SHARES[-1][0]
+
+
+def _place(path: Path, source: Path, key: bytes) -> str:
+    """Keyed hash of a file's place below the source."""
+    inner = path.relative_to(source) if source.is_dir() else Path(path.name)
+    return f"input-{_code(key, str(inner))}"
+
+
+def _code(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode(), sha256).hexdigest()[:12]
+
+
+def _nothing_usable(source: Path, bad: Sequence[Quarantined]) -> str:
+    first = bad[0]
+    if len(bad) == 1:
+        return f"{first.path}: {first.reason}"
+    return f"{source}: none of its {len(bad)} files can be used; the first, {first.path.name}: " + (
+        first.reason
+    )
+
+
+def _told(record: ItemRecord) -> str:
+    size = " x ".join(str(n) for n in record.shape)
+    return f"{record.item_id}: {size} {record.dtype}, {record.split}"
+
+
+def site_key(home: Path) -> bytes:
+    """The secret of this site, made on first use; it keys the names of items.
+
+    Args:
+        home: Sashiko's home folder; the key is kept in site.key, readable by the owner alone.
+    """
+    path = home / "site.key"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        scratch = home / f".site.key-{secrets.token_hex(8)}"
+        handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+        try:
+            path.hardlink_to(scratch)  # fails if another process was first: its key holds
+        except FileExistsError:
+            pass
+        finally:
+            scratch.unlink()
+    return path.read_bytes()
+
+
+def ingest_samples(
+    output: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    demo_only: bool = False,
+    extra: Path | None = None,
+    on_event: EventHandler = ignore,
+) -> IngestResult:
+    """Make one dataset of the sample data, all domains in it.
+
+    Args:
+        output: the dataset.
+        splits: which splits; None takes all.
+        demo_only: the demo's items, cut as configs/demo.yaml says, and nothing else.
+        extra: folder of the catalogue's local files.
+        on_event: told of each step.
+
+    Raises:
+        BadInputError: offline, a file is not the one in the catalogue, or the output exists.
+    """
+    found = samples(SamplesSettings(extra=extra, demo_only=demo_only), on_event)
+    wanted = [
+        s for s in found if s.meta["kind"] == "image" and (splits is None or s.split in splits)
+    ]
+    cuts = {item.label: item for item in demo_items()} if demo_only else None
+    if cuts is not None:
+        wanted = [s for s in wanted if s.label in cuts]
+    if not wanted:
+        raise BadInputError(f"no sample is of the splits {splits}; choose train, validation, test")
+    records = []
+    with DatasetWriter(output) as writer:
+        for done, (sample, whole) in enumerate(_with_whole_items(wanted), start=1):
+            cut = None if cuts is None else cuts[sample.label]
+            item = sample_item(whole, sample) if cut is None else demo_cut(whole, sample, cut)
+            writer.add(item)
+            records.append(item.record)
+            on_event(Event("file", done, len(wanted), _told(item.record)))
+    return IngestResult(output, Dataset(output).digest, records)
+
+
+def _with_whole_items(wanted: Iterable[SampleFile]) -> Iterator[tuple[SampleFile, Item]]:
+    """Each sample with its whole file, read once for all its parts."""
+    last: tuple[Path, Item] | None = None
+    for sample in wanted:
+        if last is None or last[0] != sample.path:
+            last = (sample.path, load_domain(sample.domain).read(sample.path))
+        yield sample, last[1]
+
+
+def demo_items() -> list[DemoItem]:
+    """The demo's items, from configs/demo.yaml."""
+    rows = yaml.safe_load(config_path("demo.yaml").read_text(encoding="utf-8"))["items"]
+    return [
+        DemoItem(
+            label=row["label"],
+            slices=tuple(row["slices"]) if "slices" in row else None,
+            crop=tuple(row["crop"]) if "crop" in row else None,
+        )
+        for row in rows
+    ]
+
+
+def demo_cut(whole: Item, sample: SampleFile, cut: DemoItem) -> Item:
+    """The demo's slices and window of a sample's whole file."""
+    meta = {k: v for k, v in sample.meta.items() if k not in ("slices", "crop")}
+    item = sample_item(whole, replace(sample, meta=meta))
+    return select(item, slices=cut.slices, crop=cut.crop)
+
+
+def simulate(settings: SimulateSettings, on_event: EventHandler = ignore) -> SimulateResult:
+    """Make a task's measurements of a dataset's items, noise and masks keyed by content.
+
+    Args:
+        settings: dataset, tasks, output; each task takes the items of its own domain.
+        on_event: told of each measurement.
+
+    Raises:
+        BadInputError: if a task or an item is unknown, a task has no item, or the output exists.
+    """
+    dataset = Dataset(settings.dataset)
+    tasks = [load_task(name) for name in dict.fromkeys(settings.tasks)]
+    pairs = _pairs(dataset, tasks, settings)
+    with MeasurementWriter(settings.output) as writer:
+        for done, (record, task) in enumerate(pairs, start=1):
+            item = dataset.read(record.item_id)
+            if settings.slices is not None:
+                item = select(item, slices=settings.slices)
+            writer.add(load_domain(record.domain).simulate(item, task, settings.seed))
+            on_event(Event("file", done, len(pairs), f"{record.item_id}: {task.name}"))
+        writer.note("dataset", {"digest": dataset.digest})
+    store = Measurements(settings.output)
+    return SimulateResult(settings.output, store.content_digest, store.entries())
+
+
+def _pairs(
+    dataset: Dataset, tasks: Sequence[Task], settings: SimulateSettings
+) -> list[tuple[ItemRecord, Task]]:
+    """Every (item, task) that goes together."""
+    records = dataset.items()
+    if settings.items is not None:
+        records = [dataset.record(item_id) for item_id in dict.fromkeys(settings.items)]
+    pairs = [(r, t) for r in records for t in tasks if r.domain == t.domain]
+    idle = [t for t in tasks if all(t is not other for _, other in pairs)]
+    if idle or not pairs:
+        name, domain = (idle[0].name, idle[0].domain) if idle else ("no task", "its")
+        raise BadInputError(
+            f"{settings.dataset}: {name} has no item of the {domain} domain here; "
+            "choose another task or dataset"
+        )
+    return pairs
