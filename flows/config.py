@@ -5,9 +5,10 @@ Heavy imports are kept out: the command line imports this module before it knows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from platformdirs import user_cache_path, user_data_path
@@ -36,6 +37,9 @@ class Settings(BaseModel):
     """Base of every command's settings: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Settings)
 
 
 class MethodSettings(Settings):
@@ -227,3 +231,49 @@ def load_task(name: str) -> Task:
 def load_method(task: str) -> MethodSettings:
     """The task's default way to restore."""
     return MethodSettings(**load_task_file(task).get("solver", {}))
+
+
+def read_settings(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
+    """Settings from a YAML file, with changes of the form "a.b=value" (the value as YAML).
+
+    Args:
+        kind: of settings.
+        path: of the file; a name that is not there is looked for among the shipped ones.
+        changes: applied in order.
+
+    Raises:
+        BadInputError: if the file or a change cannot be read.
+        pydantic.ValidationError: if a setting is unknown, missing or unusable.
+    """
+    if not path.is_file():
+        shipped = config_path(path.name)
+        if not shipped.is_file():
+            known = ", ".join(sorted(p.name for p in config_path().glob("train-*.yaml")))
+            raise BadInputError(f"{path}: there is no such file; shipped are {known}")
+        path = shipped
+    values = _parse_yaml(path.read_text(), str(path))
+    if not isinstance(values, dict):
+        raise BadInputError(f"{path}: it must hold `setting: value` lines; see configs/")
+    for change in changes:
+        _change(values, change)
+    return kind(**values)
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    name, equals, text = change.partition("=")
+    *outer, last = name.split(".")
+    if not equals or not all([*outer, last]):
+        raise BadInputError(f"--set {change}: write it as a.b=value")
+    for key in outer:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise BadInputError(f"--set {change}: '{key}' is a value, not a group of settings")
+    values[last] = _parse_yaml(text, f"--set {change}")
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInputError(f"{where}: it is not YAML ({reason}); correct it") from error

@@ -1,0 +1,414 @@
+"""The command `sashiko`: options in, one public function called, the answer printed.
+
+Whatever takes time to import is imported inside the commands, so that --help answers at once.
+Progress goes to stderr and the answer to stdout. Exit codes: 0 done; 1 the run failed; 2 the
+input cannot be used; 3 done, with some items quarantined; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from flows import quiet
+from flows.console import (
+    BAD_INPUT,
+    INTERRUPTED,
+    OK,
+    QUARANTINED,
+    Terminal,
+    duration,
+    explain,
+    print_json,
+    size,
+    table,
+)
+
+if TYPE_CHECKING:
+    from flows.api_review import Comparison
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+prefect_flag = click.option(
+    "--prefect/--no-prefect", default=True, help="Run as a Prefect flow, or call directly."
+)
+seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
+
+
+def compute_options(command: F) -> F:
+    """Options of every command that computes with a model."""
+    dtype = click.Choice(["bfloat16", "float32"])
+    executor = click.Choice(["ray", "inline"])
+    for option in (
+        seed_option,
+        click.option("--workers", "num_workers", type=int, help="[default: one a core or GPU]"),
+        click.option("--executor", type=executor, help="[default: ray]"),
+        click.option("--dtype", type=dtype, help="Of the network.  [default: bfloat16]"),
+        click.option("--model", help="starter, a directory or models:/NAME@ALIAS."),
+    ):
+        command = option(command)
+    return command
+
+
+class _InOrder(click.Group):
+    """Lists the commands as they stand in this file: in the order of work."""
+
+    def list_commands(self, _: click.Context) -> list[str]:
+        """Names of the commands, in order."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(package_name="sashiko", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Restore large sets of damaged or under-measured images with one shared diffusion core.
+
+    \b
+    See it work on real data:
+        sashiko demo
+    Restore photographs with holes (white in the masks is missing):
+        sashiko restore --domain city --input PHOTOS --mask MASKS --output OUT
+    """  # noqa: D301  # \b is click's mark for lines to leave as they are
+
+
+@cli.command()
+@click.option("--output", type=PATH, default=Path("demo"), show_default=True)
+@prefect_flag
+@json_flag
+def demo(output: Path, prefect: bool, as_json: bool) -> int:
+    """See the whole path work on real data, with a report."""
+    from flows.demo import demo as run_demo
+
+    with Terminal() as terminal:
+        result = run_demo(output, prefect=prefect, on_event=terminal)
+    _answer(result, result.summary(), as_json=as_json)
+    return OK
+
+
+@cli.command()
+@click.option("--extra", type=PATH, help="Folder of further files, found by their sha256.")
+@click.option("--demo-only", is_flag=True, help="Only what the demo needs.")
+@json_flag
+def samples(as_json: bool, **options: Any) -> int:
+    """Fetch the real sample data (cached, checksummed)."""
+    from flows.api_data import samples as fetch
+    from flows.config import SamplesSettings
+
+    with Terminal() as terminal:
+        found = fetch(SamplesSettings(**options), on_event=terminal)
+    columns = ("label", "domain", "split", "licence", "path")
+    rows = [[getattr(sample, c) for c in columns] for sample in found]
+    _answer(found, table(columns, rows), as_json=as_json)
+    return OK
+
+
+@cli.command()
+@click.argument("source", type=PATH)
+@click.option("--domain", required=True, help="ct, mri, city or a plug-in's name.")
+@click.option("--to", "output", type=PATH, required=True, help="The dataset, a new .zarr folder.")
+@click.option("--split", help="unassigned, train, validation, test or by-group.")
+@prefect_flag
+@json_flag
+def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
+    """Read images into one dataset (Zarr).
+
+    Items are named by keyed hashes, never by file or patient; splits go by patient or scene.
+    """
+    from flows.config import IngestSettings
+
+    result = _run("ingest", IngestSettings(**_given(options)), prefect=prefect)
+    _answer(result, f"dataset: {options['output']}", as_json=as_json)
+    return _exit_code(result)
+
+
+@cli.command()
+@click.argument("dataset", type=PATH)
+@click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
+@click.option("--to", "output", type=PATH, required=True, help="New .zarr folder.")
+@click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
+@seed_option
+@json_flag
+def simulate(as_json: bool, **options: Any) -> int:
+    """Make a task's measurements of a clean dataset."""
+    from flows.config import SimulateSettings
+
+    result = _run("simulate", SimulateSettings(**_given(options)), prefect=False)
+    _answer(result, f"measurements: {options['output']}", as_json=as_json)
+    return OK
+
+
+@cli.command()
+@click.argument("config", type=PATH)
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change a setting.")
+@prefect_flag
+@json_flag
+def train(config: Path, changes: Sequence[str], prefect: bool, as_json: bool) -> int:
+    """Train a model as a configuration file says.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    from flows.config import TrainSettings, read_settings
+
+    result = _run("train", read_settings(TrainSettings, config, changes), prefect=prefect)
+    lines = [f"model: {result.model_path}  (digest {result.digest[:12]})"]
+    lines += [f"registered: {name} version {v}" for name, v in result.versions.items()]
+    _answer(result, "\n".join(lines), as_json=as_json)
+    return OK
+
+
+@cli.command()
+@click.option("--input", type=PATH, required=True, help="A dataset, or a folder of clean images.")
+@click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
+@click.option("--domain", help="Needed for a folder.")
+@click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
+@click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
+@click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
+@click.option("--json", "json_path", type=PATH, help="Write the rows to this file.")
+@compute_options
+@prefect_flag
+def evaluate(prefect: bool, **options: Any) -> int:
+    """Compare our solvers and classical methods on a task.
+
+    Clean images are damaged as the task says, restored by every method, and measured.
+    """
+    from flows.config import EvaluateSettings
+
+    result = _run("evaluate", EvaluateSettings(**_computing(options)), prefect=prefect)
+    click.echo(result.table())
+    return _exit_code(result)
+
+
+@cli.command()
+@click.option("--input", type=PATH, required=True, help="Measurements, or a folder of images.")
+@click.option("--output", type=PATH, required=True)
+@click.option("--domain", help="Needed for a folder: ct, mri, city.")
+@click.option("--mask", help="Folder of masks (white = missing), or 'nodata'.")
+@click.option("--kernel", type=PATH, help="Blur kernel, an image or .npy.")
+@click.option("--scale", type=int, help="Times larger to make the images.")
+@click.option("--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]")
+@click.option("--method", help="Solver or classical method.  [default: the task's own]")
+@click.option("--levels", type=int, help="Evaluations of the network.  [default: the task's own]")
+@click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
+@compute_options
+@prefect_flag
+@json_flag
+def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> int:
+    """Restore measurements or damaged images.
+
+    The input is a store of measurements, or a folder of damaged images together with --domain
+    and one of --mask, --kernel or --scale. What is restored already is not computed again.
+    """
+    from flows.config import RestoreSettings
+
+    options["method"] = _method(options.pop("method"), options.pop("levels"))
+    settings = RestoreSettings(**_computing(options))
+    if plan_only:
+        from flows.api_restore import plan
+
+        planned = plan(settings)
+        _answer(planned.to_json(), _plan_text(planned), as_json=as_json)
+        return OK
+    result = _run("restore", settings, prefect=prefect)
+    _answer(result, f"restored: {options['output']}", as_json=as_json)
+    return _exit_code(result)
+
+
+@cli.command()
+@click.argument("name")
+@click.option("--candidate", help="Version.  [default: the newest]")
+@click.option("--input", type=PATH, help="Clean dataset.  [default: the demo's items]")
+@click.option("--task", "tasks", multiple=True, help="[default: the demo's]")
+@click.option("--yes/--no", "answer", default=None, help="Answer at once.")
+@click.option("--timeout-days", type=float, help="No answer by then means no.  [default: 3]")
+@compute_options
+@prefect_flag
+@json_flag
+def review(answer: bool | None, prefect: bool, as_json: bool, **options: Any) -> int:
+    """Compare a candidate with the champion; promote on a yes."""
+    from flows.config import ReviewSettings
+
+    options.pop("model")
+    if answer is not None:
+        options["answer"] = "yes" if answer else "no"
+    settings = ReviewSettings(**_computing(options))
+    ask = _ask_here if answer is None and sys.stdin.isatty() else None
+    if answer is None and ask is None and not (prefect and _has_server()):
+        raise click.UsageError(
+            "nobody can be asked here: say --yes or --no, or set PREFECT_API_URL"
+        )
+    result = _run("review", settings, prefect=prefect, ask=ask)
+    done = "promoted" if result.promoted else "not promoted"
+    text = f"{result.comparison.sentences()}\n{result.decision}: {done}"
+    _answer(result, text, as_json=as_json)
+    return OK
+
+
+@cli.command()
+@json_flag
+def models(as_json: bool) -> int:
+    """List the registered models."""
+    from flows.registry import models as rows
+
+    found = rows()
+    lines = [
+        [m.name, m.version, " ".join(m.aliases), m.digest[:12], m.created, _figures(m.metrics)]
+        for m in found
+    ]
+    text = table(["name", "version", "alias", "digest", "created", "figures"], lines)
+    _answer(found, text if found else "no model is registered yet", as_json=as_json)
+    return OK
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("version")
+def promote(name: str, version: str) -> int:
+    """Make a version the champion of its name."""
+    from flows.registry import promote as crown
+
+    crown(name, version)
+    click.echo(f"{name}: version {version} is champion")
+    return OK
+
+
+@cli.command()
+@click.argument("name")
+def rollback(name: str) -> int:
+    """Bring the former champion of a name back."""
+    from flows.registry import rollback as go_back
+
+    click.echo(f"{name}: version {go_back(name)} is champion again")
+    return OK
+
+
+@cli.command()
+@click.option("--inbox", type=PATH, required=True, help="Folder of job folders (job.yaml, files).")
+@click.option("--output", type=PATH, required=True)
+@click.option("--settle-s", type=float, help="Leave files younger than this.  [default: 30]")
+@compute_options
+@prefect_flag
+@json_flag
+def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
+    """Restore what is new in an inbox, and report."""
+    from flows.config import NightlySettings
+
+    result = _run("nightly", NightlySettings(**_computing(options)), prefect=prefect)
+    _answer(result, result.summary(), as_json=as_json)
+    return _exit_code(result)
+
+
+@cli.command()
+@click.option("--host", help="[default: 127.0.0.1]")
+@click.option("--port", type=int, help="[default: 4200]")
+@click.option("--cron", help="When nightly runs.  [default: 0 2 * * *]")
+@click.option("--timezone", help="Of the schedule.  [default: UTC]")
+@click.option("--inbox", type=PATH, help="Of nightly.")
+@click.option("--output", type=PATH, help="Of nightly.")
+def serve(**options: Any) -> int:
+    """Run a server with the flows as forms, nightly by cron.
+
+    With PREFECT_API_URL the flows are registered on that Prefect server instead.
+    """
+    from flows.config import ServeSettings
+    from flows.serve import serve as run_server
+
+    run_server(ServeSettings(**_given(options)), say=lambda line: click.echo(line, err=True))
+    return OK
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The console script."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code and raises nothing."""
+    quiet.hush()
+    try:
+        code = cli.main(arguments, prog_name="sashiko", standalone_mode=False)
+        return code if isinstance(code, int) else OK
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return BAD_INPUT
+    except Exception as error:
+        return explain(error)
+
+
+def _run(command: str, settings: Any, *, prefect: bool, ask: Any = None) -> Any:
+    from flows import launch
+
+    with Terminal() as terminal:
+        return launch.run(command, settings, prefect=prefect, on_event=terminal, ask=ask)
+
+
+def _answer(value: Any, text: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(value)
+    else:
+        click.echo(text)
+
+
+def _exit_code(result: Any) -> int:
+    return QUARANTINED if result.quarantined else OK
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the user gave: the settings know the defaults of the others."""
+    given = {k: v for k, v in options.items() if v is not None and v != ()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+
+
+def _computing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As _given, with the options of `compute` in their place."""
+    given = _given(options)
+    compute = {k: given.pop(k) for k in ("executor", "num_workers") if k in given}
+    return {**given, "compute": compute} if compute else given
+
+
+def _method(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
+    """Settings of the method; None leaves it to the task."""
+    if name is None and num_levels is None:
+        return None
+    from flows.config import MethodSettings
+
+    fields = {"name": name, "num_levels": num_levels}
+    return MethodSettings(**_given(fields)).model_dump()
+
+
+def _plan_text(plan: Any) -> str:
+    """What a plan would do, for people."""
+    rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in plan.items]
+    total = (
+        f"{len(plan.items)} items, {plan.num_blocks} blocks, {plan.num_workers} workers: about "
+        f"{duration(plan.predicted_seconds)}, {size(plan.predicted_peak_bytes)} of memory, "
+        f"{size(plan.predicted_bytes)} written"
+    )
+    return f"{table(['item', 'task', 'method', 'blocks', 's a block'], rows)}\n{total}"
+
+
+def _ask_here(comparison: Comparison) -> bool:
+    """Put the question to the person at the terminal."""
+    click.echo(comparison.sentences(), err=True)
+    return click.confirm("Make the candidate the champion?", default=False, err=True)
+
+
+def _has_server() -> bool:
+    """Whether somebody could answer on a server's page."""
+    import os
+
+    return bool(os.environ.get("PREFECT_API_URL"))
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.2f}" for name, value in metrics.items())
