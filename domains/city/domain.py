@@ -1,0 +1,120 @@
+"""City photographs, aerial scenes and film frames: intensities of 1, 3 or any number of bands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from domains.base import Array, Baseline, Domain, Item, ItemRecord, Measurement, Problem, Task
+from domains.imaging import (
+    IMAGE_OPERATORS,
+    Units,
+    problem_of,
+    require_task,
+    slices_first,
+    take_damaged,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class City(Domain):
+    """Network units: black..white of the values (the record's value_range) to [-1, 1].
+
+    Three bands are a colour image ("city"), one a grey image ("city-grey"); of any other number
+    each band is a grey image of its own.
+    """
+
+    name = "city"
+    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+    conditions = MappingProxyType({"city": 3, "city-grey": 1})
+    drawn_from = MappingProxyType({"city-grey": "city"})
+
+    def read(self, path: Path) -> Item:
+        """Read a photograph, a TIFF of any bands, or the frames of a video."""
+        from domains.city.reader import read
+
+        return read(path)
+
+    def write(self, item: Item, stem: Path) -> Path:
+        """Write PNG or TIFF in the source's dtype."""
+        from domains.city.writer import write
+
+        return write(item, stem)
+
+    def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
+        """Damage a clean image; y is in network units, (z c h' w')."""
+        from domains.city.degradations import simulate
+
+        require_task(task, self.name, IMAGE_OPERATORS)
+        return simulate(item, units_of(item.record), task, seed)
+
+    def given(
+        self,
+        item: Item,
+        *,
+        mask: Array | None,
+        kernel: Array | None,
+        scale: int | None,
+        sigma_y: float,
+    ) -> Measurement:
+        """Take a damaged image as a measurement; for `scale` the record has the enlarged shape."""
+        units = units_of(item.record)
+        return take_damaged(item, units, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
+
+    def problem(self, measurement: Measurement) -> Problem:
+        """Build the inverse problem; bands that are neither 1 nor 3 go into the batch."""
+        condition, fold = condition_of(measurement.record)
+        return problem_of(measurement, units_of(measurement.record), condition, fold_bands=fold)
+
+    def truth_signal(self, item: Item, measurement: Measurement) -> Tensor:
+        """The clean item in the network units of a measurement of it, (b c h w)."""
+        import torch
+
+        x = torch.from_numpy(slices_first(units_of(measurement.record).to_network(item.pixels)))
+        _, fold = condition_of(measurement.record)
+        return x.reshape(-1, 1, *x.shape[2:]) if fold else x
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Classical methods for photographs."""
+        from domains.city.baselines import BASELINES
+
+        return BASELINES
+
+    def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
+        """Black to 0, white to 1."""
+        del truth  # the scale is the sensor's, not the picture's
+        units = units_of(record)
+        return units.low, 1 / (units.high - units.low)
+
+    def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
+        """Colour or grey views at several scales."""
+        from domains.city.training import training_windows
+
+        return training_windows(item)
+
+    def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
+        """Vary exposure; grey from colour."""
+        from domains.city.training import augment
+
+        return augment(condition, patch, rng)
+
+
+def units_of(record: ItemRecord) -> Units:
+    """Black and white as the reader found them, else the dtype's whole range (floats: 0..1)."""
+    if "value_range" in record.meta:
+        low, high = record.meta["value_range"]
+        return Units(float(low), float(high))
+    dtype = np.dtype(record.dtype)
+    return Units(0.0, float(np.iinfo(dtype).max) if dtype.kind in "iu" else 1.0)
+
+
+def condition_of(record: ItemRecord) -> tuple[str, bool]:
+    """Name of the network's condition, and whether bands are folded into the batch."""
+    num_bands = record.shape[0]
+    return ("city" if num_bands == 3 else "city-grey"), num_bands not in {1, 3}

@@ -1,0 +1,208 @@
+"""CT: volumes in Hounsfield units, and the parallel-beam sinograms they are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from domains.base import (
+    Array,
+    BadInputError,
+    Baseline,
+    Domain,
+    Item,
+    ItemRecord,
+    Measurement,
+    Problem,
+    Task,
+)
+from domains.imaging import (
+    IMAGE_OPERATORS,
+    Units,
+    problem_of,
+    require_task,
+    slices_first,
+    take_damaged,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from domains.ct.operators import ParallelGeometry
+
+UNITS = Units(-1000.0, 2000.0)
+BODY_ABOVE_HU = -500.0
+
+
+class CT(Domain):
+    """Network units: HU -1000..2000 to [-1, 1]; A x in line integrals of mu, no dimension."""
+
+    name = "ct"
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+    conditions = MappingProxyType({"ct": 1})
+
+    def read(self, path: Path) -> Item:
+        """Read a NIfTI or NRRD volume in HU."""
+        from domains.ct.reader import read
+
+        return read(path)
+
+    def write(self, item: Item, stem: Path) -> Path:
+        """Write NIfTI in whole HU."""
+        from domains.ct.writer import write
+
+        return write(item, stem)
+
+    def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
+        """Scan a clean volume, or damage it in image space.
+
+        Returns:
+            y (z 1 views bins) float32: measured line integrals -log(max(n, 1/2) / I0), from a finer
+            projector than reconstructs; Poisson counts keyed by source, seed and slice.
+        """
+        from domains.ct.degradations import attenuation, log_transform, photon_counts, scan
+        from domains.keyed import pixel_digest, slice_rngs
+
+        require_task(task, self.name, ("parallel-beam",))
+        if task.noise["kind"] != "poisson":
+            raise BadInputError(
+                f"task '{task.name}': noise '{task.noise['kind']}' is not for CT; use 'poisson'"
+            )
+        counts_per_ray = float(task.noise["counts_per_ray"])
+        params = {
+            "num_views": int(task.operator_params["num_views"]),
+            "arc_degrees": float(task.operator_params["arc_degrees"]),
+        }
+        geometry = geometry_of(item.record, params)
+        line_integrals = scan(attenuation(item.pixels[0]), geometry)
+        rngs = slice_rngs(seed, item.record, "noise")
+        counts = photon_counts(line_integrals, counts_per_ray, rngs)
+        params |= {"num_bins": geometry.num_bins, "bin_mm": geometry.bin_mm}
+        return Measurement(
+            record=item.record,
+            task=task.name,
+            operator=task.operator,
+            params=params,
+            noise={"kind": "poisson", "counts_per_ray": counts_per_ray},
+            y=log_transform(counts, counts_per_ray)[:, None],
+            truth_digest=pixel_digest(item.pixels),
+            seed=seed,
+        )
+
+    def given(
+        self,
+        item: Item,
+        *,
+        mask: Array | None,
+        kernel: Array | None,
+        scale: int | None,
+        sigma_y: float,
+    ) -> Measurement:
+        """Take a damaged volume as a measurement in image space, y in network units."""
+        require_one_channel(item.record)
+        return take_damaged(item, UNITS, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
+
+    def problem(self, measurement: Measurement) -> Problem:
+        """Build the inverse problem of a sinogram, or of a damaged image."""
+        if measurement.operator in IMAGE_OPERATORS:
+            return problem_of(measurement, UNITS, "ct")
+        return sinogram_problem(measurement)
+
+    def truth_signal(self, item: Item, measurement: Measurement) -> Tensor:
+        """The clean item in network units, (b 1 h w)."""
+        import torch
+
+        del measurement  # the scale of CT is absolute
+        return torch.from_numpy(slices_first(UNITS.to_network(item.pixels)))
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Classical methods for sinograms."""
+        from domains.ct.baselines import BASELINES
+
+        return BASELINES
+
+    def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
+        """-1000 HU to 0, 2000 HU to 1."""
+        del truth, record  # the scale of CT is absolute
+        return UNITS.low, 1 / (UNITS.high - UNITS.low)
+
+    def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
+        """Views along every axis that is sampled finely enough."""
+        from domains.ct.training import training_windows
+
+        return training_windows(item)
+
+    def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
+        """Above -500 HU, the largest piece of each slice, lungs filled."""
+        from domains.body import largest_piece
+
+        del record
+        return largest_piece(truth[0] > BODY_ABOVE_HU)
+
+
+def geometry_of(record: ItemRecord, params: Mapping[str, Any]) -> ParallelGeometry:
+    """The scanner of a task for an item.
+
+    Raises:
+        BadInputError: if the item has several channels or no pixel size.
+    """
+    from domains.ct.operators import ParallelGeometry
+
+    require_one_channel(record)
+    if record.spacing_mm is None:
+        raise BadInputError(
+            f"{record.item_id}: no pixel spacing, and line integrals are in mm; "
+            "give a file that states it"
+        )
+    _, dy, dx = record.spacing_mm
+    _, _, h, w = record.shape
+    num_views, arc = int(params["num_views"]), float(params["arc_degrees"])
+    if num_views < 1 or not 0 < arc <= 360:
+        raise BadInputError(f"no scan has {num_views} views over {arc} degrees; use 1 or more")
+    geometry = ParallelGeometry.covering(h, w, (dy, dx), num_views, arc)
+    # A measurement says its detector itself; a task leaves it to cover the image.
+    detector = {name: params[name] for name in ("num_bins", "bin_mm") if name in params}
+    return replace(geometry, **detector)
+
+
+def sinogram_problem(measurement: Measurement) -> Problem:
+    """Line integrals as a linear inverse problem in network units.
+
+    mu = .02 (1 + HU / 1000) = .03 (x + 1) per mm, so that with P the projector in mm
+    y - .03 P 1 = .03 P x + n: the operator is .03 P, and .03 P 1 is the likelihood's offset.
+    """
+    import torch
+
+    from diffusion_core.noise.likelihood import PoissonTransmission
+    from domains.ct.degradations import MU_WATER_PER_MM
+    from domains.ct.operators import ParallelBeam
+
+    _, z, h, w = measurement.record.shape
+    slope = MU_WATER_PER_MM * (UNITS.high - UNITS.low) / 2 / 1000  # of mu against x, per mm
+    constant = MU_WATER_PER_MM * (1 + (UNITS.high + UNITS.low) / 2 / 1000)  # mu at x = 0
+    operator = ParallelBeam(geometry_of(measurement.record, measurement.params), scale=slope)
+    offset = operator.A(torch.ones(1, 1, h, w)) * (constant / slope)
+    return Problem(
+        operator=operator,
+        y=torch.from_numpy(np.array(measurement.y, dtype=np.float32)) - offset,
+        noise=PoissonTransmission(float(measurement.noise["counts_per_ray"]), offset),
+        shape=(z, 1, h, w),
+        reach="plane",
+        condition="ct",
+        to_source=UNITS.to_source,
+    )
+
+
+def require_one_channel(record: ItemRecord) -> None:
+    """Refuse what is no CT volume.
+
+    Raises:
+        BadInputError: naming the item.
+    """
+    if record.shape[0] != 1:
+        raise BadInputError(f"{record.item_id}: {record.shape[0]} channels; a CT volume has one")

@@ -1,0 +1,210 @@
+"""MRI: magnitude volumes in arbitrary units, and the k-space they are measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from domains.base import (
+    Array,
+    BadInputError,
+    Baseline,
+    Domain,
+    Item,
+    ItemRecord,
+    Measurement,
+    Problem,
+    Task,
+)
+from domains.imaging import (
+    IMAGE_OPERATORS,
+    Units,
+    measured_pixels,
+    problem_of,
+    require_task,
+    slices_first,
+    take_damaged,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BODY_SHARE = 0.1
+"""Of the 99.9th percentile: fainter is background."""
+
+
+class MRI(Domain):
+    """Network units: magnitude 0..q to [-1, 1], q estimated from the measurement.
+
+    "mri": x = 2 m / q - 1, one channel, background -1, for images known to be real.
+    "mri-complex": (re, im) of (m / q) e^{i phi}, two channels, background 0.
+    """
+
+    name = "mri"
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+    conditions = MappingProxyType({"mri": 1, "mri-complex": 2})
+    drawn_from = MappingProxyType({"mri-complex": "mri"})
+
+    def read(self, path: Path) -> Item:
+        """Read a NIfTI or NRRD magnitude volume."""
+        from domains.mri.reader import read
+
+        return read(path)
+
+    def write(self, item: Item, stem: Path) -> Path:
+        """Write NIfTI in the source's orientation."""
+        from domains.mri.writer import write
+
+        return write(item, stem)
+
+    def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
+        """Undersampled k-space of a clean volume; y in the source's intensity units."""
+        from domains.mri.degradations import simulate
+
+        require_task(task, self.name, ("fourier",))
+        require_one_channel(item.record)
+        return simulate(item, task, seed)
+
+    def given(
+        self,
+        item: Item,
+        *,
+        mask: Array | None,
+        kernel: Array | None,
+        scale: int | None,
+        sigma_y: float,
+    ) -> Measurement:
+        """Take a damaged magnitude volume as a measurement in image space."""
+        from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
+
+        require_one_channel(item.record)
+        seen = item.pixels
+        if mask is not None:
+            seen = slices_first(item.pixels)[measured_pixels(mask, item.record)]
+        q = positive_scale(float(np.percentile(seen, SCALE_PERCENTILE)))
+        return take_damaged(
+            item,
+            Units(0.0, q),
+            mask=mask,
+            kernel=kernel,
+            scale=scale,
+            sigma_y=sigma_y,
+            params={"scale_q": q},
+        )
+
+    def problem(self, measurement: Measurement) -> Problem:
+        """Build the inverse problem of k-space, or of a damaged image."""
+        if measurement.operator in IMAGE_OPERATORS:
+            return problem_of(measurement, units_of(measurement), "mri")
+        return kspace_problem(measurement)
+
+    def truth_signal(self, item: Item, measurement: Measurement) -> Tensor:
+        """The clean item in the network units of a measurement of it; its phase is simulated anew.
+
+        Args:
+            item: the clean item.
+            measurement: of all of it.
+        """
+        import torch
+
+        from domains.mri.degradations import image_phase
+
+        q = float(measurement.params["scale_q"])
+        magnitude = slices_first(item.pixels).astype(np.float32)
+        if not is_complex(measurement):
+            return torch.from_numpy(Units(0.0, q).to_network(magnitude))
+        phase = image_phase(item, measurement.params["phase"], measurement.seed)
+        parts = magnitude * np.cos(phase), magnitude * np.sin(phase)
+        return torch.from_numpy(np.concatenate(parts, axis=1) / np.float32(q))
+
+    def baselines(self) -> Mapping[str, Baseline]:
+        """Classical methods for k-space."""
+        from domains.mri.baselines import BASELINES
+
+        return BASELINES
+
+    def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
+        """0 to 0, the 99.9th percentile of the true pixels to 1."""
+        del record  # intensities are arbitrary: only the truth says how bright is bright
+        top = float(np.percentile(truth, 99.9))
+        return 0.0, 1.0 / top if top > 0 else 1.0
+
+    def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
+        """Magnitude views along every axis that is sampled finely enough."""
+        from domains.mri.training import training_windows
+
+        return training_windows(item)
+
+    def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
+        """Vary the gain; complex patches by a smooth phase."""
+        from domains.mri.training import augment
+
+        return augment(condition, patch, rng)
+
+    def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
+        """Where there is tissue: above 10% of the 99.9th percentile, the largest piece, filled."""
+        from domains.body import largest_piece
+
+        del record
+        magnitude = truth[0].astype(np.float32)
+        return largest_piece(magnitude > BODY_SHARE * np.percentile(magnitude, 99.9))
+
+
+def kspace_problem(measurement: Measurement) -> Problem:
+    """k-space as a linear inverse problem in network units.
+
+    complex:  y / q           = M F u + n / q
+    real:     (2 / q) y - M F 1 = M F x + (2 / q) n,   for m = q (x + 1) / 2
+    """
+    import torch
+
+    from diffusion_core.noise.likelihood import GaussianNoise
+    from diffusion_core.operators import Fourier, to_complex
+
+    _, z, h, w = measurement.record.shape
+    q, complex_image = float(measurement.params["scale_q"]), is_complex(measurement)
+    mask = torch.from_numpy(np.array(measurement.arrays["mask"], dtype=bool))
+    operator = Fourier(mask, channels=2 if complex_image else 1)
+    gain = (1.0 if complex_image else 2.0) / q
+    y = torch.from_numpy(np.array(measurement.y, dtype=np.complex64)) * gain
+    if not complex_image:
+        y = y - operator.A(torch.ones(1, 1, h, w))
+
+    def to_source(x: Tensor) -> Tensor:
+        return to_complex(x).abs() * q if complex_image else Units(0.0, q).to_source(x)
+
+    return Problem(
+        operator=operator,
+        y=y,
+        noise=GaussianNoise(float(measurement.noise["sigma_y"]) * gain),
+        shape=(z, 2 if complex_image else 1, h, w),
+        reach="plane",
+        condition="mri-complex" if complex_image else "mri",
+        to_source=to_source,
+    )
+
+
+def is_complex(measurement: Measurement) -> bool:
+    """Whether the unknown has a phase."""
+    return bool(measurement.params.get("phase", "zero") != "zero")
+
+
+def units_of(measurement: Measurement) -> Units:
+    """0..q to [-1, 1], as the measurement says."""
+    return Units(0.0, float(measurement.params["scale_q"]))
+
+
+def require_one_channel(record: ItemRecord) -> None:
+    """Refuse volumes of several contrasts in one.
+
+    Raises:
+        BadInputError: naming the item.
+    """
+    if record.shape[0] != 1:
+        raise BadInputError(
+            f"{record.item_id}: {record.shape[0]} channels; give one contrast per volume"
+        )
