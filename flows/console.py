@@ -227,7 +227,7 @@ def _validation_sentence(error: Any) -> str:
     faults = error.errors(include_url=False)
     where = ".".join(str(part) for part in faults[0]["loc"]) or error.title
     if faults[0]["type"] == "extra_forbidden":
-        return f"there is no setting '{where}' in {error.title}: look it up in flows/config.py"
+        return f"there is no setting '{where}': {error.title} in flows/config.py lists them"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"the setting '{where}' cannot be used: {faults[0]['msg'].lower()}{more}"
 

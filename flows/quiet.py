@@ -7,6 +7,7 @@ their worker processes inherit them. A value that the user has set wins.
 from __future__ import annotations
 
 import os
+import warnings
 
 TELEMETRY_OFF = {
     "DO_NOT_TRACK": "1",
@@ -45,6 +46,7 @@ def hush() -> None:
     """Leave the terminal to the command's own output, unless SASHIKO_DEBUG=1."""
     if not debugging():
         _default(NOISE_OFF)
+        warnings.simplefilter("ignore")
 
 
 def _default(values: dict[str, str]) -> None:

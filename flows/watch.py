@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from uuid import UUID
 
 from flows.engine.events import Event, EventHandler, ignore
 
 if TYPE_CHECKING:
+    from prefect import State
+
     from flows.api_review import Asker
+
+
+class HasQuarantine(Protocol):
+    """A result that names what could not be used."""
+
+    @property
+    def quarantined(self) -> Sequence[Any]:
+        """One entry an unusable input."""
+        ...
+
+
+Result = TypeVar("Result", bound=HasQuarantine)
 
 _LISTENER: ContextVar[EventHandler] = ContextVar("listener", default=ignore)
 _ASKER: ContextVar[Asker | None] = ContextVar("asker", default=None)
@@ -53,6 +67,16 @@ def flow_events(key: str) -> EventHandler:
         artifact(event)
 
     return both
+
+
+def finished(result: Result) -> Result | State[Result]:
+    """A flow's last word: Completed, or Quarantined if some of its input could not be used."""
+    if not result.quarantined:
+        return result
+    from prefect.states import Completed
+
+    message = f"finished, with {len(result.quarantined)} quarantined"
+    return Completed(name="Quarantined", message=message, data=result)
 
 
 class ProgressArtifact:

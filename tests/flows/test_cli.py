@@ -1,0 +1,232 @@
+"""The command line: starts fast, says one clear sentence, exits with the code that is promised."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+
+from domains.base import BadInputError
+from flows import cli, quiet
+from flows.config import TrainSettings, read_settings
+
+HEAVY = ("torch", "ray", "prefect", "mlflow", "monai", "zarr", "pydantic", "matplotlib", "numpy")
+
+
+@pytest.fixture(autouse=True)
+def quiet_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of the test's own; warnings stay errors here."""
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(quiet, "hush", lambda: None)
+
+
+def sashiko(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+    code = cli.run([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def assert_one_sentence(err: str, *words: str) -> None:
+    (line,) = err.strip().splitlines()
+    assert line.startswith("sashiko: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in line
+
+
+def test_the_command_imports_nothing_that_takes_time():
+    code = f"import sys, flows.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_answers_in_half_a_second():
+    command = [sys.executable, "-c", "import flows.cli; flows.cli.main(['--help'])"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+        assert done.stdout.startswith("Usage: sashiko")
+    assert min(times) < 0.5
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]):
+    for name in cli.cli.commands:
+        code, out, _ = sashiko(capsys, name, "--help")
+        assert code == 0
+        assert f"sashiko {name}" in out
+
+
+def test_commands_of_later_issues_are_absent_not_stubs():
+    assert not {"verify", "gc", "generate"} & set(cli.cli.commands)
+
+
+def test_importing_any_flow_module_switches_telemetry_off():
+    code = "import os, json, flows.config; print(json.dumps(dict(os.environ)))"
+    clean = {k: v for k, v in os.environ.items() if k not in quiet.TELEMETRY_OFF}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean
+    )
+    seen = json.loads(done.stdout)
+    assert {k: seen.get(k) for k in quiet.TELEMETRY_OFF} == quiet.TELEMETRY_OFF
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (BadInputError("a.png: it is empty; export it again"), 2, ["a.png: it is empty"]),
+        (RuntimeError("the disk\nis full"), 1, ["RuntimeError: the disk is full", "SASHIKO_DEBUG"]),
+    ],
+)
+def test_errors_are_one_sentence(
+    raised: Exception,
+    code: int,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fail() -> None:
+        raise raised
+
+    monkeypatch.setattr("flows.registry.models", fail)
+    got, out, err = sashiko(capsys, "models")
+    assert (got, out) == (code, "")
+    assert_one_sentence(err, *words)
+
+
+def test_debugging_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail() -> None:
+        raise BadInputError("a.png: it is empty")
+
+    monkeypatch.setattr("flows.registry.models", fail)
+    monkeypatch.setenv("SASHIKO_DEBUG", "1")
+    code, _, err = sashiko(capsys, "models")
+    assert code == 2
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, click.Abort])
+def test_an_interruption_exits_130_and_says_how_to_go_on(
+    interruption: type[BaseException],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def stop() -> None:
+        raise interruption
+
+    monkeypatch.setattr("flows.registry.models", stop)
+    code, _, err = sashiko(capsys, "models")
+    assert code == 130
+    assert_one_sentence(err, "the same command goes on")
+
+
+def test_a_text_file_named_nifti_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bad = tmp_path / "scan.nii.gz"
+    bad.write_text("Dear doctor, this is not an image.\n")
+    arguments = ("ingest", bad, "--domain", "ct", "--to", tmp_path / "ds.zarr", "--no-prefect")
+    code, _, err = sashiko(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert "scan.nii.gz" in err.splitlines()[-1]
+    assert not (tmp_path / "ds.zarr").exists()
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "in").mkdir()
+    out = tmp_path / "ds.zarr"
+    code, _, err = sashiko(
+        capsys, "ingest", tmp_path / "in", "--domain", "city", "--to", out, "--no-prefect"
+    )
+    assert code == 2
+    assert_one_sentence(err, str(tmp_path / "in"))
+
+
+def test_a_one_pixel_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(tmp_path / "dot.png")
+    out = tmp_path / "ds.zarr"
+    arguments = ("ingest", tmp_path / "dot.png", "--domain", "city", "--to", out, "--no-prefect")
+    code, _, err = sashiko(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert "dot.png" in err.splitlines()[-1]
+
+
+def test_an_unknown_domain_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, _, err = sashiko(
+        capsys, "ingest", tmp_path, "--domain", "xray", "--to", tmp_path / "o", "--no-prefect"
+    )
+    assert code == 2
+    assert_one_sentence(err, "xray", "ct", "city")
+
+
+def test_an_unknown_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    data = tmp_path / "ds.zarr"
+    sashiko(capsys, "ingest", tmp_path / "a.png", "--domain", "city", "--to", data, "--no-prefect")
+    code, _, err = sashiko(
+        capsys, "simulate", data, "--task", "ct-sparse99", "--to", tmp_path / "m.zarr"
+    )
+    assert code == 2
+    assert_one_sentence(err, "ct-sparse99", "ct-sparse60")
+
+
+def test_a_missing_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    arguments = ("restore", "--input", tmp_path / "a.png", "--domain", "city", "--mask", "nodata")
+    code, _, err = sashiko(
+        capsys,
+        *arguments,
+        *("--output", tmp_path / "out", "--model", tmp_path / "no-model", "--no-prefect"),
+    )
+    assert code == 2
+    assert_one_sentence(err, "no-model")
+
+
+def test_a_setting_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]):
+    code, _, err = sashiko(capsys, "train", "train-tiny.yaml", "--set", "num_stepz=3")
+    assert code == 2
+    assert_one_sentence(err, "num_stepz")
+
+
+def test_set_reaches_into_nested_settings_and_reads_yaml():
+    changes = ["network.num_features=8", "conditions={ct: 1.0}", "seed=5", "dtype=float32"]
+    settings = read_settings(TrainSettings, Path("train-tiny.yaml"), changes)
+    assert settings.network["num_features"] == 8
+    assert settings.network["widths"] == [32, 48, 64]
+    assert settings.conditions == {"ct": 1.0}
+    assert (settings.seed, settings.dtype) == (5, "float32")
+
+
+@pytest.mark.parametrize("change", ["seed", "=3", "a..b=1", "name.x=1", "seed=[1"])
+def test_a_malformed_set_is_refused(change: str):
+    with pytest.raises(BadInputError):
+        read_settings(TrainSettings, Path("train-tiny.yaml"), [change])
+
+
+def test_review_without_anyone_to_ask_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    code, _, err = sashiko(capsys, "review", "sashiko-ct")
+    assert code == 2
+    assert "--yes or --no" in err
+
+
+def test_an_empty_registry_is_said_and_json_is_json(
+    capsys: pytest.CaptureFixture[str], registry_home: Path
+):
+    assert sashiko(capsys, "models")[:2] == (0, "no model is registered yet\n")
+    code, out, _ = sashiko(capsys, "models", "--json")
+    assert (code, json.loads(out)) == (0, [])
