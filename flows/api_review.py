@@ -16,7 +16,7 @@ from typing import Any
 
 from domains.base import BadInputError
 from flows import registry
-from flows.config import EvaluateSettings, Home, ReviewSettings
+from flows.config import EvaluateSettings, Home, ReviewSettings, demo_tasks
 from flows.engine.events import Event, EventHandler, ignore
 
 Asker = Callable[["Comparison"], bool | None]
@@ -97,7 +97,7 @@ def compare(settings: ReviewSettings, on_event: EventHandler | None = None) -> C
     on_event = on_event or ignore
     candidate, champion = _contenders(settings)
     tasks = settings.tasks or _demo_tasks(settings.name)
-    data = settings.input or _demo_dataset(settings.name, on_event)
+    data = settings.input or _demo_dataset(on_event)
     figures = {}
     for version in filter(None, (candidate, champion)):
         on_event(Event("step", 0, 0, f"evaluating {settings.name} version {version}"))
@@ -186,8 +186,18 @@ def _figures(
 
 
 def _demo_tasks(name: str) -> list[str]:
-    raise BadInputError(name)
+    """The demo's tasks of the domain that a registered name serves."""
+    for domain, registered in registry.MODEL_NAMES.items():
+        if registered == name:
+            return demo_tasks()[domain]
+    raise BadInputError(f"{name} is not one of the built-in names: say --input and --task")
 
 
-def _demo_dataset(name: str, on_event: EventHandler) -> Path:
-    raise BadInputError(name)
+def _demo_dataset(on_event: EventHandler) -> Path:
+    """The demo's items, ingested once."""
+    from flows.api_data import ingest_samples
+
+    path = Home().home / "datasets" / "demo.zarr"
+    if not path.exists():
+        ingest_samples(path, demo_only=True, on_event=on_event)
+    return path

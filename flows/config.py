@@ -233,6 +233,15 @@ def load_method(task: str) -> MethodSettings:
     return MethodSettings(**load_task_file(task).get("solver", {}))
 
 
+def demo_tasks() -> dict[str, list[str]]:
+    """The demo's tasks by domain, in the order of configs/demo.yaml."""
+    names = yaml.safe_load(config_path("demo.yaml").read_text())["tasks"]
+    by_domain: dict[str, list[str]] = {}
+    for name in names:
+        by_domain.setdefault(load_task(name).domain, []).append(name)
+    return by_domain
+
+
 def read_settings(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
     """Settings from a YAML file, with changes of the form "a.b=value" (the value as YAML).
 
