@@ -1,0 +1,302 @@
+"""Compute one block: measurement -> problem -> solver or classical baseline -> source units.
+
+A block is a pure function of (measurement, method, model, seed) and of its place in the grid: the
+same on any worker, in any order, however often it is retried.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core.model import BadModelError, Model
+from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver
+from domains.base import Array, BadInputError, Domain, Measurement, Problem
+from domains.metrics import EXACT_VARIANCE, reached, residual
+from domains.registry import load_domain
+from flows.engine.grid import (
+    DENOISER_BATCH_PX,
+    DENOISER_PLANE_PX,
+    DENOISER_TILE_PX,
+    HALO_PX,
+    STRIDE,
+    Block,
+    Region,
+)
+from flows.engine.memory import peak_memory
+from flows.engine.plan import ItemPlan, ModelRef
+from flows.engine.receipt import Account
+from flows.store import Measurements
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NotFiniteError(ValueError):
+    """A result with NaN or infinite pixels: never published."""
+
+
+class ModelChangedError(RuntimeError):
+    """The model's files are not those that the plan was made with."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A batch restored in network units, and what it took."""
+
+    x: Tensor
+    nfe: int
+    num_operator_calls: int
+
+
+class Restorer:
+    """Computes blocks, and keeps between them what is costly to make: stores, domains, models."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def compute(self, measurements: Path, item: ItemPlan, block: Block) -> tuple[Array, Account]:
+        """Restore the write region of a block.
+
+        Args:
+            measurements: path of the store.
+            item: whose block it is.
+            block: which.
+
+        Returns:
+            Pixels (c z h w) float32 in source units, and the account without its writing.
+
+        Raises:
+            BadInputError: if the measurement cannot be used.
+            NotFiniteError: if the result has NaN or infinite pixels.
+            ModelChangedError: if the model is not the plan's.
+        """
+        start = time.perf_counter()
+        with torch.no_grad(), peak_memory() as peak:
+            measurement = self._read(measurements, item, block.read)
+            domain: Domain = self._keep(("domain", item.record.domain), load_domain)
+            problem = domain.problem(measurement)
+            solved = self._solve(item, domain, measurement, problem, block)
+            pixels = _to_source(problem, solved.x, item, block)
+            residuals, exact = _residuals(problem, solved.x, block)
+        account = Account(
+            seconds=time.perf_counter() - start,
+            nfe=solved.nfe,
+            num_operator_calls=solved.num_operator_calls,
+            peak_bytes=peak(),
+            residual=residuals,
+            exact_data=exact,
+            low=float(pixels.min()),
+            high=float(pixels.max()),
+        )
+        return pixels, account
+
+    def _read(self, path: Path, item: ItemPlan, region: Region) -> Measurement:
+        store: Measurements = self._keep(("store", path), Measurements)
+        z = slice(region.z0, region.z1)
+        measurement = store.read(item.item_id, item.task, z)
+        return window(measurement, region) if item.grid.tiled else measurement
+
+    def _solve(
+        self,
+        item: ItemPlan,
+        domain: Domain,
+        measurement: Measurement,
+        problem: Problem,
+        block: Block,
+    ) -> Solved:
+        method = item.method
+        if method.kind == "baseline":
+            return _classical(domain, measurement, problem, method.name, method.options)
+        if item.model is None:
+            raise BadInputError(f"the solver '{method.name}' needs a model: name one with --model")
+        model = self._model(item.model, item.dtype, item.device_class)
+        solver = self._solver(model, problem.condition, method.name, method.options)
+        sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
+        origin = (block.read.z0, block.read.y0, block.read.x0)
+        result = solver(
+            _bounded(model.denoiser(problem.condition), item.device_class),
+            problem.operator,
+            problem.y,
+            problem.noise,
+            sigmas,
+            KeyedDraws(item.seed, item.record.source_digest, origin),
+        )
+        return Solved(result.x, result.num_denoiser_calls, result.num_operator_calls)
+
+    def _model(self, ref: ModelRef, dtype: str, device: str) -> Model:
+        def load(_: Any) -> Model:
+            try:
+                model = Model.load(Path(ref.path), dtype=_DTYPES[dtype], device=device)
+            except (BadModelError, OSError) as error:
+                raise ModelChangedError(f"the model cannot be loaded: {error}") from error
+            if model.digest != ref.digest:
+                raise ModelChangedError(
+                    f"the model at {ref.path} changed since the plan was made; plan again"
+                )
+            return model
+
+        return self._keep(("model", ref, dtype, device), load)
+
+    def _solver(
+        self, model: Model, condition: str, name: str, options: Mapping[str, Any]
+    ) -> Solver:
+        def make(_: Any) -> Solver:
+            try:
+                prior = model.prior(condition)
+            except BadModelError:
+                prior = None  # solvers that need the table say so themselves
+            from diffusion_core.posterior import make_solver
+
+            return make_solver(name, prior, options)
+
+        text = json.dumps(options, sort_keys=True)
+        return self._keep(("solver", model.digest, condition, name, text), make)
+
+    def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any], most: int = 16) -> Any:
+        """The thing of a key, made from the key's second part if it is not kept."""
+        if key not in self._kept:
+            self._kept[key] = make(key[1])
+            while len(self._kept) > most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def window(measurement: Measurement, region: Region) -> Measurement:
+    """The measurement of a window of the plane, for operators that act pixel by pixel.
+
+    Every array whose last two axes are the plane is cut.
+
+    Args:
+        measurement: of whole planes, its slices those of the region already.
+        region: rows and columns to keep.
+    """
+    c, z, h, w = measurement.record.shape
+
+    def cut(array: Array) -> Array:
+        if array.shape[-2:] != (h, w):
+            return array
+        return array[..., region.y0 : region.y1, region.x0 : region.x1]
+
+    _, height, width = region.shape
+    return replace(
+        measurement,
+        record=replace(measurement.record, shape=(c, z, height, width)),
+        y=cut(measurement.y),
+        arrays={name: cut(array) for name, array in measurement.arrays.items()},
+    )
+
+
+def _classical(
+    domain: Domain,
+    measurement: Measurement,
+    problem: Problem,
+    name: str,
+    params: Mapping[str, Any],
+) -> Solved:
+    known = domain.baselines()
+    if name not in known:
+        raise BadInputError(
+            f"domain '{domain.name}' has no method '{name}': choose one of {', '.join(known)}"
+        )
+    with _counted(problem.operator) as calls:
+        x = known[name](measurement, problem, params)
+    return Solved(x, 0, calls())
+
+
+@contextmanager
+def _counted(operator: Any) -> Iterator[Callable[[], int]]:
+    """Count calls of A and A_adjoint on this very object, so that its type stays what it is."""
+    count = 0
+
+    def counting(apply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(value: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return apply(value)
+
+        return call
+
+    names = ("A", "A_adjoint")
+    for name in names:
+        vars(operator)[name] = counting(getattr(operator, name))
+    try:
+        yield lambda: count
+    finally:
+        for name in names:
+            vars(operator).pop(name, None)
+
+
+def _bounded(denoise: Denoiser, device: str) -> Denoiser:
+    """The denoiser with bounded memory: few pixels a call, planes beyond a size in tiles.
+
+    The data step stays on the CPU, where the operators are; batches go to the device and back.
+    """
+
+    def on_device(x: Signal, sigma: Sigma) -> Signal:
+        return denoise(x.to(device), sigma.to(device)).to(x.device)
+
+    from diffusion_core.tiles import tiled_denoiser
+
+    tiles = tiled_denoiser(
+        on_device, tile=DENOISER_TILE_PX, halo=HALO_PX, stride=STRIDE, max_batch=1
+    )
+
+    def call(x: Signal, sigma: Sigma) -> Signal:
+        plane = math.prod(x.shape[-2:])
+        if plane > DENOISER_PLANE_PX:
+            return tiles(x, sigma)
+        step = max(1, DENOISER_BATCH_PX // plane)
+        if len(x) <= step:
+            return on_device(x, sigma)
+        parts = range(0, len(x), step)
+        return torch.cat([on_device(x[i : i + step], sigma[i : i + step]) for i in parts])
+
+    return call
+
+
+def _inner(block: Block) -> tuple[slice, slice]:
+    """Rows and columns of the write region inside the read region."""
+    write, read = block.write, block.read
+    rows = slice(write.y0 - read.y0, write.y1 - read.y0)
+    return rows, slice(write.x0 - read.x0, write.x1 - read.x0)
+
+
+def _to_source(problem: Problem, x: Tensor, item: ItemPlan, block: Block) -> Array:
+    """Network units (b c h w) of the read region -> source units (c z h w) of the write region."""
+    image = problem.to_source(x.float().cpu()).numpy()
+    rows, columns = _inner(block)
+    pixels = np.ascontiguousarray(image.swapaxes(0, 1)[..., rows, columns], dtype=np.float32)
+    expected = (item.grid.shape[0], *block.write.shape)
+    if pixels.shape != expected:
+        raise RuntimeError(f"the method returned pixels {pixels.shape}, not {expected}")
+    if not np.isfinite(pixels).all():
+        bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
+        raise NotFiniteError(f"{bad} of {pixels.size} restored pixels are NaN or infinite")
+    return pixels
+
+
+def _residuals(problem: Problem, x: Tensor, block: Block) -> tuple[tuple[float, ...], bool]:
+    """The residual of each batch element within the write region, and whether data are exact."""
+    measured = reached(problem.operator, x)
+    if block.read != block.write:
+        rows, columns = _inner(block)
+        inside = torch.zeros_like(measured)
+        inside[..., rows, columns] = measured[..., rows, columns]
+        measured = inside
+    values = residual(problem.operator, problem.y, x, problem.noise, measured)
+    variance = problem.noise.variance(problem.operator.A(x))
+    return tuple(values), bool(variance.max() <= EXACT_VARIANCE)

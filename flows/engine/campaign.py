@@ -1,0 +1,376 @@
+"""Run a plan: compute what is missing, publish what is complete, quarantine what cannot be done.
+
+Resume = plan - manifests - receipts. There is no other memory: a driver killed anywhere is started
+again with the same plan, and two drivers at once do some work twice and publish once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flows.engine.events import EventHandler, Progress, ignore
+from flows.engine.executor import Executor
+from flows.engine.objects import LocalObjects
+from flows.engine.plan import ItemPlan, Plan
+from flows.engine.publish import (
+    DamagedBlocksError,
+    Published,
+    load_manifest,
+    manifest_key,
+    publish,
+    reject_manifest,
+)
+from flows.engine.receipt import Receipt, load_receipts, reject_receipt
+from flows.engine.restored import RestoredEntry, entry_of
+from flows.engine.worker import BlockJob, Failure, Outcome
+
+_LOG = logging.getLogger(__name__)
+
+_AT_ONCE = {"input", "result"}
+"""Failures that another attempt cannot mend."""
+
+
+class CampaignError(RuntimeError):
+    """The run cannot go on: no block could go well. What is receipted stays."""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """An item that was given up, and why.
+
+    Attributes:
+        item_id: of the item, or the name of a file that did not become one.
+        task: of the measurement.
+        method: how it was to be restored.
+        reason: a sentence.
+        attempts: made at the block that failed.
+        key: of the item's plan, "" for a file.
+        input_digest: content digest of the measurement.
+    """
+
+    item_id: str
+    task: str
+    method: str
+    reason: str
+    attempts: int = 1
+    key: str = ""
+    input_digest: str = ""
+
+
+@dataclass(frozen=True)
+class CampaignResult:
+    """What a run did.
+
+    Attributes:
+        campaign: its id.
+        published: every item of the plan that readers can see now.
+        reused: keys of those that had been published before.
+        quarantined: items given up.
+        num_blocks: of the plan.
+        num_computed: blocks computed by this run, failed attempts not counted.
+        num_retries: attempts that failed and were made again.
+        num_lost: items that another driver published first.
+        seconds: wall time.
+    """
+
+    campaign: str
+    published: tuple[RestoredEntry, ...]
+    reused: frozenset[str]
+    quarantined: tuple[Quarantined, ...]
+    num_blocks: int
+    num_computed: int
+    num_retries: int
+    num_lost: int
+    seconds: float
+
+
+def run_plan(
+    plan: Plan,
+    executor: Executor,
+    on_event: EventHandler | None = None,
+    *,
+    max_attempts: int = 3,
+    clock: Callable[[], float] = time.monotonic,
+) -> CampaignResult:
+    """Carry out a plan, or what is left of it.
+
+    Args:
+        plan: of make_plan; one window of it will do.
+        executor: computes the blocks; stays open.
+        on_event: told of everything that happens.
+        max_attempts: at one block before its item is quarantined.
+        clock: monotonic seconds, for progress.
+
+    Raises:
+        CampaignError: if the disk is full, the model changed, or nothing else could go well.
+    """
+    return _Campaign(plan, executor, on_event or ignore, max_attempts, clock).run()
+
+
+@dataclass
+class _Item:
+    """The state of one item of the plan during a run."""
+
+    plan: ItemPlan
+    receipts: dict[int, Receipt] = field(default_factory=dict)
+    attempts: Counter[int] = field(default_factory=Counter)
+    open: bool = True
+
+    @property
+    def complete(self) -> bool:
+        return len(self.receipts) == self.plan.num_blocks
+
+    @property
+    def label(self) -> str:
+        return f"{self.plan.item_id} ({self.plan.task}, {self.plan.method.name})"
+
+
+class _Campaign:
+    """One run of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        on_event: EventHandler,
+        max_attempts: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._plan, self._executor, self._max_attempts = plan, executor, max_attempts
+        self._objects = LocalObjects(plan.output)
+        self._clock, self._start = clock, clock()
+        weight = sum(item.cost.seconds * item.num_blocks for item in plan.items)
+        self._progress = Progress(plan.num_blocks, weight, on_event, clock)
+        self._items = {item.key: _Item(item) for item in plan.items}
+        self._queue: deque[tuple[_Item, int]] = deque()
+        self._published: dict[str, RestoredEntry] = {}
+        self._reused: set[str] = set()
+        self._quarantined: list[Quarantined] = []
+        self._num_computed = self._num_retries = self._num_lost = 0
+
+    def run(self) -> CampaignResult:
+        """Do what is missing."""
+        self._record_plan()
+        for item in self._items.values():
+            self._take_stock(item)
+        left = len(self._queue)
+        self._progress.tell(
+            "start",
+            f"{len(self._plan.items)} items, {left} of {self._plan.num_blocks} blocks to compute "
+            f"on {self._executor.num_workers} workers",
+            campaign=self._plan.campaign,
+        )
+        for item in [i for i in self._items.values() if i.open and i.complete]:
+            self._publish(item)
+        if self._queue:
+            for outcome in self._executor.run(self._next_job):
+                self._settle(outcome)
+        return self._result()
+
+    def _record_plan(self) -> None:
+        """Keep the immutable plan beside its results; the first driver's record stands."""
+        key = f"campaigns/{self._plan.campaign}.json"
+        if not self._objects.exists(key):
+            text = json.dumps(self._plan.to_json(), indent=1) + "\n"
+            self._objects.create(key, text.encode())
+
+    def _take_stock(self, item: _Item) -> None:
+        """See what of an item is done already, and queue the rest."""
+        plan = item.plan
+        if reject_manifest(self._objects, plan.key):
+            self._progress.tell("corrupt", f"{item.label}: its manifest was damaged; made again")
+        manifest = load_manifest(self._objects, plan.key)
+        if manifest is not None:
+            self._reused.add(plan.key)
+            self._close_published(item, manifest)
+            self._progress.tell("reused", f"{item.label}: published before", **self._facts(item))
+            return
+        item.receipts = load_receipts(self._objects, plan)
+        known = len(item.receipts)
+        self._progress.skip(known, known * plan.cost.seconds)
+        missing = (i for i in range(plan.num_blocks) if i not in item.receipts)
+        self._queue.extend((item, index) for index in missing)
+
+    def _next_job(self) -> BlockJob | None:
+        while self._queue:
+            item, index = self._queue.popleft()
+            if not item.open or index in item.receipts:
+                continue
+            # Another driver may have published meanwhile: its work area is gone then, and so is
+            # the need for ours.
+            if self._objects.exists(manifest_key(item.plan.key)) and self._was_overtaken(item):
+                continue
+            return BlockJob(self._plan.measurements, self._plan.output, item.plan, index)
+        return None
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Take an outcome into the books."""
+        item, index = self._items[outcome.job.item.key], outcome.job.block
+        if outcome.failure is not None:
+            self._fail(item, index, outcome.failure)
+        elif item.open and outcome.receipt is not None:
+            self._num_computed += outcome.fresh
+            item.receipts[index] = outcome.receipt
+            pixels = item.plan.grid.block(index).write.num_pixels
+            self._progress.advance(item.plan.cost.seconds, pixels)
+            self._progress.tell("block", f"restoring {item.label}", **self._facts(item, index))
+            if item.complete:
+                self._publish(item)
+
+    def _fail(self, item: _Item, index: int, failure: Failure) -> None:
+        """Try again, or give the item up, or stop."""
+        if not item.open or self._was_overtaken(item):
+            return
+        if failure.kind == "fatal":
+            raise CampaignError(f"{failure.reason}; what is done is kept, run it again to go on")
+        item.attempts[index] += 1
+        attempts = item.attempts[index]
+        if failure.kind in _AT_ONCE or attempts >= self._max_attempts:
+            self._quarantine(item, index, failure.reason)
+            return
+        self._num_retries += 1
+        self._queue.append((item, index))
+        self._progress.tell(
+            "retry",
+            f"{item.label}: block {index} failed ({failure.reason}); "
+            f"attempt {attempts + 1} of {self._max_attempts}",
+            **self._facts(item, index),
+        )
+
+    def _publish(self, item: _Item) -> None:
+        """Publish a complete item, or queue what of it turns out to be damaged."""
+        facts = {"num_failed_attempts": item.attempts.total()}
+        try:
+            done = publish(self._objects, self._plan, item.plan, item.receipts, facts)
+        except DamagedBlocksError as error:
+            self._recompute(item, error.blocks)
+            return
+        except OSError as error:
+            if self._was_overtaken(item):
+                return
+            raise CampaignError(
+                f"{item.label} cannot be published: {error}; what is done is kept, "
+                "run it again to go on"
+            ) from error
+        self._tell_published(item, done)
+
+    def _tell_published(self, item: _Item, done: Published) -> None:
+        if not done.won:
+            self._lose(item, done.manifest)
+            return
+        self._close_published(item, done.manifest)
+        self._progress.tell("published", f"{item.label}: published", **self._facts(item))
+
+    def _recompute(self, item: _Item, blocks: tuple[int, ...]) -> None:
+        if self._was_overtaken(item):
+            return
+        for index in blocks:
+            reject_receipt(self._objects, item.plan, index)
+            del item.receipts[index]
+            item.attempts[index] += 1
+            if item.attempts[index] >= self._max_attempts:
+                self._quarantine(
+                    item, index, "staged bytes change on the disk after they were written; check it"
+                )
+                return
+            self._progress.skip(-1, -item.plan.cost.seconds)
+            self._queue.append((item, index))
+            self._progress.tell(
+                "corrupt",
+                f"{item.label}: block {index} changed on the disk after it was written; "
+                "computed again",
+                **self._facts(item, index),
+            )
+
+    def _was_overtaken(self, item: _Item) -> bool:
+        """Whether another driver has published an item that is open here; closes it if so."""
+        manifest = load_manifest(self._objects, item.plan.key) if item.open else None
+        if manifest is None:
+            return False
+        self._lose(item, manifest)
+        return True
+
+    def _lose(self, item: _Item, manifest: Mapping[str, Any]) -> None:
+        self._num_lost += 1
+        self._close_published(item, manifest)
+        self._progress.tell(
+            "lost",
+            f"{item.label}: another run published it first; nothing of this run's is kept",
+            **self._facts(item),
+        )
+
+    def _close_published(self, item: _Item, manifest: Mapping[str, Any]) -> None:
+        self._published[item.plan.key] = entry_of(self._plan.output, manifest)
+        self._close(item)
+        self._objects.remove(item.plan.work)
+        self._objects.remove(f"quarantine/{item.plan.key}.json")
+
+    def _close(self, item: _Item) -> None:
+        """No block of the item is wanted any more."""
+        left = item.plan.num_blocks - len(item.receipts)
+        self._progress.skip(left, left * item.plan.cost.seconds)
+        item.open = False
+
+    def _quarantine(self, item: _Item, index: int, reason: str) -> None:
+        plan = item.plan
+        entry = Quarantined(
+            item_id=plan.item_id,
+            task=plan.task,
+            method=plan.method.name,
+            reason=reason,
+            attempts=item.attempts[index],
+            key=plan.key,
+            input_digest=plan.input_digest,
+        )
+        self._quarantined.append(entry)
+        self._close(item)
+        record_quarantine(self._objects, plan.key, entry)
+        self._progress.tell(
+            "quarantined", f"{item.label} is quarantined: {reason}", **self._facts(item, index)
+        )
+
+    def _facts(self, item: _Item, block: int | None = None) -> dict[str, Any]:
+        plan = item.plan
+        facts: dict[str, Any] = {
+            "item_id": plan.item_id,
+            "task": plan.task,
+            "method": plan.method.name,
+            "key": plan.key,
+        }
+        return facts if block is None else {**facts, "block": block}
+
+    def _result(self) -> CampaignResult:
+        result = CampaignResult(
+            campaign=self._plan.campaign,
+            published=tuple(
+                self._published[i.key] for i in self._plan.items if i.key in self._published
+            ),
+            reused=frozenset(self._reused),
+            quarantined=tuple(self._quarantined),
+            num_blocks=self._plan.num_blocks,
+            num_computed=self._num_computed,
+            num_retries=self._num_retries,
+            num_lost=self._num_lost,
+            seconds=self._clock() - self._start,
+        )
+        given_up = f", {len(result.quarantined)} quarantined" if result.quarantined else ""
+        self._progress.tell(
+            "done",
+            f"{len(result.published)} of {len(self._plan.items)} items restored{given_up}; "
+            f"{result.num_computed} blocks computed, {result.num_retries} retries",
+            campaign=result.campaign,
+        )
+        return result
+
+
+def record_quarantine(objects: LocalObjects, name: str, entry: Quarantined) -> None:
+    """Keep the reason in quarantine/NAME.json; a later attempt that succeeds removes it."""
+    from dataclasses import asdict
+
+    objects.put(f"quarantine/{name}.json", (json.dumps(asdict(entry), indent=1) + "\n").encode())

@@ -1,0 +1,162 @@
+"""Objects by key under one root: the few storage primitives that the engine's promises rest on.
+
+Everything the engine keeps goes through these calls, so that a store with other means (conditional
+put, server-side copy) needs this one class again and nothing else. What they promise on POSIX:
+
+    put      an object under a key that one writer owns; torn if the writer dies in mid-write
+    create   all of an object or nothing, and only if the key is free: one writer wins
+    link     a second key for the same bytes, without copying them
+    adopt    a whole folder appears under its final key at once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
+
+
+class LocalObjects:
+    """Objects as files under a root folder; keys are relative POSIX paths."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).resolve()
+
+    def path(self, key: str) -> Path:
+        """The file of a key.
+
+        Raises:
+            ValueError: if the key is absolute or steps out of the root.
+        """
+        parts = PurePosixPath(key)
+        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+            raise ValueError(f"'{key}' is not a key under {self.root}")
+        return self.root / parts
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object under a key of the caller's own."""
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write a durable object if the key is free, whole or not at all.
+
+        Returns:
+            True if this call created it, False if the key was taken.
+        """
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with draft.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            _link(draft, path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync(path.parent)
+        return True
+
+    def get(self, key: str) -> bytes:
+        """Read an object. Raises FileNotFoundError if there is none."""
+        return self.path(key).read_bytes()
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes, or None if there is no such object."""
+        try:
+            return self.path(key).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object or folder."""
+        return self.path(key).exists()
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly under a prefix, sorted; drafts of unfinished creates are left out."""
+        try:
+            entries = list(os.scandir(self.path(prefix)))
+        except FileNotFoundError:
+            return []
+        return sorted(e.name for e in entries if not e.name.startswith("."))
+
+    def rename(self, key: str, new_key: str) -> bool:
+        """Move one object; False if it was gone already (another process moved it)."""
+        try:
+            self.path(key).rename(self.path(new_key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def link(self, key: str, new_key: str) -> None:
+        """Give the bytes of `key` a second key; the first stays valid."""
+        target = self.path(new_key)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link(self.path(key), target)
+
+    def adopt(self, prefix: str, new_prefix: str) -> None:
+        """Make a finished folder durable and let it appear under its final key at once.
+
+        Raises:
+            OSError: if something is there already.
+        """
+        source, target = self.path(prefix), self.path(new_prefix)
+        for path in _tree(source):
+            _sync(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        for folder in _parents(target, self.root):
+            _sync(folder)
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder with all that is in it; it may be gone already."""
+        path = self.path(key)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link, or copy with an exclusive create where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _tree(root: Path) -> Iterator[Path]:
+    """Files before the folders that hold them."""
+    for folder, _, files in os.walk(root, topdown=False):
+        yield from (Path(folder, name) for name in files)
+        yield Path(folder)
+
+
+def _parents(path: Path, root: Path) -> Iterable[Path]:
+    return (p for p in path.parents if p == root or root in p.parents)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems refuse to sync a folder; there the rename is durable itself.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

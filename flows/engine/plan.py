@@ -1,0 +1,361 @@
+"""The plan: what will be computed, named by its content, decided before anything is computed.
+
+    campaign -> item -> block -> (patches, inside the denoiser)
+
+Each item of a campaign has a key: the sha256 of everything that can change one of its pixels, and
+of nothing else. The campaign's id is the sha256 of its items' keys. Workers, batches, retries,
+paths and the version of the code are recorded beside it and not hashed, so that a hotfix or a
+smaller machine resumes; change what is computed, and ALGORITHM_VERSION must be raised.
+
+A plan is a pure function of the store's manifest and the settings, and quick: nothing here imports
+torch, Ray or Prefect, and blocks are index arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domains.base import BadInputError, ItemRecord
+from flows.config import MethodSettings
+from flows.engine.cost import Cost, predict
+from flows.engine.grid import Block, Grid, make_grid
+
+if TYPE_CHECKING:
+    from flows.store import MeasurementEntry
+
+ALGORITHM_VERSION = 1
+"""Part of every key: raise it when the same settings come to make other pixels."""
+
+PLAN_FORMAT = 1
+DRIVER_BYTES = 300 * 2**20
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
+
+
+class PlanRefusedError(BadInputError):
+    """A plan that would need more memory than the stated limit."""
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model, resolved once for the whole campaign.
+
+    Attributes:
+        path: its directory.
+        digest: of the directory; a worker that finds another refuses.
+        name: registered name, or the directory's.
+        version: registered version, "" if none.
+    """
+
+    path: str
+    digest: str
+    name: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """One item, restored one way.
+
+    Attributes:
+        key: sha256 of all that changes its pixels.
+        item_id: of the item.
+        task: of the measurement.
+        operator: kind of operator.
+        record: of the item.
+        input_digest: content digest of the measurement.
+        method: solver or baseline, with every option resolved.
+        model: None for classical baselines.
+        seed: of the noise.
+        dtype: of the network.
+        device_class: "cpu" or "cuda"; results differ in the last bits between them.
+        grid: of the blocks.
+        cost: predicted, of one block.
+    """
+
+    key: str
+    item_id: str
+    task: str
+    operator: str
+    record: ItemRecord
+    input_digest: str
+    method: MethodSettings
+    model: ModelRef | None
+    seed: int
+    dtype: str
+    device_class: str
+    grid: Grid
+    cost: Cost
+
+    @property
+    def work(self) -> str:
+        """Key prefix of the item's unpublished work."""
+        return f".work/{self.key}"
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the item."""
+        return self.grid.num_blocks
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, in order of their index."""
+        return iter(self.grid)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do. Immutable; `campaign` names its content.
+
+    Attributes:
+        campaign: sha256 of the items' keys.
+        measurements: path of the measurement store.
+        output: root of what is written.
+        items: sorted so that the heaviest blocks come first.
+        num_workers: recorded, not hashed.
+    """
+
+    campaign: str
+    measurements: Path
+    output: Path
+    items: tuple[ItemPlan, ...]
+    num_workers: int = 1
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all items."""
+        return sum(item.num_blocks for item in self.items)
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Resident memory of the driver and all workers at the worst moment."""
+        worker = max((item.cost.peak_bytes for item in self.items), default=0)
+        return DRIVER_BYTES + self.num_workers * worker
+
+    @property
+    def predicted_seconds(self) -> float:
+        """Wall seconds, all workers busy; start-up not counted."""
+        work = sum(item.cost.seconds * item.num_blocks for item in self.items)
+        longest = max((item.cost.seconds for item in self.items), default=0.0)
+        return max(work / self.num_workers, longest)
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Bytes written at full resolution, before compression (which saves about a tenth)."""
+        return sum(item.cost.output_bytes * item.num_blocks for item in self.items)
+
+    def windows(self, num_items: int) -> list[Plan]:
+        """The plan in parts of at most `num_items` items, each of which can be run by itself.
+
+        The parts keep the campaign's id: they are one campaign.
+        """
+        starts = range(0, len(self.items), num_items)
+        return [replace(self, items=self.items[i : i + num_items]) for i in starts]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as it is recorded: contents by which it is named, and the predictions."""
+        return {
+            "format": PLAN_FORMAT,
+            "campaign": self.campaign,
+            "num_blocks": self.num_blocks,
+            "predicted": {
+                "peak_bytes": self.predicted_peak_bytes,
+                "seconds": self.predicted_seconds,
+                "bytes": self.predicted_bytes,
+                "num_workers": self.num_workers,
+            },
+            "items": [{"key": item.key, **content_of(item)} for item in self.items],
+        }
+
+
+def make_plan(
+    measurements: Path,
+    output: Path,
+    method: MethodSettings | Sequence[MethodSettings] | None = None,
+    model: ModelRef | Path | None = None,
+    *,
+    items: Iterable[str] | None = None,
+    tasks: Iterable[str] | None = None,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    device_class: str = "cpu",
+    block_size: int = 512,
+    slices_per_block: int = 4,
+    num_workers: int = 1,
+    memory_limit_bytes: int | None = None,
+    methods_for: Callable[[MeasurementEntry], Sequence[MethodSettings]] | None = None,
+) -> Plan:
+    """Plan the restoration of a measurement store.
+
+    Args:
+        measurements: the store.
+        output: root folder of the results; nothing is written now.
+        method: one or several ways to restore every item; None: each task's own.
+        model: the diffusion model; None if every method is a classical baseline.
+        items: ids of the items to restore; None: all.
+        tasks: names of the tasks to restore; None: all.
+        seed: of the noise.
+        dtype: "float32" or "bfloat16", of the network.
+        device_class: "cpu" or "cuda".
+        block_size: side of a tile's write region, where planes are cut.
+        slices_per_block: depth of a block, where planes are seen whole.
+        num_workers: that will share the work.
+        memory_limit_bytes: of driver and workers together; None: no limit.
+        methods_for: chooses the methods of each measurement; overrides `method`.
+
+    Raises:
+        BadInputError: if nothing is left to restore, a name is unusable, or a solver has no model.
+        PlanRefusedError: if the predicted peak memory is over the limit.
+    """
+    chosen = _chosen(measurements, items, tasks)
+    reference = _model_ref(model)
+    model_bytes = _model_bytes(reference)
+    choose = methods_for or _chooser(method)
+    planned: dict[str, ItemPlan] = {}
+    for entry in chosen:
+        grid = make_grid(
+            entry.record.shape,
+            entry.operator,
+            slices_per_block=slices_per_block,
+            block_size=block_size,
+        )
+        for way in choose(entry):
+            item = _plan_item(entry, way, reference, model_bytes, grid, seed, dtype, device_class)
+            planned[item.key] = item
+    # Longest blocks first: what is left at the end is small, and no worker waits long for another.
+    ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
+    keys = sorted(item.key for item in ordered)
+    plan = Plan(_digest(keys), Path(measurements), Path(output), ordered, num_workers)
+    if memory_limit_bytes is not None and plan.predicted_peak_bytes > memory_limit_bytes:
+        raise PlanRefusedError(
+            f"the plan needs about {_gigabytes(plan.predicted_peak_bytes)} of memory with "
+            f"{num_workers} workers and the limit is {_gigabytes(memory_limit_bytes)}: "
+            "take fewer workers, fewer slices a block, or a smaller block size"
+        )
+    return plan
+
+
+def content_of(item: ItemPlan) -> dict[str, Any]:
+    """Everything about an item that can change its pixels, JSON-able; its key hashes this."""
+    solver = item.method.kind == "solver"
+    return {
+        "algorithm_version": ALGORITHM_VERSION,
+        "item_id": item.item_id,
+        "task": item.task,
+        "domain": item.record.domain,
+        "input_digest": item.input_digest,
+        "source_digest": item.record.source_digest,
+        "method": _method_content(item.method),
+        "model_digest": item.model.digest if item.model else None,
+        "seed": item.seed if solver else None,
+        "dtype": item.dtype if solver else None,
+        "device_class": item.device_class,
+        "grid": asdict(item.grid),
+    }
+
+
+def _plan_item(
+    entry: MeasurementEntry,
+    method: MethodSettings,
+    model: ModelRef | None,
+    model_bytes: int,
+    grid: Grid,
+    seed: int,
+    dtype: str,
+    device_class: str,
+) -> ItemPlan:
+    for name in (entry.item_id, entry.task, method.name):
+        if not _NAME.fullmatch(name):
+            raise BadInputError(f"'{name}' cannot name an output: use a-z, 0-9 and dashes only")
+    needs_model = method.kind == "solver"
+    if needs_model and model is None:
+        raise BadInputError(f"the solver '{method.name}' needs a model: name one with --model")
+    cost = predict(
+        grid,
+        entry.operator,
+        entry.params,
+        method,
+        dtype,
+        input_bytes=entry.num_bytes,
+        model_bytes=model_bytes,
+    )
+    item = ItemPlan(
+        key="",
+        item_id=entry.item_id,
+        task=entry.task,
+        operator=entry.operator,
+        record=entry.record,
+        input_digest=entry.digest,
+        method=method,
+        model=model if needs_model else None,
+        seed=seed,
+        dtype=dtype,
+        device_class=device_class,
+        grid=grid,
+        cost=cost,
+    )
+    return replace(item, key=_digest(content_of(item)))
+
+
+def _chosen(
+    measurements: Path, items: Iterable[str] | None, tasks: Iterable[str] | None
+) -> list[MeasurementEntry]:
+    from flows.store import Measurements
+
+    entries = Measurements(Path(measurements)).entries()
+    wanted_items = None if items is None else set(items)
+    wanted_tasks = None if tasks is None else set(tasks)
+    chosen = [
+        entry
+        for entry in entries
+        if (wanted_items is None or entry.item_id in wanted_items)
+        and (wanted_tasks is None or entry.task in wanted_tasks)
+    ]
+    if not chosen:
+        known = ", ".join(sorted({f"{e.item_id} ({e.task})" for e in entries})[:8]) or "nothing"
+        raise BadInputError(f"{measurements}: no measurement as asked for; it holds {known}")
+    return chosen
+
+
+def _chooser(
+    method: MethodSettings | Sequence[MethodSettings] | None,
+) -> Callable[[MeasurementEntry], Sequence[MethodSettings]]:
+    if method is None:
+        from flows.engine.methods import default_method
+
+        return lambda entry: [default_method(entry.task, entry.operator, entry.noise)]
+    ways = [method] if isinstance(method, MethodSettings) else list(method)
+    return lambda _: ways
+
+
+def _model_ref(model: ModelRef | Path | None) -> ModelRef | None:
+    if model is None or isinstance(model, ModelRef):
+        return model
+    from diffusion_core.model import model_digest
+
+    return ModelRef(str(model), model_digest(Path(model)), Path(model).name)
+
+
+def _model_bytes(model: ModelRef | None) -> int:
+    if model is None:
+        return 0
+    return sum(p.stat().st_size for p in Path(model.path).glob("*.safetensors"))
+
+
+def _method_content(method: MethodSettings) -> dict[str, Any]:
+    """A baseline has no noise levels: they must not make it another campaign."""
+    if method.kind == "baseline":
+        return {"name": method.name, "kind": method.kind, "options": method.options}
+    return method.model_dump(mode="json")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

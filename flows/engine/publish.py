@@ -1,0 +1,236 @@
+"""Publishing: an item becomes visible whole, once, and is never written to again.
+
+    all receipts -> their chunks verified, byte for byte
+                 -> linked into a new folder beside the work, pyramid, metadata, provenance
+                 -> flushed to the disk, renamed to a path that only this attempt has
+                 -> manifests/KEY.json, created only if absent: from here on the item exists
+
+Two drivers that publish the same item make two folders and one manifest; the loser removes its own.
+The staged chunks stay until the manifest is there, so a driver killed at any point leaves receipts
+that are still true. Readers find items only through manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import platform
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from domains.base import Array
+from flows import ome
+from flows.engine.plan import ItemPlan, Plan, content_of
+from flows.engine.receipt import Chunk, Objects, Receipt, damaged_blocks, seal, set_aside, unseal
+
+MANIFEST_FORMAT = 1
+LIBRARIES = ("sashiko", "torch", "numpy", "scipy")
+
+
+class DamagedBlocksError(Exception):
+    """Staged chunks that are not what their receipts say; `blocks` must be computed again."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        super().__init__(f"{len(blocks)} staged blocks are damaged")
+        self.blocks = tuple(blocks)
+
+
+@dataclass(frozen=True)
+class Published:
+    """An item that readers can see.
+
+    Attributes:
+        manifest: its content.
+        won: whether this call published it, or another driver had done so.
+    """
+
+    manifest: Mapping[str, Any]
+    won: bool
+
+
+def manifest_key(key: str) -> str:
+    """Object key of the manifest of an item's key."""
+    return f"manifests/{key}.json"
+
+
+def load_manifest(objects: Objects, key: str) -> dict[str, Any] | None:
+    """The manifest of an item, or None if there is none that is true: the item is not visible."""
+    try:
+        manifest = unseal(objects.get(manifest_key(key)))
+    except FileNotFoundError:
+        return None
+    return manifest if manifest is not None and manifest.get("key") == key else None
+
+
+def reject_manifest(objects: Objects, key: str) -> bool:
+    """Move a damaged manifest aside to .corrupt-N; returns whether there was one."""
+    name = manifest_key(key)
+    if not objects.exists(name) or load_manifest(objects, key) is not None:
+        return False
+    set_aside(objects, name)
+    return True
+
+
+def publish(
+    objects: Objects,
+    plan: Plan,
+    item: ItemPlan,
+    receipts: Mapping[int, Receipt],
+    facts: Mapping[str, Any],
+) -> Published:
+    """Make an item visible.
+
+    Args:
+        objects: the output.
+        plan: whose campaign is named in the manifest.
+        item: with a receipt for every block.
+        receipts: by block.
+        facts: JSON-able, recorded in the manifest beside what is known of the item (attempts ...).
+
+    Raises:
+        DamagedBlocksError: if a staged chunk fails its hash; nothing is published then.
+    """
+    damaged = damaged_blocks(objects, item, receipts)
+    if damaged:
+        raise DamagedBlocksError(damaged)
+    attempt = uuid.uuid4().hex
+    draft = f"{item.work}/assembled-{attempt}"
+    provenance = _provenance(plan, item, receipts)
+    ledger = _assemble(objects, item, receipts, draft, provenance)
+    name = f"{item.method.name}-{item.key[:12]}-{attempt[:8]}.ome.zarr"
+    path = f"items/{item.item_id}/{item.task}/{name}"
+    objects.adopt(draft, path)
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        **provenance,
+        **facts,
+        "path": path,
+        "ledger_sha256": hashlib.sha256(ledger).hexdigest(),
+        "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if objects.create(manifest_key(item.key), seal(manifest)):
+        return Published(manifest, won=True)
+    objects.remove(path)
+    winner = load_manifest(objects, item.key)
+    if winner is None:
+        reject_manifest(objects, item.key)
+        return publish(objects, plan, item, receipts, facts)
+    return Published(winner, won=False)
+
+
+def _assemble(
+    objects: Objects,
+    item: ItemPlan,
+    receipts: Mapping[int, Receipt],
+    draft: str,
+    provenance: Mapping[str, Any],
+) -> bytes:
+    """Put the folder of an item together; returns its ledger (chunks and hashes of every level)."""
+    chunks = {}
+    for receipt in receipts.values():
+        for chunk in receipt.chunks:
+            objects.link(receipt.staged(item, chunk), f"{draft}/0/{chunk.key}")
+            chunks[f"0/{chunk.key}"] = chunk
+    shapes = ome.level_shapes(item.grid.shape)
+    for level, shape in enumerate(shapes):
+        grid = _level_chunk(item, shape)
+        objects.put(f"{draft}/{level}/zarr.json", ome.array_metadata(shape, grid))
+        if level:
+            made = _reduce(objects, draft, level, shapes, item)
+            chunks |= {f"{level}/{chunk.key}": chunk for chunk in made}
+    accounts = [receipt.account for receipt in receipts.values()]
+    window = (min(a.low for a in accounts), max(a.high for a in accounts))
+    group = ome.group_metadata(item.record, shapes, window, provenance)
+    objects.put(f"{draft}/zarr.json", group)
+    ledger = seal({name: [c.size, c.sha256] for name, c in chunks.items()})
+    objects.put(f"{draft}/ledger.json", ledger)
+    return ledger
+
+
+def _reduce(
+    objects: Objects, draft: str, level: int, shapes: Sequence[ome.Shape4], item: ItemPlan
+) -> list[Chunk]:
+    """Write one level of the pyramid, chunk by chunk, from the level before."""
+    shape, finer = shapes[level], shapes[level - 1]
+    chunk, source_chunk = _level_chunk(item, shape), _level_chunk(item, finer)
+    counts = [-(-n // size) for n, size in zip(shape, chunk, strict=True)]
+    made = []
+    for index in np.ndindex(*counts):
+        box = [
+            (i * n, min((i + 1) * n, stop)) for i, n, stop in zip(index, chunk, shape, strict=True)
+        ]
+        plane = zip(box[2:], finer[2:], strict=True)
+        wide = [*box[:2], *((2 * a, min(2 * b, n)) for (a, b), n in plane)]
+        fine = _read_box(objects, f"{draft}/{level - 1}", wide, source_chunk)
+        data = ome.encode_chunk(ome.halve(fine), chunk)
+        name = ome.chunk_name(index)
+        objects.put(f"{draft}/{level}/{name}", data)
+        made.append(Chunk(name, len(data), hashlib.sha256(data).hexdigest()))
+    return made
+
+
+def _read_box(
+    objects: Objects, prefix: str, box: Sequence[tuple[int, int]], chunk: ome.Shape4
+) -> Array:
+    """Read a box of an array out of its chunks."""
+    out = np.empty([b - a for a, b in box], ome.DTYPE)
+    spans = [range(a // n, -(-b // n)) for (a, b), n in zip(box, chunk, strict=True)]
+    for index in itertools.product(*spans):
+        values = ome.decode_chunk(objects.get(f"{prefix}/{ome.chunk_name(index)}"), chunk)
+        source, target = [], []
+        for i, n, (a, b) in zip(index, chunk, box, strict=True):
+            low, high = max(a, i * n), min(b, (i + 1) * n)
+            source.append(slice(low - i * n, high - i * n))
+            target.append(slice(low - a, high - a))
+        out[tuple(target)] = values[tuple(source)]
+    return out
+
+
+def _level_chunk(item: ItemPlan, shape: ome.Shape4) -> ome.Shape4:
+    """Chunks of a level: those of the item, or the level's own size where that is less."""
+    c, z, h, w = item.grid.chunk
+    if shape == item.grid.shape:
+        return c, z, h, w
+    return c, z, min(h, shape[2]), min(w, shape[3])
+
+
+def _provenance(plan: Plan, item: ItemPlan, receipts: Mapping[int, Receipt]) -> dict[str, Any]:
+    """Where these pixels come from: enough to make them again, and nothing about a patient."""
+    from flows.store import record_to_json
+
+    accounts = [receipts[index].account for index in sorted(receipts)]
+    residual = [value for account in accounts for value in account.residual]
+    content = content_of(item)
+    content.pop("source_digest")
+    return {
+        "key": item.key,
+        "campaign": plan.campaign,
+        **content,
+        "record": record_to_json(item.record),
+        "model": {"name": item.model.name, "version": item.model.version} if item.model else None,
+        "seconds": sum(a.seconds for a in accounts),
+        "nfe": max(a.nfe for a in accounts),
+        "num_operator_calls": max(a.num_operator_calls for a in accounts),
+        "peak_bytes": max(a.peak_bytes for a in accounts),
+        "residual": float(np.mean(residual)) if residual else None,
+        "residuals": residual,
+        "exact_data": any(a.exact_data for a in accounts),
+        "value_range": [min(a.low for a in accounts), max(a.high for a in accounts)],
+        "num_blocks": item.num_blocks,
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "restored_not_measured": "These pixels are an estimate, not a measurement.",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,51 @@
+"""A connection to Ray: to a cluster by address, or to one of our own for as long as it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_OBJECT_STORE_BYTES = 100 * 2**20  # coordinates and receipts only: Ray's default is 30% of memory
+
+
+def connect(address: str | None, num_cpus: int) -> bool:
+    """Connect to Ray unless this process already is.
+
+    Args:
+        address: of a cluster, or None to start Ray on this machine.
+        num_cpus: that a Ray started here offers.
+
+    Returns:
+        True if the connection was made here, so that `ray.shutdown` is the caller's to call.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+    return True
+
+
+@contextmanager
+def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
+    """Connected to Ray inside the block; a connection made here ends with it."""
+    import ray
+
+    started = connect(address, num_cpus)
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()

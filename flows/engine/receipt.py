@@ -1,0 +1,289 @@
+"""Blocks on their way to being published: staged chunks, and the receipts that vouch for them.
+
+    OUTPUT/.work/KEY/                 one item's unpublished work
+      stage/ATTEMPT/0.0.1.0           chunks of one attempt at one block; one writer, then nobody
+      receipts/000012.json            block 12 is done: attempt, chunks, sizes, sha256
+      receipts/000012.json.corrupt-0  was not true, kept for the record
+
+A receipt is created only if absent, whole or not at all, after its chunks were read back; so the
+first of several attempts wins, the others are never looked at, and receipts are all the memory that
+a resumed run needs. Whoever reads one checks it: its own digest, its chunks' sizes at once, and
+their sha256 before they are published.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from domains.base import Array
+from flows import ome
+from flows.engine.grid import Block
+from flows.engine.plan import ItemPlan
+
+RECEIPT_FORMAT = 1
+
+
+class Objects(Protocol):
+    """The storage primitives that the engine needs; see objects.LocalObjects."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write an object under a key of the caller's own."""
+        ...
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Write an object if the key is free, whole or not at all; False if it was taken."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Read an object; FileNotFoundError if there is none."""
+        ...
+
+    def size(self, key: str) -> int | None:
+        """Size in bytes, None if there is none."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether there is such an object or folder."""
+        ...
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly under a prefix, sorted."""
+        ...
+
+    def rename(self, key: str, new_key: str) -> bool:
+        """Move one object; False if it was gone."""
+        ...
+
+    def link(self, key: str, new_key: str) -> None:
+        """Give the same bytes a second key."""
+        ...
+
+    def adopt(self, prefix: str, new_prefix: str) -> None:
+        """Let a finished, durable folder appear under its final key at once."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Remove an object or a folder; it may be gone already."""
+        ...
+
+
+class ReadBackError(OSError):
+    """What was read back after writing is not what was written."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One stored chunk: key inside its array ("c/0/3/1/0"), size and sha256 of its bytes."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """How a block was computed.
+
+    Attributes:
+        seconds: on one worker, reading and writing included.
+        nfe: denoiser calls for one image.
+        num_operator_calls: applications of A or A' for one image.
+        peak_bytes: highest resident memory of the worker during the block.
+        residual: for each batch element, |R^{-1/2}(y - A x)|^2 a real measurement.
+        exact_data: the residual is the largest |y - A x| instead, because the data are exact.
+        low: smallest pixel, in source units.
+        high: largest pixel.
+    """
+
+    seconds: float
+    nfe: int
+    num_operator_calls: int
+    peak_bytes: int
+    residual: tuple[float, ...] = ()
+    exact_data: bool = False
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One block of one item is staged.
+
+    Attributes:
+        key: of the item's plan.
+        block: index of the block.
+        attempt: name of the winning attempt, unique for all time.
+        chunks: what was staged.
+        account: how it was computed.
+    """
+
+    key: str
+    block: int
+    attempt: str
+    chunks: tuple[Chunk, ...]
+    account: Account
+
+    def staged(self, item: ItemPlan, chunk: Chunk) -> str:
+        """Object key of a staged chunk."""
+        return f"{_stage(item, self.attempt)}/{_flat(chunk.key)}"
+
+
+def new_attempt(block: Block) -> str:
+    """A name that no other attempt has or will have."""
+    return f"{block.index:06d}-{uuid.uuid4().hex}"
+
+
+def stage_block(
+    objects: Objects, item: ItemPlan, block: Block, attempt: str, pixels: Array
+) -> tuple[Chunk, ...]:
+    """Write a block's chunks under the attempt's own prefix, and read them back.
+
+    Args:
+        objects: the output.
+        item: whose block it is.
+        block: its write region fits `pixels`.
+        attempt: of new_attempt.
+        pixels: (c z h w), float32, source units.
+
+    Raises:
+        ReadBackError: if the store gives back other bytes.
+    """
+    origin = (0, block.write.z0, block.write.y0, block.write.x0)
+    chunks = []
+    for index, values in ome.cut_chunks(pixels, origin, item.grid.chunk):
+        data = ome.encode_chunk(values, item.grid.chunk)
+        name = ome.chunk_name(index)
+        target = f"{_stage(item, attempt)}/{_flat(name)}"
+        objects.put(target, data)
+        chunk = Chunk(name, len(data), hashlib.sha256(data).hexdigest())
+        if hashlib.sha256(objects.get(target)).hexdigest() != chunk.sha256:
+            raise ReadBackError(f"{target}: the store gives back other bytes than were written")
+        chunks.append(chunk)
+    return tuple(chunks)
+
+
+def create_receipt(objects: Objects, item: ItemPlan, receipt: Receipt) -> Receipt:
+    """Hand in a receipt; the one that was there first is returned and counts.
+
+    A loser's chunks are removed: nobody will ever look at them.
+    """
+    body = {"format": RECEIPT_FORMAT, **asdict(receipt)}
+    if objects.create(_receipt_key(item, receipt.block), seal(body)):
+        return receipt
+    first = load_receipt(objects, item, receipt.block)
+    if first is None:  # it was invalid, and is out of the way now
+        return create_receipt(objects, item, receipt)
+    objects.remove(_stage(item, receipt.attempt))
+    return first
+
+
+def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None:
+    """The valid receipt of a block, or None; an invalid one is moved out of the way.
+
+    Checked are its seal, that it is of this block, and that its chunks are there with their sizes.
+    """
+    try:
+        data = objects.get(_receipt_key(item, block))
+    except FileNotFoundError:
+        return None
+    receipt = _parse(data)
+    if receipt is None or (receipt.key, receipt.block) != (item.key, block):
+        reject_receipt(objects, item, block)
+        return None
+    if any(objects.size(receipt.staged(item, c)) != c.size for c in receipt.chunks):
+        reject_receipt(objects, item, block)
+        return None
+    return receipt
+
+
+def load_receipts(objects: Objects, item: ItemPlan) -> dict[int, Receipt]:
+    """All valid receipts of an item by block; invalid ones are moved out of the way."""
+    found = {}
+    for name in objects.names(f"{item.work}/receipts"):
+        stem, dot, suffix = name.partition(".")
+        if not (stem.isdigit() and f"{dot}{suffix}" == ".json"):
+            continue
+        index = int(stem)
+        receipt = load_receipt(objects, item, index) if index < item.num_blocks else None
+        if receipt is not None:
+            found[index] = receipt
+    return found
+
+
+def reject_receipt(objects: Objects, item: ItemPlan, block: int) -> None:
+    """Rename an invalid receipt to .corrupt-N, so that the block is computed again."""
+    set_aside(objects, _receipt_key(item, block))
+
+
+def set_aside(objects: Objects, key: str) -> None:
+    """Rename an object that is not true to .corrupt-N, keeping it for whoever asks why."""
+    number = 0
+    while objects.exists(f"{key}.corrupt-{number}"):
+        number += 1
+    objects.rename(key, f"{key}.corrupt-{number}")
+
+
+def damaged_blocks(
+    objects: Objects, item: ItemPlan, receipts: Mapping[int, Receipt]
+) -> Sequence[int]:
+    """Blocks whose staged chunks are not, byte for byte, what their receipts say."""
+    return [
+        index
+        for index, receipt in receipts.items()
+        if any(not _intact(objects, receipt.staged(item, c), c) for c in receipt.chunks)
+    ]
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """JSON that carries the sha256 of its own content."""
+    text = json.dumps(body, sort_keys=True)
+    check = hashlib.sha256(text.encode()).hexdigest()
+    return (json.dumps({"check": check, "body": json.loads(text)}, indent=1) + "\n").encode()
+
+
+def unseal(data: bytes) -> dict[str, Any] | None:
+    """The content of a sealed JSON object, or None if it is torn or altered."""
+    try:
+        sealed = json.loads(data)
+        body = sealed["body"]
+        text = json.dumps(body, sort_keys=True)
+        if hashlib.sha256(text.encode()).hexdigest() != sealed["check"]:
+            return None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return dict(body)
+
+
+def _parse(data: bytes) -> Receipt | None:
+    body = unseal(data)
+    if body is None or body.pop("format", None) != RECEIPT_FORMAT:
+        return None
+    account = Account(**body.pop("account"))
+    account = replace(account, residual=tuple(account.residual))
+    chunks = tuple(Chunk(**chunk) for chunk in body.pop("chunks"))
+    return Receipt(**body, chunks=chunks, account=account)
+
+
+def _intact(objects: Objects, key: str, chunk: Chunk) -> bool:
+    try:
+        return hashlib.sha256(objects.get(key)).hexdigest() == chunk.sha256
+    except FileNotFoundError:
+        return False
+
+
+def _receipt_key(item: ItemPlan, block: int) -> str:
+    return f"{item.work}/receipts/{block:06d}.json"
+
+
+def _stage(item: ItemPlan, attempt: str) -> str:
+    return f"{item.work}/stage/{attempt}"
+
+
+def _flat(chunk_key: str) -> str:
+    """A chunk's name in one flat folder: fewer folders to make for every block."""
+    return chunk_key.removeprefix("c/").replace("/", ".")
