@@ -1,9 +1,10 @@
 """NIfTI and NRRD for the medical domains: read and oriented through MONAI, written by nibabel.
 
-The canonical orientation is LPS: array axes (x, y, z) run to the patient's Left, Posterior and
-Superior, so that a slice (row = y, column = x) shows the patient as a radiologist hangs the
-film. Getting there is a permutation and flips of axes, never an interpolation, and the affine
-moves with it; the codes of the source are kept, so that writing returns to them exactly.
+Volumes are turned so that slices (row = y, column = x) show the patient as a radiologist hangs the
+film: axial ones have array axes (x, y, z) running to the patient's Left, Posterior and Superior.
+Volumes of thick coronal or sagittal slices keep those as their slices. Turning is a permutation
+and flips of axes, never an interpolation, and the affine moves with it; the codes of the source
+are kept, so that writing returns to them exactly.
 """
 
 from __future__ import annotations
@@ -14,14 +15,27 @@ from typing import Any
 
 import numpy as np
 
+from domains import nrrd_header
 from domains.base import Array, BadInputError, Item, ItemRecord
-from domains.files import file_digest, keyed_id, require_file, require_finite, require_size
+from domains.files import (
+    file_digest,
+    keyed_id,
+    require_file,
+    require_finite,
+    require_size,
+)
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-NRRD_SUFFIXES = (".nrrd", ".nhdr")
+NRRD_SUFFIXES = (".nrrd",)
 SUFFIXES = (*NIFTI_SUFFIXES, *NRRD_SUFFIXES)
-CANONICAL = "LPS"
 LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+
+AXIAL, CORONAL, SAGITTAL = "LPS", "LIP", "PIL"
+"""Where the array axes (x, y, z) of each kind of slices run to."""
+
+PLANES = {"S": AXIAL, "I": AXIAL, "A": CORONAL, "P": CORONAL, "L": SAGITTAL, "R": SAGITTAL}
+THICK = 1.3
+"""A volume is cut across the axis whose spacing is this much above the others', else axially."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +82,8 @@ def _nifti_header(path: Path) -> Header:
 
 
 def _nrrd_header(path: Path) -> Header:
-    import nrrd
-
-    header = nrrd.read_header(str(path))
-    shape = tuple(int(n) for n in header["sizes"])
-    return Header(shape, nrrd.reader._determine_datatype(header), False, "nrrd")
+    header = nrrd_header.read(path)
+    return Header(header.shape, header.dtype, False, "nrrd")
 
 
 def read_volume(path: Path, domain: str, units: str) -> Item:
@@ -93,6 +104,11 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     """
     require_file(path)
     header = read_header(path)
+    if header.dtype.kind not in "iuf":
+        raise BadInputError(
+            f"{path}: values of type {header.dtype} are not supported; "
+            "export it with one real number a voxel"
+        )
     shape = _volume_shape(path, header.shape)
     # Orientation may permute the axes: no axis but the slice axis may be short, and that is
     # known only afterwards, so the check before decoding takes the two longest.
@@ -154,9 +170,23 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
         raise ValueError("its affine is singular")
     volume = MetaTensor(image.as_tensor().reshape(1, *shape), affine=torch.tensor(affine))
     codes = "".join(nibabel.aff2axcodes(affine))
-    oriented = Orientation(axcodes=CANONICAL, labels=LABELS)(volume)
+    oriented = Orientation(axcodes=PLANES[codes[_slice_axis(affine, shape)]], labels=LABELS)(volume)
     pixels = np.ascontiguousarray(oriented.numpy().transpose(0, 3, 2, 1))
     return pixels, oriented.affine.numpy().astype(np.float64), codes
+
+
+def _slice_axis(affine: Array, shape: tuple[int, int, int]) -> int:
+    """The axis that slices follow each other along: the thick one, else from feet to head."""
+    import nibabel
+
+    if shape[2] == 1:
+        return 2
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    thickest = int(np.argmax(spacing))
+    if spacing[thickest] > THICK * np.delete(spacing, thickest).max():
+        return thickest
+    codes = nibabel.aff2axcodes(affine)
+    return next(axis for axis, code in enumerate(codes) if code in "SI")
 
 
 def _stored_values(path: Path, pixels: Array, header: Header) -> Array:
@@ -197,7 +227,7 @@ def write_volume(item: Item, stem: Path, dtype: np.dtype[Any]) -> Path:
     volume = item.pixels[0].transpose(2, 1, 0)
     transform = orientations.ornt_transform(
         orientations.axcodes2ornt(nibabel.aff2axcodes(affine)),
-        orientations.axcodes2ornt(record.meta.get("orientation", CANONICAL)),
+        orientations.axcodes2ornt(record.meta.get("orientation", AXIAL)),
     )
     affine = affine @ orientations.inv_ornt_aff(transform, volume.shape)
     volume = np.ascontiguousarray(orientations.apply_orientation(volume, transform), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Reads city images: PNG, JPEG and TIFF through scikit-image, and video frames through OpenCV.
+"""Reads city images: photographs through scikit-image, TIFF by tifffile, video frames by OpenCV.
 
 EXIF orientation is left as it is: pixels come as the sensor wrote them. `meta` of the record
 tells the writer and the physics what they need: `value_range` (black and white of the values)
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, ItemRecord
 from domains.files import file_digest, keyed_id, require_file, require_finite, require_size
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = {
     ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff",
@@ -87,9 +90,7 @@ def value_range(pixels: Array) -> list[float]:
 
 def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
     """PNG or JPEG: (c 1 h w), uint8 or uint16."""
-    from PIL import Image
-
-    with Image.open(path) as header:
+    with _open_picture(path) as header:
         mode, (width, height) = header.mode, header.size
         require_size(path, (height, width), (height, width))
         if mode in ("CMYK", "YCCK", "LAB", "HSV"):
@@ -108,22 +109,45 @@ def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
     return bands.transpose(2, 0, 1)[:, None], meta
 
 
+def _open_picture(path: Path) -> Image.Image:
+    """Read a picture's header through Pillow, which bounds its size."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at half of the size that it refuses.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path)
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise BadInputError(
+            f"{path}: over the limit of {limit} pixels of a photograph; cut it, or save it as TIFF"
+        ) from error
+
+
 def _decode(path: Path, *, sixteen_bit_colour: bool) -> Array:
     """Decode through scikit-image; colour PNGs of 16 bits through OpenCV.
 
     Pillow, which scikit-image uses, silently reduces those to 8 bits.
     """
     if not sixteen_bit_colour:
+        from PIL import Image
         from skimage import io
 
-        return np.asarray(io.imread(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return np.asarray(io.imread(path))
+    return _decode_with_opencv(path)
+
+
+def _decode_with_opencv(path: Path) -> Array:
+    """(h w) or (h w c), colours in the order RGB(A)."""
     import cv2
 
     image = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if image is None:
         raise ValueError("OpenCV cannot decode it")
-    order = [2, 1, 0, 3][: image.shape[2]]
-    return np.asarray(image[..., order])
+    return np.asarray(image if image.ndim == 2 else image[..., [2, 1, 0, 3][: image.shape[2]]])
 
 
 def _is_deep_colour_png(path: Path) -> bool:
@@ -141,18 +165,26 @@ def _without_alpha(path: Path, bands: Array) -> Array:
 
 
 def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
-    """TIFF of any number of bands and pages: (c z h w) in the file's dtype."""
+    """TIFF of any number of bands and pages: (c z h w) in the file's dtype.
+
+    Through tifffile, as scikit-image does, but without its guess which axis holds the colours:
+    the file says so.
+    """
     import tifffile
-    from skimage import io
 
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         axes, shape = series.axes, series.shape
-    size = dict(zip(axes, shape, strict=True))
-    require_size(path, shape, (size["Y"], size["X"]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tifffile warns of private tags
-        image = np.asarray(io.imread(path)).reshape(shape)
+        size = dict(zip(axes, shape, strict=True))
+        require_size(path, shape, (size["Y"], size["X"]))
+        try:
+            image = np.asarray(series.asarray())
+        except ValueError as error:
+            if "imagecodecs" not in str(error) or any(a not in "YXS" for a in axes):
+                raise
+            # tifffile needs imagecodecs for LZW and other compressions; OpenCV has them.
+            image = _decode_with_opencv(path)
+    image = image.reshape(shape)
     bands = [a for a in axes if a in "SC"]
     pages = [a for a in axes if a not in "SCYX"]
     if len(bands) > 1 or len(pages) > 1:

@@ -1,0 +1,82 @@
+"""The header of an NRRD file, and the check that its data are what the header says.
+
+pynrrd inflates compressed data to the end whatever the header states, and follows headers to other
+files: both are refused here, before it reads a pixel.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from domains.files import MAX_PIXELS
+
+DTYPES = {
+    "signed char": "i1", "int8": "i1", "int8_t": "i1", "uchar": "u1", "unsigned char": "u1",
+    "uint8": "u1", "uint8_t": "u1", "short": "i2", "short int": "i2", "signed short": "i2",
+    "signed short int": "i2", "int16": "i2", "int16_t": "i2", "ushort": "u2",
+    "unsigned short": "u2", "unsigned short int": "u2", "uint16": "u2", "uint16_t": "u2",
+    "int": "i4", "signed int": "i4", "int32": "i4", "int32_t": "i4", "uint": "u4",
+    "unsigned int": "u4", "uint32": "u4", "uint32_t": "u4", "longlong": "i8", "long long": "i8",
+    "long long int": "i8", "signed long long": "i8", "signed long long int": "i8",
+    "int64": "i8", "int64_t": "i8", "ulonglong": "u8", "unsigned long long": "u8",
+    "unsigned long long int": "u8", "uint64": "u8", "uint64_t": "u8", "float": "f4",
+    "double": "f8",
+}  # fmt: skip
+"""The names of the NRRD format definition, section 5."""
+
+
+BLOCK_BYTES = 1 << 20
+WIDEST = 8
+
+
+@dataclass(frozen=True)
+class NrrdHeader:
+    """Sizes (fastest axis first) and dtype of the values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def read(path: Path) -> NrrdHeader:
+    """Read the header of a file whose data follow it.
+
+    Raises:
+        ValueError: if the data are elsewhere, not of the size stated, or have no geometry.
+        Exception: whatever pynrrd raises on a header it cannot read.
+    """
+    import nrrd
+
+    with path.open("rb") as file:
+        header = nrrd.read_header(file)
+        if "data file" in header or "datafile" in header:
+            raise ValueError("its data are in another file")
+        if "space directions" not in header:
+            raise ValueError("it does not state the spacing, 'space directions'")
+        shape = tuple(int(n) for n in header["sizes"])
+        dtype = np.dtype(DTYPES[header["type"]])
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if 0 < num_bytes <= MAX_PIXELS * WIDEST:
+            _require_inflation(file, header["encoding"], num_bytes)
+    return NrrdHeader(shape, dtype)
+
+
+def _require_inflation(file: IO[bytes], encoding: str, num_bytes: int) -> None:
+    """Refuse compressed data that inflate to another size than stated; stops one block after."""
+    if encoding in ("gz", "gzip"):
+        stream: gzip.GzipFile | bz2.BZ2File = gzip.GzipFile(fileobj=file)
+    elif encoding in ("bz2", "bzip2"):
+        stream = bz2.BZ2File(file)
+    else:
+        return
+    left = num_bytes
+    while left >= 0 and (block := stream.read(BLOCK_BYTES)):
+        left -= len(block)
+    if left:
+        raise ValueError("its data are not of the size that the header states")
