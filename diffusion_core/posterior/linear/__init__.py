@@ -1,0 +1,42 @@
+"""The linear algebra of data steps: K r = Sigma A' (A Sigma A' + R)^-1 r for every operator.
+
+operators          form                                   module
+mask, identity     in image space, on a padded canvas     mask.py
+blur, pool, MRI    exact for S = 1, else dual CG          spectral.py
+projector          CG in image space                      projector.py
+anything else      dual CG                                base.py
+"""
+
+from __future__ import annotations
+
+from diffusion_core.operators import Blur, Fourier, Identity, Mask, Pool, Sparse
+from diffusion_core.posterior.linear.base import Accuracy, DataStep, DualStep, Update
+from diffusion_core.posterior.linear.mask import MaskStep
+from diffusion_core.posterior.linear.projector import ProjectorStep
+from diffusion_core.posterior.linear.spectral import BlurStep, FourierStep, PoolStep
+from diffusion_core.protocols import LinearOperator
+
+__all__ = ["Accuracy", "DataStep", "Update", "data_step"]
+
+
+def data_step(operator: LinearOperator, through: LinearOperator | None = None) -> DataStep:
+    """The data step in the form that suits an operator.
+
+    Args:
+        operator: decides the form.
+        through: the same operator as it shall be called, say by a counter; default `operator`.
+    """
+    through = operator if through is None else through
+    match operator:
+        case Mask() | Identity():
+            return MaskStep(operator)
+        case Blur():
+            return BlurStep(through, operator)
+        case Pool():
+            return PoolStep(through, operator)
+        case Fourier():
+            return FourierStep(through, operator)
+        case Sparse() if len(operator.data_shape) == 2:
+            return ProjectorStep(through, operator)
+        case _:
+            return DualStep(through)

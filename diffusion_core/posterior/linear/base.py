@@ -1,0 +1,123 @@
+"""What every data step shares: its accuracy, its result, and the dual form that fits any A."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffusion_core.posterior.cg import Map, conjugate_gradient
+from diffusion_core.posterior.gaussian import Covariance
+from diffusion_core.protocols import Data, LinearOperator, Signal
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far an iterative solve goes.
+
+    Attributes:
+        tolerance: relative residual of the linear system to stop at.
+        max_steps: products with its matrix at most.
+    """
+
+    tolerance: float = 1e-3
+    max_steps: int = 40
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """K r, and what it took.
+
+    Attributes:
+        delta: K r, to be added to the estimate.
+        num_steps: CG steps; 0 for a closed form.
+        relative_residual: of the linear system solved, the worst of the batch.
+    """
+
+    delta: Signal
+    num_steps: int = 0
+    relative_residual: float = 0.0
+
+
+class DataStep(ABC):
+    """K r = Sigma A' (A Sigma A' + R)^-1 r for one operator; built once a run.
+
+    Attributes:
+        padding: pixels by which the canvas of Sigma should exceed the image.
+    """
+
+    padding: int = 0
+
+    @abstractmethod
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """The update of an estimate mu.
+
+        Args:
+            covariance: Sigma on the canvas of the unknown, padded as `padding` asks.
+            variance: diagonal of R, broadcastable to the data; all 0 for exact data.
+            residual: y - A mu.
+            accuracy: of iterative solves.
+
+        Returns:
+            K residual; exact up to rounding where num_steps is 0.
+        """
+
+
+class DualStep(DataStep):
+    """Any operator: CG on (A Sigma A' + R) v = r, then K r = Sigma A' v."""
+
+    def __init__(self, operator: LinearOperator) -> None:
+        self.operator = operator
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        return self.solve(covariance, variance, residual, accuracy, None)
+
+    def solve(
+        self,
+        covariance: Covariance,
+        variance: Tensor,
+        residual: Data,
+        accuracy: Accuracy,
+        precondition: Map | None,
+    ) -> Update:
+        """The same with an approximate inverse of the matrix."""
+
+        def matrix(v: Data) -> Data:
+            return self.operator.A(covariance.apply(self.operator.A_adjoint(v))) + variance * v
+
+        solved = solve(matrix, residual, precondition, accuracy)
+        delta = covariance.apply(self.operator.A_adjoint(solved.delta))
+        return Update(delta, solved.num_steps, solved.relative_residual)
+
+
+def solve(
+    matrix: Map, b: Tensor, precondition: Map | None, accuracy: Accuracy, scalar_dims: int = 1
+) -> Update:
+    """CG to the accuracy asked for; the solution stands in `delta`."""
+    result = conjugate_gradient(
+        matrix,
+        b,
+        precondition,
+        tolerance=accuracy.tolerance,
+        max_steps=accuracy.max_steps,
+        scalar_dims=scalar_dims,
+    )
+    return Update(result.x, result.num_steps, result.relative_residual)
+
+
+def mean_square(covariance: Covariance) -> Tensor | float:
+    """Mean of S^2, per batch element: the S of a circulant approximation."""
+    if covariance.std is None:
+        return 1.0
+    return covariance.std.square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def is_uniform(variance: Tensor) -> bool:
+    """Whether R is a multiple of the identity for each batch element."""
+    return variance.ndim == 0 or variance.numel() == variance.shape[0]

@@ -1,0 +1,122 @@
+"""Data steps of masks, in image space: missing pixels cost nothing, and the canvas may be padded.
+
+The dual form converges badly here: a random mask aliases every frequency into every other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_core.operators import Identity, Mask
+from diffusion_core.posterior.gaussian import Covariance
+from diffusion_core.posterior.linear.base import Accuracy, DataStep, Update, solve
+from diffusion_core.protocols import Data
+
+_PADDING = 32
+"""Margin of missing pixels, so that opposite borders of a photograph do not touch."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Canvas:
+    """Circulant products on the padded canvas, in opponent (`rotated`) or plain channels."""
+
+    covariance: Covariance
+    rotated: bool
+
+    def grow(self, x: Tensor) -> Tensor:
+        """Pad an image by zeros to the canvas."""
+        (H, W), (h, w) = self.covariance.canvas, x.shape[-2:]
+        return F.pad(x, (0, W - w, 0, H - h))
+
+    def filter(self, x: Tensor, spectrum: Tensor) -> Tensor:
+        """Multiply by a spectrum; x is on the canvas."""
+        if not self.rotated:
+            return self.covariance.filter(x, spectrum)
+        return torch.fft.irfft2(torch.fft.rfft2(x) * spectrum, s=self.covariance.canvas)
+
+
+class MaskStep(DataStep):
+    """Noisy pixels: CG on (C^-1 + S M S / R) u; exact pixels: CG on the hole's block of C^-1."""
+
+    padding = _PADDING
+
+    def __init__(self, operator: Mask | Identity) -> None:
+        self.mask = operator.mask if isinstance(operator, Mask) else None
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        mask = torch.ones_like(residual[:1, :1]) if self.mask is None else self.mask.to(residual)
+        if covariance.is_white:
+            white = covariance.spectrum.flatten()[0]
+            return Update(mask * residual * (white / (white + variance)))
+        # Where the channels share M and R they are, in the opponent basis, systems of their own.
+        apart = mask.shape[1] == 1 and (variance.ndim < 4 or variance.shape[1] == 1)
+        canvas = _Canvas(covariance, rotated=apart)
+        std = torch.ones_like(mask[:, :1]) if covariance.std is None else covariance.std
+        r = covariance.to_opponent(residual) if apart else residual
+        scalar_dims = 2 if apart else 1
+        if bool((variance == 0).all()):
+            solved = _hole(canvas, std, mask, r, accuracy, scalar_dims)
+        else:
+            solved = _noisy(canvas, std, mask / variance, r, accuracy, scalar_dims)
+        delta = std * solved.delta
+        delta = covariance.from_opponent(delta) if apart else delta
+        return Update(delta, solved.num_steps, solved.relative_residual)
+
+
+def _noisy(
+    canvas: _Canvas,
+    std: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    accuracy: Accuracy,
+    scalar_dims: int,
+) -> Update:
+    """CG on (C^-1 + S W S) u = S W r with W = M / R, preconditioned by the circulant at mean W."""
+    h, w = residual.shape[-2:]
+    spectrum = canvas.covariance.spectrum
+    inverse = 1.0 / spectrum
+    diagonal = canvas.grow((std**2 * weight).expand(len(residual), -1, -1, -1))
+    circulant = spectrum / (1.0 + diagonal.mean(dim=(1, 2, 3), keepdim=True) * spectrum)
+    solved = solve(
+        lambda u: canvas.filter(u, inverse) + diagonal * u,
+        canvas.grow(std * weight * residual),
+        lambda u: canvas.filter(u, circulant),
+        accuracy,
+        scalar_dims,
+    )
+    return Update(solved.delta[..., :h, :w], solved.num_steps, solved.relative_residual)
+
+
+def _hole(
+    canvas: _Canvas,
+    std: Tensor,
+    mask: Tensor,
+    residual: Tensor,
+    accuracy: Accuracy,
+    scalar_dims: int,
+) -> Update:
+    """Exact data: u = r / S on the mask M, and on its complement H, H C^-1 H u = -H C^-1 M r / S.
+
+    Preconditioned by H C H, the inverse but for the Schur complement of the border.
+    """
+    h, w = residual.shape[-2:]
+    spectrum = canvas.covariance.spectrum
+    inverse = 1.0 / spectrum
+    hole = 1.0 - canvas.grow(mask)
+    known = canvas.grow(mask * residual / std)
+    solved = solve(
+        lambda u: hole * canvas.filter(u, inverse),
+        -hole * canvas.filter(known, inverse),
+        lambda u: hole * canvas.filter(u, spectrum),
+        accuracy,
+        scalar_dims,
+    )
+    u = known + solved.delta
+    return Update(u[..., :h, :w], solved.num_steps, solved.relative_residual)

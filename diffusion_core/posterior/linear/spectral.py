@@ -1,0 +1,163 @@
+"""Data steps of operators that are diagonal in Fourier: exact for S = 1, else a few steps of CG.
+
+Each falls back on the plain dual form where R varies from datum to datum.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_core.operators import Blur, Fourier, Pool
+from diffusion_core.operators.fourier import from_complex, to_complex
+from diffusion_core.posterior.gaussian import Covariance
+from diffusion_core.posterior.linear.base import (
+    Accuracy,
+    DualStep,
+    Update,
+    is_uniform,
+    mean_square,
+    solve,
+)
+from diffusion_core.protocols import Data, LinearOperator, Signal
+
+_LEAST_BLUR_VARIANCE = 1e-6
+"""Half a step of an 8-bit image: deblurring with exact data would divide by zero."""
+
+
+class BlurStep(DualStep):
+    """Circular convolution: (|k|^2 C + R)^-1 is the inverse, or at mean S^2 the preconditioner."""
+
+    def __init__(self, operator: LinearOperator, blur: Blur) -> None:
+        super().__init__(operator)
+        self.power = blur.transfer.abs().square()
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        if not is_uniform(variance):
+            return self.solve(covariance, variance, residual, accuracy, None)
+        level = variance.reshape(-1, 1, 1, 1).clamp_min(_LEAST_BLUR_VARIANCE)
+        blurred = self.power.to(covariance.spectrum) * covariance.spectrum
+        inverse = 1.0 / (mean_square(covariance) * blurred + level)
+
+        def precondition(v: Tensor) -> Tensor:
+            return covariance.filter(v, inverse)
+
+        if covariance.std is None:
+            adjoint = self.operator.A_adjoint(precondition(residual))
+            return Update(covariance.apply(adjoint))
+        return self.solve(covariance, level, residual, accuracy, precondition)
+
+
+class PoolStep(DualStep):
+    """Average pooling: A C A' is circulant on the coarse grid."""
+
+    def __init__(self, operator: LinearOperator, pool: Pool) -> None:
+        super().__init__(operator)
+        self.pool = pool
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        if not is_uniform(variance):
+            return self.solve(covariance, variance, residual, accuracy, None)
+        level = variance.reshape(-1, 1, 1, 1)
+        coarse = mean_square(covariance) * self._pooled_spectrum(covariance)
+        tiny = torch.finfo(coarse.dtype).tiny
+        inverse = 1.0 / (coarse + level).clamp_min(tiny)
+        size = residual.shape[-2:]
+
+        def precondition(v: Tensor) -> Tensor:
+            modes = torch.fft.rfft2(covariance.to_opponent(v)) * inverse
+            return covariance.from_opponent(torch.fft.irfft2(modes, s=size))
+
+        if covariance.std is None:
+            adjoint = self.operator.A_adjoint(precondition(residual))
+            return Update(covariance.apply(adjoint))
+        return self.solve(covariance, level, residual, accuracy, precondition)
+
+    def _pooled_spectrum(self, covariance: Covariance) -> Float[Tensor, "1 c hf wf"]:
+        """Spectrum of the pooled field: the pooled image of one column of C, which is exact."""
+        height, width = covariance.canvas
+        factor = self.pool.factor
+        corner = torch.zeros(1, 1, height // factor, width // factor).to(covariance.spectrum)
+        corner[..., 0, 0] = 1.0
+        column = torch.fft.rfft2(self.pool.A_adjoint(corner)) * covariance.spectrum
+        column = self.pool.A(torch.fft.irfft2(column, s=(height, width)))
+        return torch.fft.rfft2(column).real.clamp_min(0.0)
+
+
+class FourierStep(DualStep):
+    """Single-coil MRI, one datum t(k) a mode: y(k), or for a real image mean of y(k), conj y(-k).
+
+    P(k) is the share of the pair (k, -k) that was measured (1/2 or 1; 1 for complex images), so t
+    has variance R / P, and A Sigma A' becomes Q F Sigma F' Q on the measured modes Q. With S, the
+    preconditioner is Q F (S (C + R / S_mean^2) S)^-1 F' Q: Sigma's own inverse, which is cheap.
+    """
+
+    def __init__(self, operator: LinearOperator, fourier: Fourier) -> None:
+        super().__init__(operator)
+        self.mask = fourier.mask
+        self.channels = fourier.channels
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        spectrum = covariance.spectrum
+        if not is_uniform(variance) or bool((spectrum != spectrum[:1]).any()):
+            return self.solve(covariance, variance, residual, accuracy, None)
+        share = self.mask.to(spectrum.dtype)
+        if self.channels == 1:
+            share = 0.5 * (share + _mirrored(share.expand(-1, -1, *covariance.canvas)))
+        measured = (share > 0).to(spectrum.dtype)
+        share = share.clamp_min(0.5)
+        noise = variance.reshape(-1, 1, 1, 1) / share
+        datum = measured * _modes(self.operator.A_adjoint(residual)) / share
+        full = _full_spectrum(spectrum[:1], covariance.canvas[1])
+        if covariance.std is None:
+            return Update(_image(full / (full + noise) * datum, self.channels))
+
+        std, level = covariance.std, variance.reshape(-1, 1, 1, 1) / mean_square(covariance)
+        inverse = 1.0 / (spectrum + level)
+
+        def matrix(v: Tensor) -> Tensor:
+            image = covariance.apply(_image(v, self.channels))
+            return measured * _modes(image) + noise * v
+
+        def precondition(v: Tensor) -> Tensor:
+            image = covariance.filter(_image(v, self.channels) / std, inverse) / std
+            return measured * _modes(image)
+
+        solved = solve(matrix, datum, precondition, accuracy)
+        delta = covariance.apply(_image(solved.delta, self.channels))
+        return Update(delta, solved.num_steps, solved.relative_residual)
+
+
+def _modes(image: Signal) -> Tensor:
+    """Unitary transform of a real or (re, im) image: (b 1 h w) complex."""
+    return torch.fft.fft2(image if image.shape[1] == 1 else to_complex(image), norm="ortho")
+
+
+def _image(modes: Tensor, channels: int) -> Signal:
+    """Inverse of `_modes`."""
+    image = torch.fft.ifft2(modes, norm="ortho")
+    return image.real if channels == 1 else from_complex(image)
+
+
+def _mirrored(modes: Tensor) -> Tensor:
+    """The value at -k, for every k."""
+    return modes.flip((-2, -1)).roll((1, 1), (-2, -1))
+
+
+def _full_spectrum(half: Float[Tensor, "c h w_half"], width: int) -> Float[Tensor, "c h w"]:
+    """The spectrum of a real field at all modes from those that rfft2 keeps."""
+    columns = torch.arange(width, device=half.device)
+    kept = columns < half.shape[-1]
+    full = half[..., torch.where(kept, columns, width - columns)]
+    rows = (-torch.arange(half.shape[-2], device=half.device)) % half.shape[-2]
+    return torch.where(kept, full, full[..., rows, :])

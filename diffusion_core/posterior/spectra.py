@@ -1,0 +1,128 @@
+"""Radial spectra, gradient energies and other small tools of the covariance model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from diffusion_core.protocols import Signal
+
+_BLUR_STD = 2.0
+_NUM_RINGS = 40
+
+
+def opponent_basis(num_channels: int) -> Float[Tensor, "c c"]:
+    """Orthonormal channels that are nearly uncorrelated: luminance first for colour; else as is."""
+    if num_channels != 3:
+        return torch.eye(num_channels, dtype=torch.float64)
+    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def radial_frequency(height: int, width: int) -> Float[Tensor, "h w_half"]:
+    """|f| in cycles a pixel, in the layout of rfft2; float64."""
+    rows = torch.fft.fftfreq(height, dtype=torch.float64)
+    columns = torch.fft.rfftfreq(width, dtype=torch.float64)
+    return torch.hypot(rows[:, None], columns[None, :])
+
+
+def radial_spectrum(
+    fields: Iterable[Tensor],
+    basis: Float[Tensor, "c c"],
+    log_frequencies: Float[Tensor, " knots"],
+) -> Float[Tensor, "c knots"]:
+    """Power per Fourier mode (unitary transform) of zero-mean fields (b c h w), by radius.
+
+    White noise of variance v has the constant spectrum v. A Hann window keeps the jump between
+    opposite borders out of the high frequencies. A pair of channels (re, im) shares one spectrum:
+    the phase of a complex image is arbitrary.
+    """
+    num_channels, num_knots = len(basis), len(log_frequencies)
+    power = torch.zeros(num_channels, num_knots, dtype=torch.float64)
+    weight = torch.zeros(num_knots, dtype=torch.float64)
+    for field in fields:
+        h, w = field.shape[-2:]
+        window = torch.outer(_hann(h), _hann(w))
+        opponent = torch.einsum("kc,bchw->bkhw", basis, field.double()) * window
+        periodogram = torch.fft.rfft2(opponent, norm="ortho").abs().square().sum(dim=0)
+        periodogram = periodogram / window.square().mean()
+        hats = _hat_weights(radial_frequency(h, w), log_frequencies)
+        # Columns between 0 and Nyquist stand for their mirror images too.
+        hats = hats * torch.where(torch.arange(w // 2 + 1) % ((w + 1) // 2) == 0, 1.0, 2.0)
+        power += torch.einsum("khw,fhw->kf", periodogram, hats)
+        weight += len(field) * hats.sum(dim=(1, 2))
+    if num_channels == 2:
+        power = power.mean(dim=0, keepdim=True).expand(2, -1)
+    seen = weight > 0
+    spectrum = power[:, seen] / weight[seen]
+    spectrum = spectrum.clamp_min(float(1e-12 + 1e-8 * spectrum.max()))
+    return interpolate(log_frequencies, log_frequencies[seen], spectrum.log()).exp()
+
+
+def radial_mean(modes: Float[Tensor, "h w_half"], width: int) -> Float[Tensor, "h w_half"]:
+    """The mean of real rfft2 modes over rings, interpolated back to every mode; float64."""
+    frequency = radial_frequency(modes.shape[0], width)
+    ends = math.log(1.0 / max(modes.shape[0], width)), math.log(math.sqrt(0.5))
+    knots = torch.linspace(*ends, _NUM_RINGS, dtype=torch.float64)
+    seen = _hat_weights(frequency, knots).sum(dim=(1, 2)) > 0
+    hats = _hat_weights(frequency, knots[seen])
+    means = torch.einsum("fhw,hw->f", hats, modes.double()) / hats.sum(dim=(1, 2))
+    return interpolate(frequency.clamp_min(1e-9).log(), knots[seen], means[None])[0]
+
+
+def gradient_energy(mu: Signal) -> Float[Tensor, "b 1 h w"]:
+    """Squared gradient of mu (central differences, mean over channels), blurred by a Gaussian."""
+    padded = F.pad(mu, (1, 1, 1, 1), mode="replicate")
+    dx = 0.5 * (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2])
+    dy = 0.5 * (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1])
+    energy = (dx**2 + dy**2).mean(dim=1, keepdim=True)
+    reach = round(3 * _BLUR_STD)
+    steps = torch.arange(-reach, reach + 1, dtype=mu.dtype, device=mu.device)
+    kernel = torch.exp(-0.5 * (steps / _BLUR_STD) ** 2)
+    kernel = kernel / kernel.sum()
+    energy = F.pad(energy, (reach,) * 4, mode="replicate")
+    energy = F.conv2d(energy, kernel[None, None, None, :])
+    return F.conv2d(energy, kernel[None, None, :, None])
+
+
+def interpolate(
+    x: Float[Tensor, "*shape"], knots: Float[Tensor, " knots"], values: Float[Tensor, "rows knots"]
+) -> Float[Tensor, " rows *shape"]:
+    """Piecewise linear interpolation of functions given at increasing knots, constant beyond."""
+    if len(knots) == 1:
+        return values.reshape(-1, *(1,) * x.ndim).expand(-1, *x.shape)
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
+    left = right - 1
+    weight = ((x - knots[left]) / (knots[right] - knots[left])).clamp(0.0, 1.0)
+    return values[:, left] * (1.0 - weight) + values[:, right] * weight
+
+
+def fast_size(size: int) -> int:
+    """The least even size >= `size` whose prime factors are 2, 3 and 5."""
+    while size % 2 or not _is_smooth(size):
+        size += 1
+    return size
+
+
+def _is_smooth(size: int) -> bool:
+    for prime in (2, 3, 5):
+        while size % prime == 0:
+            size //= prime
+    return size == 1
+
+
+def _hann(size: int) -> Tensor:
+    """Hann window that is positive at both ends."""
+    steps = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    return torch.sin(torch.pi * steps).square()
+
+
+def _hat_weights(frequency: Tensor, log_knots: Tensor) -> Tensor:
+    """(knots, h, w) weights of each mode on each knot: hats, the transpose of interpolation."""
+    log_f = frequency.clamp_min(1e-9).log()
+    return interpolate(log_f, log_knots, torch.eye(len(log_knots), dtype=torch.float64))
