@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ from domains.base import Array, BadInputError
 PROJECTOR_VERSION = 1
 """Part of the cache key: raise it when the entries of the matrix change."""
 
+STALE_S = 3600.0
 _PARTS = ("data", "indices", "indptr")
 _cache_dir: Path | None = None
 
@@ -210,6 +212,7 @@ def _store(geometry: ParallelGeometry, folder: Path) -> None:
     """Build into a folder of our own, then rename: another process may do the same."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent)
         staging = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     except OSError as error:
         raise BadInputError(
@@ -224,6 +227,13 @@ def _store(geometry: ParallelGeometry, folder: Path) -> None:
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Remove what killed builders left behind; a build takes seconds, never an hour."""
+    for left in root.glob(".building-*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _publish(staging: Path, folder: Path) -> None:

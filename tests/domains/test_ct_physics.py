@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -301,6 +302,17 @@ def test_two_processes_may_build_the_same_projector(tmp_path):
     operators._store(geometry, folder)
     assert (folder / "forward-data.npy").stat().st_mtime_ns == stamp
     assert [p.name for p in tmp_path.iterdir()] == [geometry.digest]
+
+
+def test_what_a_killed_builder_left_is_swept_away(tmp_path):
+    geometry = ParallelGeometry.covering(9, 9, (1.0, 1.0), 3, 180.0)
+    left, at_work = tmp_path / ".building-old", tmp_path / ".building-new"
+    left.mkdir()
+    at_work.mkdir()
+    os.utime(left, (0, 0))
+    operators._store(geometry, tmp_path / geometry.digest)
+    assert not left.exists()
+    assert at_work.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
