@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from domains.base import BadInputError
 from flows import registry
@@ -22,20 +21,30 @@ from flows.engine.events import Event, EventHandler, ignore
 Asker = Callable[["Comparison"], bool | None]
 """Shows a comparison to a person; True yes, False no, None no answer in time."""
 
+Values = Mapping[str, Mapping[tuple[str, int], float]]
+"""Task -> (item, slice) -> PSNR in dB."""
+
 
 @dataclass(frozen=True)
 class TaskFigures:
-    """One task: the mean over the items that both models restored."""
+    """One task: PSNR in dB (of the hole, where the task looks there), mean over what both restored.
+
+    Attributes:
+        task: its name.
+        num_slices: that both models restored.
+        candidate: PSNR of the candidate.
+        champion: PSNR of the champion; None if there is none.
+    """
 
     task: str
-    num_items: int
-    psnr_candidate: float
-    psnr_champion: float | None
+    num_slices: int
+    candidate: float
+    champion: float | None
 
     @property
     def gain(self) -> float | None:
         """Candidate minus champion, dB; None without a champion."""
-        return None if self.psnr_champion is None else self.psnr_candidate - self.psnr_champion
+        return None if self.champion is None else self.candidate - self.champion
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,9 @@ class Comparison:
         champion = f"champion version {self.champion}" if self.champion else "no champion yet"
         lines = [f"{self.name}: candidate version {self.candidate}, {champion}"]
         for row in self.tasks:
-            line = f"  {row.task}: {row.psnr_candidate:.2f} dB over {row.num_items} items"
+            line = f"  {row.task}: {row.candidate:.2f} dB over {row.num_slices} slices"
             if row.gain is not None:
-                line += f", champion {row.psnr_champion:.2f} dB ({row.gain:+.2f})"
+                line += f", champion {row.champion:.2f} dB ({row.gain:+.2f})"
             lines.append(line)
         return "\n".join(lines)
 
@@ -98,7 +107,7 @@ def compare(settings: ReviewSettings, on_event: EventHandler | None = None) -> C
     candidate, champion = _contenders(settings)
     tasks = settings.tasks or _demo_tasks(settings.name)
     data = settings.input or _demo_dataset(on_event)
-    figures = {}
+    figures: dict[str, Values] = {}
     for version in filter(None, (candidate, champion)):
         on_event(Event("step", 0, 0, f"evaluating {settings.name} version {version}"))
         figures[version] = _evaluate(settings, version, data, tasks, on_event)
@@ -143,9 +152,10 @@ def _evaluate(
     data: Path,
     tasks: Sequence[str],
     on_event: EventHandler,
-) -> Mapping[tuple[str, str], float]:
-    """PSNR in dB by (task, item) of one version."""
+) -> Values:
+    """PSNR of one version by task and slice."""
     from flows.api_evaluate import evaluate
+    from flows.report.rows import summarise
 
     output = settings.output or Home().home / "reviews" / settings.name
     result = evaluate(
@@ -161,27 +171,20 @@ def _evaluate(
         ),
         on_event=on_event,
     )
-    return _psnr_by_item(result.rows)
+    return {summary.task: summary.methods[0].values for summary in summarise(result.rows)}
 
 
-def _psnr_by_item(rows: Sequence[Any]) -> dict[tuple[str, str], float]:
-    return {(row["task"], row["item"]): float(row["psnr"]) for row in rows}
-
-
-def _figures(
-    task: str,
-    candidate: Mapping[tuple[str, str], float],
-    champion: Mapping[tuple[str, str], float] | None,
-) -> TaskFigures:
-    """Means over the items that every contender restored."""
-    items = [key for key in candidate if key[0] == task and (champion is None or key in champion)]
-    if not items:
-        raise BadInputError(f"the candidate restored nothing of task {task}: there is no comparing")
+def _figures(task: str, candidate: Values, champion: Values | None) -> TaskFigures:
+    """Means over what every contender restored."""
+    ours, theirs = candidate.get(task, {}), None if champion is None else champion.get(task, {})
+    both = [key for key in ours if theirs is None or key in theirs]
+    if not both:
+        raise BadInputError(f"{task}: no item was restored by both models; there is no comparing")
     return TaskFigures(
         task=task,
-        num_items=len(items),
-        psnr_candidate=fmean(candidate[key] for key in items),
-        psnr_champion=None if champion is None else fmean(champion[key] for key in items),
+        num_slices=len(both),
+        candidate=fmean(ours[key] for key in both),
+        champion=None if theirs is None else fmean(theirs[key] for key in both),
     )
 
 

@@ -32,7 +32,7 @@ def two_versions(registry_home: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def evaluate(settings, version, data, tasks, on_event):
         evaluated.append(version)
-        return {(TASK, f"item-{i}"): PSNR[version] + i for i in range(2)}
+        return {TASK: {("item", z): PSNR[version] + z for z in range(2)}}
 
     monkeypatch.setattr(api_review, "_evaluate", evaluate)
     return evaluated
@@ -52,7 +52,7 @@ def test_yes_promotes_and_the_decision_is_kept_with_the_version():
     assert result.promoted
     assert registry.champion(NAME) == "2"
     (row,) = result.comparison.tasks
-    assert (row.num_items, row.psnr_candidate, row.psnr_champion) == (2, 32.0, 30.5)
+    assert (row.num_slices, row.candidate, row.champion) == (2, 32.0, 30.5)
     assert review_tag("2")["decision"] == "yes"
     assert review_tag("2")["gain_db"] == {TASK: 1.5}
 
