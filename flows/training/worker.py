@@ -26,15 +26,17 @@ def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from flows.engine.ray_session import connect
+    from flows.engine.ray_session import ray_session
 
     compute = settings.compute
-    with connect(compute):
+    num_cores = os.cpu_count() or 1
+    # One CPU more than workers: Ray Train's controller takes part of one.
+    with ray_session(compute.ray_address, max(num_cores, compute.num_workers) + 1):
         use_gpu = compute.num_gpus_per_worker > 0
         num_workers = compute.num_workers or int(
             ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)
         )
-        num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // num_workers)
+        num_threads = settings.num_threads or max(1, num_cores // num_workers)
         trainer = TorchTrainer(
             _ray_loop,
             train_loop_config={**payload, "num_threads": num_threads},
