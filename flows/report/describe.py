@@ -1,0 +1,147 @@
+"""Plain words for tasks, methods and figures: what a reader who knows none of our names sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from domains.base import Task
+
+TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+
+DOMAINS = {
+    "ct": "Computed tomography",
+    "mri": "Magnetic resonance",
+    "city": "City and aerial pictures",
+}
+
+# name -> (short label, what it is)
+METHODS = {
+    "covprox": ("CovProx", "network and covariance-weighted data step"),
+    "diffpir": ("DiffPIR", "plug-and-play diffusion, our start and levels"),
+    "dds": ("DDS", "diffusion with CG steps, our start and levels"),
+    "kriging": ("Kriging", "best linear estimate, no network"),
+    "fbp": ("FBP", "filtered back-projection"),
+    "sirt": ("SIRT", "simultaneous iterative reconstruction"),
+    "tv": ("TV", "total-variation least squares"),
+    "zero-filled": ("Zero-filled", "inverse transform, zeros where not measured"),
+    "wavelet": ("Wavelet", "L1-wavelet least squares"),
+    "biharmonic": ("Biharmonic", "smooth interpolation"),
+    "telea": ("Telea", "fast-marching inpainting"),
+    "navier-stokes": ("Navier-Stokes", "inpainting along isophotes"),
+    "bicubic": ("Bicubic", "cubic interpolation"),
+    "wiener": ("Wiener", "regularised inverse filter"),
+    "richardson-lucy": ("Richardson-Lucy", "iterative deconvolution"),
+    "nlm": ("NLM", "non-local means"),
+    "bm3d": ("BM3D", "block matching and 3-D filtering"),
+}
+
+COLUMNS = {
+    "psnr": ("PSNR", "dB", "peak signal-to-noise ratio, whole image; higher is better"),
+    "psnr_hole": ("PSNR, hole", "dB", "PSNR of the missing pixels alone; higher is better"),
+    "psnr_body": ("PSNR, body", "dB", "PSNR inside the body mask; higher is better"),
+    "ssim": ("SSIM", "", "structural similarity; 1 is identical"),
+    "edge_error": ("Edge error", "", "RMS difference of gradient magnitudes; lower is better"),
+    "residual": ("Residual", "", "weighted misfit per measurement; about 1 explains the data,"
+                 " below 1 fits its noise too; largest misfit where the data are exact"),
+    "gain_db": ("Gain", "dB", "above the best classical method, kriging included"),
+    "nfe": ("NFE", "", "evaluations of the network for one slice"),
+    "num_operator_calls": ("A calls", "", "applications of the operator or its adjoint"),
+    "seconds": ("Time", "s", "wall time of one slice on one worker"),
+    "peak_bytes": ("Memory", "MiB", "largest resident size of the worker"),
+}  # fmt: skip
+
+
+def noun(domain: str) -> str:
+    """What one image of a domain is called."""
+    return "picture" if domain == "city" else "slice"
+
+
+def domain_title(domain: str) -> str:
+    """Heading of a domain."""
+    return DOMAINS.get(domain, domain)
+
+
+def method_label(method: str) -> str:
+    """Short name of a method."""
+    return METHODS.get(method, (method, ""))[0]
+
+
+def method_gloss(method: str) -> str:
+    """What a method is, in a few words; '' for a guest's."""
+    return METHODS.get(method, ("", ""))[1]
+
+
+def task_title(task: Task) -> str:
+    """Heading of a task."""
+    params = task.operator_params
+    known: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "parallel-beam": _ct_title,
+        "fourier": _mri_title,
+        "mask": _mask_title,
+        "blur": lambda p: f"{p.get('kernel', 'Known')} blur".capitalize(),
+        "pool": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution",
+        "identity": lambda _: "Noise removal",
+    }
+    make = known.get(task.operator)
+    return make(params) if make else task.name
+
+
+def measurement_words(task: Task) -> str:
+    """What is measured and how noisy it is, as one sentence."""
+    p = task.operator_params
+    known: dict[str, Callable[[], str]] = {
+        "parallel-beam": lambda: (
+            f"A parallel-beam scan of {p['num_views']} views over {p['arc_degrees']:g}°"
+        ),
+        "fourier": lambda: (
+            f"Single-coil Cartesian k-space, {p['acceleration']} times fewer lines, "
+            f"the {p['centre_share']:.0%} in the centre all kept"
+        ),
+        "mask": lambda: f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})",
+        "blur": lambda: f"A known {p['kernel']} blur",
+        "pool": lambda: f"Means of {p['factor']}{TIMES}{p['factor']} pixels",
+        "identity": lambda: "Every pixel",
+    }
+    try:
+        what = known[task.operator]()
+    except (KeyError, TypeError, ValueError):
+        what = f"Operator {task.operator} {dict(p)}"
+    return f"{what}; {noise_words(task.noise)}."
+
+
+def noise_words(noise: Mapping[str, Any]) -> str:
+    """A noise model in words."""
+    kind = noise.get("kind")
+    if kind == "gaussian" and not noise.get("sigma_y"):
+        return "no noise"
+    if kind == "gaussian":
+        return f"Gaussian noise, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
+    if kind == "poisson":
+        return f"Poisson noise, {noise['counts_per_ray']:,.0f} photons a ray"
+    if kind == "snr":
+        return f"complex Gaussian noise at {noise['snr_db']:g} dB"
+    return f"noise {dict(noise)}"
+
+
+def _ct_title(params: Mapping[str, Any]) -> str:
+    arc = params.get("arc_degrees", 180.0)
+    views = f"{params.get('num_views')} views"
+    return f"Tomography from {views}" + ("" if arc == 180.0 else f" over {arc:g}°")
+
+
+def _mri_title(params: Mapping[str, Any]) -> str:
+    real = ", image known to be real" if params.get("phase") == "zero" else ""
+    return f"Every {_ordinal(params.get('acceleration', 0))} line of k-space{real}"
+
+
+def _ordinal(number: int) -> str:
+    return {4: "fourth", 8: "eighth"}.get(number, f"{number}th")
+
+
+def _mask_title(params: Mapping[str, Any]) -> str:
+    share = f"{params.get('missing_share', 0):.0%}"
+    pattern = params.get("pattern", "")
+    if pattern == "random":
+        return f"{share} of the pixels missing"
+    return f"Free-form {pattern} over {share} of the picture"
