@@ -171,10 +171,11 @@ def train(config: Path, changes: Sequence[str], prefect: bool, as_json: bool) ->
 @click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
 @click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
-@click.option("--json", "json_path", type=PATH, help="Write the rows to this file.")
+@click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
+@click.option("--report", type=PATH, help="Write a page with pictures into this folder.")
 @compute_options
 @prefect_flag
-def evaluate(prefect: bool, **options: Any) -> int:
+def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
     """Compare our solvers and classical methods on a task.
 
     Clean images are damaged as the task says, restored by every method, and measured.
@@ -183,6 +184,11 @@ def evaluate(prefect: bool, **options: Any) -> int:
 
     result = _run("evaluate", EvaluateSettings(**_computing(options)), prefect=prefect)
     click.echo(result.table())
+    click.echo(f"rows: {result.json_path}")
+    if report is not None:
+        from flows.report import write_report
+
+        click.echo(f"report: {write_report(result, report)}")
     return _exit_code(result)
 
 

@@ -57,11 +57,12 @@ class DemoResult:
     def summary(self) -> str:
         """The figures as a table, and where to look."""
         from flows.console import duration
+        from flows.report.table import results_table
 
         home = os.environ.get("SASHIKO_HOME", "")
         return "\n".join(
             [
-                _figures_table(self.rows),
+                results_table(self.rows),
                 "",
                 f"done in {duration(self.seconds)}; look at",
                 f"  report    {self.page}",
@@ -143,9 +144,11 @@ class _Path:
             tasks=demo_tasks()[domain],
             model=_champion(domain),
             output=self.root / "restored",
+            json_path=self.root / "report" / f"results-{domain}.json",
             compute=self.compute,
         )
-        return self._run("evaluate", settings)
+        result: EvaluateResult = self._run("evaluate", settings)
+        return result
 
     def _run(self, command: str, settings: RestoreSettings | EvaluateSettings) -> Any:
         from flows import launch
@@ -192,21 +195,6 @@ def _report(
     write_json(folder / "results.json", rows)
     page = write_report(results, folder, title="Sashiko demo")
     return page, folder / "results.json", rows
-
-
-def _figures_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Mean figures by task and method, ours marked with its gain over the best classical."""
-    from flows.console import table
-    from flows.report.rows import summarise
-
-    lines = [
-        [s.task, m.method, m.means.get(s.metric), m.means.get("ssim"), m.means.get("nfe"),
-         m.means.get("seconds"), m.gain_db]
-        for s in summarise(rows)
-        for m in s.methods
-    ]  # fmt: skip
-    headers = ["task", "method", "PSNR dB", "SSIM", "NFE", "seconds", "gain dB"]
-    return table(headers, lines)
 
 
 def _step(on_event: EventHandler, message: str) -> None:
