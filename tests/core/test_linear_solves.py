@@ -1,0 +1,272 @@
+"""Every data step against a dense solve: c != 1, S != 1, real and complex, exact and noisy data."""
+
+import numpy as np
+import pytest
+import torch
+from dense import dense_gain, flat, level_covariance, matrix_of
+from scipy.sparse import csr_array
+
+from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.operators import (
+    Blur,
+    Compose,
+    Fourier,
+    Identity,
+    Mask,
+    Pool,
+    Sparse,
+)
+from diffusion_core.posterior.cg import conjugate_gradient
+from diffusion_core.posterior.gaussian import white_covariance
+from diffusion_core.posterior.linear import Accuracy, data_step
+
+SIZE = (32, 32)
+EXACTLY = Accuracy(tolerance=1e-10, max_steps=4000)
+DRAWS = KeyedDraws(0, "linear")
+
+
+def normal(*shape, stream=0):
+    return DRAWS.normal(0, torch.empty(shape, dtype=torch.float64), stream)
+
+
+def smooth_image(batch, channels, size):
+    """Images with flat parts and edges, different in each batch element, so that S varies."""
+    rows, columns = (torch.linspace(0, 1, n, dtype=torch.float64) for n in size)
+    image = torch.stack(
+        [
+            torch.tanh(30 * (rows[:, None] - 0.3 - 0.2 * b)) * torch.sin(7 * columns) ** (1 + c)
+            for b in range(batch)
+            for c in range(channels)
+        ]
+    )
+    return image.reshape(batch, channels, *size)
+
+
+def projector(size, num_views):
+    """Parallel rays by linear interpolation: a few views, enough for the algebra."""
+    h, w = size
+    num_bins = int(np.ceil(np.hypot(h, w))) + 2
+    x, y = np.meshgrid(np.arange(w) - (w - 1) / 2, np.arange(h) - (h - 1) / 2)
+    rows, columns, values = [], [], []
+    for view in range(num_views):
+        theta = np.pi * view / num_views
+        s = (x * np.cos(theta) + y * np.sin(theta)).ravel() + (num_bins - 1) / 2
+        low = np.floor(s).astype(int)
+        for bins, weight in ((low, low + 1 - s), (low + 1, s - low)):
+            rows.append(view * num_bins + bins)
+            columns.append(np.arange(h * w))
+            values.append(weight)
+    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    matrix = csr_array(entries, shape=(num_views * num_bins, h * w))
+    return Sparse(matrix, csr_array(matrix.T), size, (num_views, num_bins), scale=0.05)
+
+
+def random_mask(*shape, share=0.4, stream=5):
+    return normal(*shape, stream=stream) < torch.distributions.Normal(0.0, 1.0).icdf(
+        torch.tensor(share)
+    )
+
+
+def kernel():
+    taps = torch.exp(-0.5 * (torch.arange(-4, 5, dtype=torch.float64) / 1.5) ** 2)
+    skewed = torch.outer(taps, taps.roll(1))
+    return skewed / skewed.sum()
+
+
+def lines_mask(size):
+    return random_mask(1, 1, size[0], 1).expand(1, 1, *size).contiguous()
+
+
+OPERATORS = {
+    "identity": (lambda size: Identity(), 3),
+    "mask": (lambda size: Mask(random_mask(2, 1, *size)), 3),
+    "mask-by-channel": (lambda size: Mask(random_mask(1, 3, *size)), 3),
+    "blur": (lambda size: Blur(kernel(), size), 3),
+    "pool": (lambda size: Pool(4), 3),
+    "fourier-real": (lambda size: Fourier(lines_mask(size), 1), 1),
+    "fourier-complex": (lambda size: Fourier(lines_mask(size), 2), 2),
+    "projector": (lambda size: projector(size, 7), 1),
+    "composed": (lambda size: Compose(Pool(4), Blur(kernel(), size)), 1),
+}
+
+
+def run_step(name, variance, local, size=SIZE, inflation=3.0, accuracy=EXACTLY):
+    """K r by the data step, for a batch of two slices whose S differ."""
+    make, channels = OPERATORS[name]
+    if channels == 3:
+        size = (size[0] // 2, size[1] // 2)
+    operator = make(size)
+    mu = smooth_image(2, channels, size)
+    step = data_step(operator)
+    covariance = level_covariance(size, channels, local=local).on(
+        mu, inflation, step.padding, local=local
+    )
+    residual = operator.A(mu + normal(2, channels, *size, stream=1))
+    if torch.is_tensor(variance) and variance.ndim == 4:
+        variance = variance.expand(residual.shape)
+    update = step(covariance, torch.as_tensor(variance, dtype=torch.float64), residual, accuracy)
+    return update, operator, covariance, residual
+
+
+def update_and_oracle(name, variance, *, local, size=SIZE, inflation=3.0):
+    """K r by the data step and by dense algebra, for a batch of two, and the Update."""
+    update, operator, covariance, residual = run_step(name, variance, local, size, inflation)
+    channels, size = update.delta.shape[1], update.delta.shape[2:]
+    A = matrix_of(operator.A, (channels, *size)) if name != "mask" else None
+    full = torch.as_tensor(variance, dtype=torch.float64).expand(residual.real.shape)
+    expected = []
+    for b in range(2):
+        std = None if covariance.std is None else covariance.std[b : b + 1]
+        one = type(covariance)(covariance.spectrum, covariance.basis, std, covariance.canvas)
+        Sigma = matrix_of(one.apply, (channels, *size))
+        if name == "mask":
+            A = torch.diag(operator.mask[b].expand(channels, -1, -1).flatten().double())
+        R = full[b].flatten()
+        R = torch.cat([R, R]) if residual.is_complex() else R
+        expected.append(dense_gain(A, Sigma, R, flat(residual)[b][:, None])[:, 0])
+    return update.delta.flatten(1), torch.stack(expected), update
+
+
+def relative(got, expected):
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_noisy_data_agree_with_a_dense_solve(name, local):
+    got, expected, _ = update_and_oracle(name, 0.04**2, local=local)
+    assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", ["mask", "mask-by-channel", "pool", "fourier-real"])
+def test_exact_data_agree_with_a_dense_solve(name, local):
+    got, expected, _ = update_and_oracle(name, 0.0, local=local, size=(24, 24))
+    assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["blur", "pool", "fourier-real", "fourier-complex"])
+def test_stationary_priors_are_solved_in_closed_form(name):
+    assert run_step(name, 0.04**2, local=False)[0].num_steps == 0
+
+
+@pytest.mark.parametrize("name", ["mask", "blur", "pool", "fourier-real", "projector"])
+def test_each_slice_may_have_its_own_noise(name):
+    variance = torch.tensor([0.03, 0.2], dtype=torch.float64).reshape(2, 1, 1, 1) ** 2
+    got, expected, _ = update_and_oracle(name, variance, local=True)
+    assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mask", "projector", "blur", "fourier-complex"])
+def test_each_datum_may_have_its_own_noise(name):
+    make, channels = OPERATORS[name]
+    size = (16, 16) if channels == 3 else SIZE
+    like = make(size).A(torch.zeros(2, channels, *size, dtype=torch.float64)).real
+    variance = 0.05**2 * torch.exp(0.7 * DRAWS.normal(0, like, 8))
+    got, expected, _ = update_and_oracle(name, variance, local=True)
+    assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["blur", "fourier-real", "fourier-complex", "projector"])
+def test_odd_sizes(name):
+    got, expected, _ = update_and_oracle(name, 0.04**2, local=True, size=(21, 27))
+    assert relative(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["identity", "mask", "pool", "blur", "fourier-complex"])
+@pytest.mark.parametrize("sigma_y", [0.0, 0.05])
+def test_white_covariances_are_solved_in_closed_form(name, sigma_y):
+    if name == "blur" and sigma_y == 0:
+        sigma_y = 0.01  # deblurring exact data is ill-posed
+    make, channels = OPERATORS[name]
+    operator = make((16, 16))
+    residual = operator.A(normal(2, channels, 16, 16))
+    white = white_covariance(0.09, torch.zeros(1, channels, 16, 16, dtype=torch.float64))
+    variance = torch.tensor(sigma_y**2, dtype=torch.float64)
+    update = data_step(operator)(white, variance, residual, EXACTLY)
+    assert update.num_steps == 0
+    # argmin |r - A z|^2 / sigma_y^2 + |z|^2 / .09 is a zero of its gradient (exact data: A z = r).
+    gap = residual - operator.A(update.delta)
+    if sigma_y == 0:
+        assert float(gap.abs().max()) < 1e-12
+    else:
+        gradient = operator.A_adjoint(gap) / sigma_y**2 - update.delta / 0.09
+        assert float(gradient.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mask", "fourier-real", "projector"])
+def test_the_result_does_not_depend_on_the_rest_of_the_batch(name):
+    make, channels = OPERATORS[name]
+    operator = make(SIZE)
+    mu = smooth_image(2, channels, SIZE)
+    if name == "mask":
+        operator = Mask(operator.mask[:1])
+    residual = operator.A(normal(2, channels, *SIZE))
+    residual[1] *= 100.0
+    step, level = data_step(operator), level_covariance(SIZE, channels, local=True)
+
+    def run(part):
+        covariance = level.on(mu[part], 1.0, step.padding)
+        return step(covariance, torch.tensor(0.01), residual[part], Accuracy(1e-3, 60)).delta
+
+    torch.testing.assert_close(run(slice(0, 2))[:1], run(slice(0, 1)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_loose_tolerance_is_reported():
+    loose = Accuracy(tolerance=1e-12, max_steps=3)
+    update, *_ = run_step("projector", 0.04**2, local=True, accuracy=loose)
+    assert update.num_steps == 3
+    assert update.relative_residual > 1e-3
+
+
+def test_solves_converge_in_few_steps():
+    # What the defaults rely on; a broken preconditioner still converges, but slowly.
+    most = {"projector": 40, "fourier-real": 20, "blur": 20, "pool": 15, "mask": 50}
+    for name, steps in most.items():
+        update, *_ = run_step(name, 0.04**2, local=True, accuracy=Accuracy(1e-3, 500))
+        assert update.num_steps <= steps, name
+
+
+# Conjugate gradients -----------------------------------------------------------------------------
+
+
+def spd(n, stream):
+    root = normal(n, n, stream=stream)
+    return root @ root.T + 0.5 * torch.eye(n, dtype=torch.float64)
+
+
+def test_cg_solves_a_batch_of_systems_each_with_its_own_scalars():
+    matrices = torch.stack([spd(12, 1), 1e4 * spd(12, 2)])
+    b = normal(2, 12)
+    result = conjugate_gradient(
+        lambda v: torch.einsum("bij,bj->bi", matrices, v), b, tolerance=1e-12, max_steps=60
+    )
+    torch.testing.assert_close(result.x, torch.linalg.solve(matrices, b), rtol=1e-8, atol=1e-12)
+    assert result.relative_residual <= 1e-12
+
+
+def test_cg_takes_complex_vectors_and_preconditioners():
+    root = torch.complex(normal(9, 9), normal(9, 9, stream=1))
+    H = root @ root.mH + torch.eye(9)
+    b = torch.complex(normal(1, 9), normal(1, 9, stream=2))
+    diagonal = H.diagonal().real
+    result = conjugate_gradient(
+        lambda v: v @ H.T, b, lambda v: v / diagonal, tolerance=1e-12, max_steps=100
+    )
+    torch.testing.assert_close(result.x[0], torch.linalg.solve(H, b[0]), rtol=1e-8, atol=1e-10)
+
+
+def test_cg_ends_after_as_many_steps_as_there_are_eigenvalues():
+    values = torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64).repeat(5)
+    result = conjugate_gradient(lambda v: values * v, normal(1, 15), tolerance=1e-10, max_steps=50)
+    assert result.num_steps == 3
+
+
+def test_cg_starts_where_it_is_told():
+    H, b = spd(8, 3), normal(1, 8)
+    solution = torch.linalg.solve(H, b[0])[None]
+    result = conjugate_gradient(lambda v: v @ H.T, b, tolerance=1e-8, max_steps=50, start=solution)
+    assert result.num_steps == 0
+    zero = conjugate_gradient(lambda v: v @ H.T, torch.zeros_like(b), tolerance=0.1, max_steps=5)
+    assert zero.num_steps == 0
+    assert torch.equal(zero.x, torch.zeros_like(b))
