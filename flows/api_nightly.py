@@ -15,49 +15,33 @@ once; remove its note to have it tried again.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from diffusion_core.model import BadModelError
 from domains.base import BadInputError
 from domains.files import file_digest
-from flows.config import NightlySettings, RestoreSettings, Settings, read_settings
+from flows.api_restore import RestoreResult, restore
+from flows.config import NightlySettings, RestoreSettings
 from flows.engine.events import Event, EventHandler, ignore
-from flows.engine.objects import LocalObjects
+from flows.engine.plan import PlanRefusedError
+from flows.engine.restored import RestoredEntry
+from flows.inbox import JOB_FILE, JobFolder, Ledger, find_jobs, is_settled, staged
 from flows.nightly_report import write_report
-from flows.registry import MODEL_NAMES
+from flows.registry import MODEL_NAMES, resolve_model
+from flows.store import Measurements
 
-if TYPE_CHECKING:
-    from flows.api_restore import RestoreResult
-    from flows.engine.restored import RestoredEntry
-
-JOB_FILE = "job.yaml"
 Status = Literal["restored", "nothing new", "quarantined", "failed"]
 
 
 class NightlyError(RuntimeError):
     """Some job failed for no fault of its input; the others are done and reported."""
-
-
-class JobSettings(Settings):
-    """job.yaml: how the images of its folder are damaged."""
-
-    domain: str
-    mask: str | None = None
-    kernel: Path | None = None
-    scale: int | None = None
-    sigma_y: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +95,9 @@ class NightlyResult:
     def quarantined(self) -> list[Bad]:
         """Every input of the night that could not be used; a whole job counts as one."""
         bad = [entry for job in self.jobs for entry in job.quarantined]
-        return bad + [Bad(j.name, j.reason) for j in self.jobs if j.status == "quarantined"]
+        return bad + [
+            Bad(j.name, j.reason) for j in self.jobs if j.status == "quarantined" and j.reason
+        ]
 
     def summary(self) -> str:
         """The night in a few lines."""
@@ -146,207 +132,136 @@ def nightly(settings: NightlySettings, on_event: EventHandler | None = None) -> 
     return NightlyResult(reports, report, page, seconds)
 
 
-def find_jobs(inbox: Path) -> list[Path]:
-    """The job folders and measurement stores of an inbox; what is being written is left out."""
-    return sorted(
-        path
-        for path in inbox.iterdir()
-        if path.is_dir() and not path.is_symlink() and not _is_draft(path)
-    )
-
-
 @dataclass
 class _Job:
-    """One folder of the inbox and what is to be done with it tonight."""
+    """One folder of the inbox and what is done with it tonight."""
 
     path: Path
     settings: NightlySettings
     waiting: int = field(default=0, init=False)
     known: int = field(default=0, init=False)
 
-    @property
-    def output(self) -> Path:
-        return self.settings.output / self.path.name.removesuffix(".zarr")
-
     def run(self, on_event: EventHandler) -> JobReport:
         """Do the job; its faults are its own and stop no other."""
         on_event(Event("step", 0, 0, f"job {self.path.name}"))
         try:
-            return self._restore(on_event)
+            if self.path.name.endswith(".zarr"):
+                return self._restore_measurements(on_event)
+            return self._restore_images(on_event)
         except (BadInputError, BadModelError, ValidationError) as error:
             return self._report("quarantined", reason=_sentence(error))
         except Exception as error:
             return self._report("failed", reason=f"{type(error).__name__}: {_sentence(error)}")
 
-    def _restore(self, on_event: EventHandler) -> JobReport:
-        if self.path.name.endswith(".zarr"):
-            return self._restore_measurements(on_event)
-        return self._restore_images(on_event)
-
     def _restore_measurements(self, on_event: EventHandler) -> JobReport:
-        from flows.store import Measurements
-
-        store = Measurements(self.path)
-        ledger = _Ledger(self.settings.output)
+        store, ledger = Measurements(self.path), Ledger(self.settings.output)
         if ledger.knows(store.content_digest):
             self.known = len(store.entries())
             return self._report("nothing new")
         domains = sorted({entry.record.domain for entry in store.entries()})
         if len(domains) != 1:
             raise BadInputError(
-                f"{self.path}: it holds measurements of {len(domains)} domains, and each has a "
-                "model of its own: write a store for each"
+                f"{self.path.name}: it holds measurements of {len(domains)} domains, and each has "
+                "a model of its own: write a store for each"
             )
-        result = self._call(self.path, domains[0], {}, on_event)
+        result = self._call(self.path, _model(self.settings.model, domains[0]), {}, on_event)
         ledger.note(store.content_digest, "restored")
-        return self._report("restored", result=result)
+        bad = tuple(Bad(entry.item_id, entry.reason) for entry in result.quarantined)
+        return self._report("restored", result, bad)
 
     def _restore_images(self, on_event: EventHandler) -> JobReport:
-        job = self._read_job()
-        instructions = self._instructions(job)
-        ledger = _Ledger(self.settings.output)
-        new: dict[str, Path] = {}
-        for path in self._images(job):
-            if not self._settled(path):
+        folder, ledger = JobFolder(self.path), Ledger(self.settings.output)
+        instructions = folder.instructions()
+        new = self._new(folder, ledger, instructions)
+        if not new:
+            return self._report("nothing new")
+        model = _model(self.settings.model, folder.settings.domain)
+        more = {"domain": folder.settings.domain, **folder.damage()}
+        with staged(new, self.path, self.settings.output) as stage:
+            result, bad = self._restore_files(stage, new, model, more, on_event)
+        published = () if result is None else result.published
+        taken = {entry.record.source_digest for entry in published}
+        for digest in new.values():
+            ledger.note(digest, "restored" if digest in taken else "quarantined", instructions)
+        return self._report("restored" if taken else "quarantined", result, bad)
+
+    def _restore_files(
+        self,
+        stage: Path,
+        files: Mapping[Path, str],
+        model: str,
+        more: Mapping[str, Any],
+        on_event: EventHandler,
+    ) -> tuple[RestoreResult | None, tuple[Bad, ...]]:
+        """Restore the staged files; what cannot be used is told without names."""
+        try:
+            result = self._call(stage, model, more, on_event)
+        except PlanRefusedError:  # no fault of the files: another night, another machine
+            raise
+        except BadInputError as error:  # not one of them can be used as the job says
+            reason = self._without_names(str(error).replace(f"{stage}/", ""), files)
+            return None, tuple(Bad(_code(digest), reason) for digest in files.values())
+        return result, tuple(
+            Bad(self._without_names(q.item_id, files), self._without_names(q.reason, files))
+            for q in result.quarantined
+        )
+
+    def _new(
+        self, folder: JobFolder, ledger: Ledger, instructions: Mapping[str, object]
+    ) -> dict[Path, str]:
+        """The files to be done tonight, with their digests; counts the others."""
+        new: dict[Path, str] = {}
+        for path in folder.images():
+            if not is_settled(path, self.settings.settle_s):
                 self.waiting += 1
                 continue
             digest = file_digest(path)
             if ledger.knows(digest, instructions):
                 self.known += 1
             else:
-                new.setdefault(digest, path)
-        if not new:
-            return self._report("nothing new")
-        with _staged(new, self.settings.output) as folder:
-            result = self._call(folder, job.domain, self._damage(job), on_event)
-        taken = {entry.record.source_digest for entry in result.published}
-        for digest in new:
-            ledger.note(digest, "restored" if digest in taken else "quarantined", instructions)
-        return self._report("restored", result=result)
+                new[path] = digest
+        return new
 
-    def _read_job(self) -> JobSettings:
-        path = self.path / JOB_FILE
-        if not path.is_file():
-            raise BadInputError(f"{path}: there is no such file; say `domain: city`, `mask: masks`")
-        return read_settings(JobSettings, path)
-
-    def _damage(self, job: JobSettings) -> dict[str, object]:
-        """The job's damage as restore's settings have it."""
-        mask = job.mask
-        if mask not in (None, "nodata"):
-            mask = str(self.path / mask)
-        kernel = None if job.kernel is None else self.path / job.kernel
-        return {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
-
-    def _instructions(self, job: JobSettings) -> dict[str, object]:
-        """All that says how a file is to be restored, by content."""
-        digests = {str(p.relative_to(self.path)): file_digest(p) for p in self._tools(job)}
-        return {**job.model_dump(mode="json"), "digests": digests}
-
-    def _tools(self, job: JobSettings) -> list[Path]:
-        """The files that tell of the damage: masks and kernel."""
-        places = [self.path / p for p in (job.mask, job.kernel) if p not in (None, "nodata")]
-        found = [p for place in places for p in ([place] if place.is_file() else place.rglob("*"))]
-        return sorted(p for p in found if p.is_file())
-
-    def _images(self, job: JobSettings) -> list[Path]:
-        from domains.registry import load_domain
-
-        suffixes = load_domain(job.domain).suffixes
-        tools = set(self._tools(job))
-        return sorted(
-            path
-            for path in self.path.rglob("*")
-            if path.name.lower().endswith(suffixes)
-            and path.is_file()
-            and not path.is_symlink()
-            and not _is_draft(path)
-            and path not in tools
-        )
-
-    def _settled(self, path: Path) -> bool:
-        """Whether nobody has touched the file for a while."""
-        stat = path.stat()
-        return time.time() - max(stat.st_mtime, stat.st_ctime) >= self.settings.settle_s
+    def _without_names(self, text: str, files: Mapping[Path, str]) -> str:
+        """The text with codes for names of files: reports and ledgers must not tell of people."""
+        for path, digest in files.items():
+            place = str(path.relative_to(self.path))
+            for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
+                text = text.replace(name, _code(digest)) if len(name) > 2 else text
+        return text
 
     def _call(
-        self,
-        source: Path,
-        domain: str,
-        damage: Mapping[str, object],
-        on_event: EventHandler,
+        self, source: Path, model: str, more: Mapping[str, Any], on_event: EventHandler
     ) -> RestoreResult:
-        from flows.api_restore import restore
-
         settings = self.settings
-        common = {"seed": settings.seed, "dtype": settings.dtype, "compute": settings.compute}
-        return restore(
-            RestoreSettings(
-                input=source,
-                output=self.output,
-                model=_model(settings.model, domain),
-                domain=domain if damage else None,
-                **common,
-                **damage,
-            ),
-            on_event=on_event,
+        wanted = RestoreSettings(
+            input=source,
+            output=settings.output / self.path.name.removesuffix(".zarr"),
+            model=model,
+            seed=settings.seed,
+            dtype=settings.dtype,
+            compute=settings.compute,
+            **more,
         )
+        return restore(wanted, on_event=on_event)
 
     def _report(
-        self, status: Status, *, result: RestoreResult | None = None, reason: str = ""
+        self,
+        status: Status,
+        result: RestoreResult | None = None,
+        quarantined: tuple[Bad, ...] = (),
+        reason: str = "",
     ) -> JobReport:
         restored = () if result is None else tuple(map(_figures, result.published))
-        bad = () if result is None else tuple(Bad(q.item_id, q.reason) for q in result.quarantined)
-        return JobReport(self.path.name, status, restored, bad, self.known, self.waiting, reason)
-
-
-class _Ledger:
-    """What was taken on earlier nights: a note a content, created once, never changed."""
-
-    def __init__(self, output: Path) -> None:
-        self._objects = LocalObjects(output / "nightly" / "seen")
-
-    def knows(self, digest: str, instructions: Mapping[str, object] | None = None) -> bool:
-        """Whether a content was taken under these instructions."""
-        return self._objects.exists(self._key(digest, instructions))
-
-    def note(
-        self, digest: str, fate: str, instructions: Mapping[str, object] | None = None
-    ) -> None:
-        """Remember a content and its fate."""
-        now = datetime.now(UTC).isoformat("T", "seconds")
-        text = json.dumps({"sha256": digest, "fate": fate, "when": now})
-        self._objects.create(self._key(digest, instructions), text.encode())
-
-    @staticmethod
-    def _key(digest: str, instructions: Mapping[str, object] | None) -> str:
-        from flows.store_files import json_digest
-
-        return f"{json_digest([digest, instructions])}.json"
-
-
-@contextmanager
-def _staged(files: Mapping[str, Path], output: Path) -> Iterator[Path]:
-    """A folder of just these files, by hard link where that can be; gone afterwards."""
-    output.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".nightly-", dir=output))
-    try:
-        for path in files.values():
-            target = folder / path.name
-            if target.exists():  # the same name in another subfolder
-                target = folder / f"{len(list(folder.iterdir()))}-{path.name}"
-            try:
-                os.link(path, target)
-            except OSError:
-                shutil.copyfile(path, target)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_draft(path: Path) -> bool:
-    """Whether the name says that the file or folder is hidden, or still being written."""
-    return path.name.startswith(".") or path.name.endswith((".partial", ".part", ".tmp"))
+        return JobReport(
+            name=self.path.name,
+            status=status,
+            restored=restored,
+            quarantined=quarantined,
+            num_known=self.known,
+            num_waiting=self.waiting,
+            reason=reason,
+        )
 
 
 def _model(model: str, domain: str) -> str:
@@ -355,7 +270,14 @@ def _model(model: str, domain: str) -> str:
         return model
     if domain not in MODEL_NAMES:
         raise BadInputError(f"the domain {domain} has no champion of its own: name a --model")
-    return f"models:/{MODEL_NAMES[domain]}@champion"
+    chosen = f"models:/{MODEL_NAMES[domain]}@champion"
+    resolve_model(chosen)  # that there is none is no fault of the files
+    return chosen
+
+
+def _code(digest: str) -> str:
+    """What stands for a file: a person finds it by its sha256."""
+    return f"sha256 {digest[:12]}"
 
 
 def _figures(entry: RestoredEntry) -> Figures:

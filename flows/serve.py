@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
 from flows.config import Home, NightlySettings, ServeSettings
@@ -72,11 +72,11 @@ def deployments(settings: ServeSettings) -> list[RunnerDeployment]:
     from flows.train import train_flow
 
     by_hand = (ingest_flow, train_flow, evaluate_flow, restore_flow, review_flow)
-    made = [
+    made: list[Any] = [
         flow.to_deployment("sashiko", entrypoint_type=EntrypointType.MODULE_PATH)
         for flow in by_hand
     ]
-    night = nightly_flow.to_deployment(
+    night: Any = nightly_flow.to_deployment(
         "sashiko",
         entrypoint_type=EntrypointType.MODULE_PATH,
         parameters={"settings": _nightly(settings).model_dump(mode="json")},

@@ -1,0 +1,153 @@
+"""The inbox of `sashiko nightly`: which folders are jobs, which files are new, what was taken.
+
+The inbox is only read. A file that is still being written is left alone: it is hidden, named as a
+draft, or was touched a moment ago. What was taken is noted by digest of content and instructions,
+so that neither a new name nor a missed night matters.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from domains.base import BadInputError
+from domains.files import file_digest
+from domains.registry import load_domain
+from flows.config import Settings, read_settings
+from flows.engine.objects import LocalObjects
+from flows.store_files import json_digest
+
+JOB_FILE = "job.yaml"
+NODATA = "nodata"
+_DRAFTS = (".partial", ".part", ".tmp")
+
+
+class JobSettings(Settings):
+    """job.yaml: how the images of its folder are damaged."""
+
+    domain: str
+    mask: str | None = None
+    kernel: Path | None = None
+    scale: int | None = None
+    sigma_y: float = 0.0
+
+
+def find_jobs(inbox: Path) -> list[Path]:
+    """The job folders and measurement stores of an inbox; what is being written is left out."""
+    return sorted(
+        path
+        for path in inbox.iterdir()
+        if path.is_dir() and not path.is_symlink() and not is_draft(path)
+    )
+
+
+class JobFolder:
+    """A folder of damaged images with a job.yaml.
+
+    Raises:
+        BadInputError: if job.yaml is missing or unreadable.
+        pydantic.ValidationError: if a setting in it cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        job_file = path / JOB_FILE
+        if not job_file.is_file():
+            raise BadInputError(
+                f"{job_file}: there is no such file; write `domain: city` and `mask: masks` there"
+            )
+        self.settings = read_settings(JobSettings, job_file)
+
+    def damage(self) -> dict[str, object]:
+        """The job's damage as the settings of restore have it."""
+        job, mask = self.settings, self.settings.mask
+        if mask is not None and mask != NODATA:
+            mask = str(self.path / mask)
+        kernel = None if job.kernel is None else self.path / job.kernel
+        return {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
+
+    def instructions(self) -> dict[str, object]:
+        """All that says how a file is to be restored, by content."""
+        digests = {str(p.relative_to(self.path)): file_digest(p) for p in self._tools()}
+        return {**self.settings.model_dump(mode="json"), "digests": digests}
+
+    def images(self) -> list[Path]:
+        """The files that the domain reads, without masks and kernel, drafts and links."""
+        suffixes, tools = load_domain(self.settings.domain).suffixes, set(self._tools())
+        return sorted(
+            path
+            for path in self.path.rglob("*")
+            if path.name.lower().endswith(suffixes)
+            and path.is_file()
+            and not path.is_symlink()
+            and not is_draft(path)
+            and path not in tools
+        )
+
+    def _tools(self) -> list[Path]:
+        """The files that tell of the damage."""
+        job = self.settings
+        places = [self.path / p for p in (job.mask, job.kernel) if p is not None and p != NODATA]
+        found = [p for place in places for p in ([place] if place.is_file() else place.rglob("*"))]
+        return sorted(p for p in found if p.is_file())
+
+
+class Ledger:
+    """What was taken on earlier nights: a note a content, created once, never changed."""
+
+    def __init__(self, output: Path) -> None:
+        self._objects = LocalObjects(output / "nightly" / "seen")
+
+    def knows(self, digest: str, instructions: Mapping[str, object] | None = None) -> bool:
+        """Whether a content was taken under these instructions."""
+        return self._objects.exists(self._key(digest, instructions))
+
+    def note(
+        self, digest: str, fate: str, instructions: Mapping[str, object] | None = None
+    ) -> None:
+        """Remember a content and its fate."""
+        now = datetime.now(UTC).isoformat("T", "seconds")
+        text = json.dumps({"sha256": digest, "fate": fate, "when": now})
+        self._objects.create(self._key(digest, instructions), text.encode())
+
+    @staticmethod
+    def _key(digest: str, instructions: Mapping[str, object] | None) -> str:
+        return f"{json_digest([digest, instructions])}.json"
+
+
+@contextmanager
+def staged(files: Iterable[Path], root: Path, output: Path) -> Iterator[Path]:
+    """A folder of just these files, at the places they have below `root`; gone afterwards.
+
+    They are hard links where that can be, else copies.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".nightly-", dir=output))
+    try:
+        for path in files:
+            target = folder / path.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, target)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_settled(path: Path, settle_s: float) -> bool:
+    """Whether nobody has touched the file for a while."""
+    stat = path.stat()
+    return time.time() - max(stat.st_mtime, stat.st_ctime) >= settle_s
+
+
+def is_draft(path: Path) -> bool:
+    """Whether the name says that the file or folder is hidden, or still being written."""
+    return path.name.startswith(".") or path.name.endswith(_DRAFTS)
