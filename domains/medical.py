@@ -65,10 +65,14 @@ def read_header(path: Path) -> Header:
         raise BadInputError(f"{path}: not a NIfTI or NRRD file; expected {', '.join(SUFFIXES)}")
     try:
         return _nifti_header(path) if suffix in NIFTI_SUFFIXES else _nrrd_header(path)
+    except BadInputError:
+        raise
     except Exception as error:
+        # The libraries' own words are not passed on: they quote paths and headers, which name
+        # patients.
         kind = "NIfTI" if suffix in NIFTI_SUFFIXES else "NRRD"
         raise BadInputError(
-            f"{path}: not a readable {kind} file ({_reason(error)}); export it again"
+            f"{path}: not a readable {kind} file ({type(error).__name__}); export it again"
         ) from error
 
 
@@ -115,9 +119,11 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     require_size(path, shape, _two_longest(shape))
     try:
         pixels, affine, codes = _load(path, shape, header.source_format)
+    except BadInputError:
+        raise
     except Exception as error:
         raise BadInputError(
-            f"{path}: the pixels cannot be read ({_reason(error)}); export it again"
+            f"{path}: the pixels cannot be read ({type(error).__name__}); export it again"
         ) from error
     require_size(path, pixels.shape, (pixels.shape[2], pixels.shape[3]))
     pixels = _stored_values(path, pixels, header)
@@ -167,7 +173,7 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
     image = LoadImage(reader=reader, image_only=True, dtype=None)(str(path))
     affine = np.asarray(image.affine, dtype=np.float64)
     if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise ValueError("its affine is singular")
+        raise BadInputError(f"{path}: its affine is singular; export it again")
     volume = MetaTensor(image.as_tensor().reshape(1, *shape), affine=torch.tensor(affine))
     codes = "".join(nibabel.aff2axcodes(affine))
     oriented = Orientation(axcodes=PLANES[codes[_slice_axis(affine, shape)]], labels=LABELS)(volume)
@@ -245,9 +251,3 @@ def _affine_of_spacing(record: ItemRecord) -> Array:
     """An LPS affine about the origin for items that came without one."""
     z, y, x = record.spacing_mm or (1.0, 1.0, 1.0)
     return np.diag([-x, -y, z, 1.0])
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error, short enough for a sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:120].rstrip(".")

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from domains.base import BadInputError
 from domains.files import MAX_PIXELS
 
 DTYPES = {
@@ -48,7 +49,7 @@ def read(path: Path) -> NrrdHeader:
     """Read the header of a file whose data follow it.
 
     Raises:
-        ValueError: if the data are elsewhere, not of the size stated, or have no geometry.
+        BadInputError: if the data are elsewhere, not of the size stated, or have no geometry.
         Exception: whatever pynrrd raises on a header it cannot read.
     """
     import nrrd
@@ -56,27 +57,31 @@ def read(path: Path) -> NrrdHeader:
     with path.open("rb") as file:
         header = nrrd.read_header(file)
         if "data file" in header or "datafile" in header:
-            raise ValueError("its data are in another file")
+            raise BadInputError(
+                f"{path}: its data are in another file; save header and data as one"
+            )
         if "space directions" not in header:
-            raise ValueError("it does not state the spacing, 'space directions'")
+            raise BadInputError(f"{path}: it states no 'space directions'; export it with spacing")
         shape = tuple(int(n) for n in header["sizes"])
         dtype = np.dtype(DTYPES[header["type"]])
         num_bytes = math.prod(shape) * dtype.itemsize
-        if 0 < num_bytes <= MAX_PIXELS * WIDEST:
-            _require_inflation(file, header["encoding"], num_bytes)
+        bounded = 0 < num_bytes <= MAX_PIXELS * WIDEST  # if not, the size itself is refused
+        if bounded and not _inflates_to(num_bytes, file, header["encoding"]):
+            raise BadInputError(
+                f"{path}: its data are not of the size that the header states; export it again"
+            )
     return NrrdHeader(shape, dtype)
 
 
-def _require_inflation(file: IO[bytes], encoding: str, num_bytes: int) -> None:
-    """Refuse compressed data that inflate to another size than stated; stops one block after."""
+def _inflates_to(num_bytes: int, file: IO[bytes], encoding: str) -> bool:
+    """Whether the rest of a file inflates to a size; reads at most one block more."""
     if encoding in ("gz", "gzip"):
         stream: gzip.GzipFile | bz2.BZ2File = gzip.GzipFile(fileobj=file)
     elif encoding in ("bz2", "bzip2"):
         stream = bz2.BZ2File(file)
     else:
-        return
+        return True
     left = num_bytes
     while left >= 0 and (block := stream.read(BLOCK_BYTES)):
         left -= len(block)
-    if left:
-        raise ValueError("its data are not of the size that the header states")
+    return left == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -133,7 +133,7 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     with DatasetWriter(settings.output) as writer:
         for done, path in enumerate(files, start=1):
             try:
-                item = _own_item(path, settings, key)
+                item = _own_item(path, settings, key, {r.item_id for r in records})
                 writer.add(item)
             except BadInputError as error:
                 reason = str(error).removeprefix(f"{path}: ")
@@ -148,9 +148,11 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     return IngestResult(settings.output, Dataset(settings.output).digest, records, bad)
 
 
-def _own_item(path: Path, settings: IngestSettings, key: bytes) -> Item:
+def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]) -> Item:
     """A user's own file as an item of the dataset: keyed name, group and split."""
     item = with_site_key(_read(load_domain(settings.domain), path), key)
+    if item.record.item_id in taken:
+        raise BadInputError(f"{path}: the same bytes as another file; leave one out")
     folder = _first_folder(path, settings.source)
     group = item.record.item_id if folder is None else f"group-{_code(key, folder)}"
     by_group = settings.split == "by-group"

@@ -19,6 +19,7 @@ import zarr
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
 from flows.store_files import (
     StoreWriter,
+    StrictStore,
     array_digest,
     json_digest,
     read_manifest,
@@ -180,7 +181,7 @@ class Store:
         if self.manifest["kind"] != self.kind:
             raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
         self.content_digest: str = self.manifest["digest"]
-        self._group = zarr.open_group(path, mode="r", zarr_format=3)
+        self._group = zarr.open_group(StrictStore(path, read_only=True), mode="r", zarr_format=3)
 
     def _array(self, name: str, where: Any) -> Array:
         """A part of an array; only the chunks it touches are read."""

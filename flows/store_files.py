@@ -21,7 +21,10 @@ from uuid import uuid4
 import numpy as np
 import psutil
 import zarr
+from zarr.abc.store import ByteRequest
 from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
 
 from domains.base import Array, BadInputError
 
@@ -56,10 +59,29 @@ def write_array(group: zarr.Group, name: str, values: Array, chunk: tuple[int, .
         chunks=tuple(max(n, 1) for n in chunk),
         dtype=values.dtype,
         compressors=[ZstdCodec(level=COMPRESSION_LEVEL, checksum=True)],
-        # A chunk that is not there must be damage, never "all zero".
-        config={"write_empty_chunks": True},
+        config={"write_empty_chunks": True},  # so that StrictStore may take absence for damage
     )
     array[...] = values
+
+
+class StrictStore(LocalStore):
+    """A local store in which an absent chunk is an error: to zarr it is a chunk of zeros."""
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Read a key as zarr asks for it.
+
+        Raises:
+            FileNotFoundError: if it is a chunk and not there.
+        """
+        data = await super().get(key, prototype, byte_range)
+        if data is None and "/c/" in key:
+            raise FileNotFoundError(key)
+        return data
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

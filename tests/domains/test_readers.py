@@ -211,6 +211,7 @@ def bomb_nrrd(path, pack, encoding):
 BAD_MEDICAL = {
     "text.nii.gz": (lambda p: p.write_text("this is not an image"), "not a readable NIfTI"),
     "text.nrrd": (lambda p: p.write_text("this is not an image"), "not a readable NRRD"),
+    "line.nrrd": (lambda p: rewrite_nrrd(p, b"encoding", b"Kanarienvogel"), "not a readable NRRD"),
     "empty.nii.gz": (lambda p: p.touch(), "empty"),
     "one.nii": (lambda p: nifti(p, np.zeros((1, 1, 1), np.int16)), "too small"),
     "thin.nii": (lambda p: nifti(p, np.zeros((40, 15, 40), np.int16)), "too small"),
@@ -225,7 +226,7 @@ BAD_MEDICAL = {
         lambda p: rewrite_nrrd(p, b"encoding:", b"data file: /etc/passwd\nencoding:"),
         "another file",
     ),
-    "nowhere.nrrd": (lambda p: rewrite_nrrd(p, b"space directions:", b"#"), "NRRD"),
+    "nowhere.nrrd": (lambda p: rewrite_nrrd(p, b"space directions:", b"#"), "space dir"),
     "large.nrrd": (lambda p: rewrite_nrrd(p, b"sizes: 16 16 4", b"sizes: 99999 99999 99999"),
                    "over the limit"),
     "negative.nrrd": (lambda p: rewrite_nrrd(p, b"sizes: 16 16 4", b"sizes: -16 -16 4"),
@@ -248,6 +249,7 @@ def test_an_unusable_volume_gets_one_sentence(tmp_path, name, read):
     assert message.startswith(f"{path}: ")
     assert reason in message
     assert "\n" not in message
+    assert "Kanarienvogel" not in message
 
 
 def test_a_cut_volume_gets_a_sentence_at_any_length(tmp_path):
