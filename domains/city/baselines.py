@@ -1,0 +1,245 @@
+"""Classical restoration of photographs: fills, interpolation, deconvolution, total variation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import cv2
+import numpy as np
+import torch
+from skimage.restoration import denoise_nl_means
+from torch import Tensor
+
+from diffusion_core.operators import Blur, Mask, Operator, Pool
+from diffusion_core.protocols import Signal
+from domains.base import Array, BadInputError, Baseline, Measurement, Problem
+from domains.classical import TVSettings, restore_tv, settings_from
+from domains.inpainting import biharmonic, smoothing_spline
+
+Kind = TypeVar("Kind", bound=Operator)
+Fill = Callable[[Array, Array], Array]
+
+
+@dataclass(frozen=True)
+class BiharmonicSettings:
+    """How a biharmonic fill treats the known pixels.
+
+    Attributes:
+        smoothing: 0 keeps them exactly; above, noise in them is smoothed (pixels^4).
+    """
+
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class MarchingSettings:
+    """Fills that march inwards from the border of a hole.
+
+    Attributes:
+        radius_px: of the neighbourhood that a pixel is filled from.
+    """
+
+    radius_px: float = 3.0
+
+
+@dataclass(frozen=True)
+class WienerSettings:
+    """Linear deconvolution.
+
+    Attributes:
+        balance: weight of the squared Laplacian against the data.
+    """
+
+    balance: float = 0.01
+
+
+@dataclass(frozen=True)
+class RichardsonLucySettings:
+    """Multiplicative deconvolution.
+
+    Attributes:
+        num_iterations: early stopping keeps the noise down.
+    """
+
+    num_iterations: int = 20
+
+
+@dataclass(frozen=True)
+class NLMSettings:
+    """Non-local means.
+
+    Attributes:
+        patch_size: pixels.
+        patch_distance: how far patches are looked for, pixels.
+        strength: cut-off of the patch distance, in standard deviations of the noise.
+    """
+
+    patch_size: int = 5
+    patch_distance: int = 6
+    strength: float = 0.8
+
+
+def biharmonic_fill(
+    measurement: Measurement, problem: Problem, params: Mapping[str, Any]
+) -> Tensor:
+    """The biharmonic equation in the holes: {smoothing}."""
+    del measurement
+    settings = settings_from(BiharmonicSettings, params, "biharmonic")
+
+    def fill(image: Array, known: Array) -> Array:
+        if settings.smoothing > 0:
+            return smoothing_spline(image, known, settings.smoothing)
+        return biharmonic(image, known)
+
+    return _fill_holes(problem, fill)
+
+
+def telea(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Fast marching (Telea 2004): {radius_px}."""
+    del measurement
+    settings = settings_from(MarchingSettings, params, "telea")
+    return _fill_holes(problem, _marching_fill(cv2.INPAINT_TELEA, settings))
+
+
+def navier_stokes(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Isophotes carried into the hole (Bertalmio et al. 2001): {radius_px}."""
+    del measurement
+    settings = settings_from(MarchingSettings, params, "navier-stokes")
+    return _fill_holes(problem, _marching_fill(cv2.INPAINT_NS, settings))
+
+
+def bicubic(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Bicubic interpolation of a coarser image. No parameters."""
+    del measurement, params
+    return _enlarge(problem, _operator(problem, Pool, "bicubic").factor)
+
+
+def wiener(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Deconvolution with a squared Laplacian as prior (Hunt 1973): {balance}."""
+    del measurement
+    settings = settings_from(WienerSettings, params, "wiener")
+    transfer = _operator(problem, Blur, "wiener").transfer
+    h, w = problem.shape[-2:]
+    fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None]
+    laplacian = 4 - 2 * torch.cos(2 * torch.pi * fy) - 2 * torch.cos(2 * torch.pi * fx)
+    gain = transfer.conj() / (transfer.abs() ** 2 + settings.balance * laplacian**2)
+    return torch.fft.irfft2(torch.fft.rfft2(problem.y) * gain, s=(h, w))
+
+
+def richardson_lucy(
+    measurement: Measurement, problem: Problem, params: Mapping[str, Any]
+) -> Tensor:
+    """Richardson-Lucy on intensities (x + 1) / 2, kept positive: {num_iterations}."""
+    del measurement
+    settings = settings_from(RichardsonLucySettings, params, "richardson-lucy")
+    operator = _operator(problem, Blur, "richardson-lucy")
+    darkest = 1e-3
+    data = ((problem.y + 1) / 2).clamp_min(darkest)
+    estimate = data
+    for _ in range(settings.num_iterations):
+        ratio = data / operator.A(estimate).clamp_min(darkest)
+        estimate = (estimate * operator.A_adjoint(ratio)).clamp_min(0.0)
+    return 2 * estimate - 1
+
+
+def nlm(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Non-local means (Buades et al. 2005) of a noisy image: NLMSettings."""
+    del measurement
+    settings = settings_from(NLMSettings, params, "nlm")
+    sigma = float(problem.noise.variance(problem.y).max()) ** 0.5
+    images = [
+        denoise_nl_means(
+            image,
+            patch_size=settings.patch_size,
+            patch_distance=settings.patch_distance,
+            h=max(settings.strength * sigma, 1e-6),
+            sigma=sigma,
+            fast_mode=True,
+            channel_axis=0,
+        )
+        for image in problem.y.numpy()
+    ]
+    return torch.from_numpy(np.stack(images)).to(problem.y.dtype)
+
+
+def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Total variation: TVSettings. Holes start from their biharmonic fill."""
+    del measurement
+    settings = settings_from(TVSettings, params, "tv")
+    return restore_tv(problem, _first_estimate(problem), settings)
+
+
+BASELINES: Mapping[str, Baseline] = {
+    "biharmonic": biharmonic_fill,
+    "telea": telea,
+    "navier-stokes": navier_stokes,
+    "bicubic": bicubic,
+    "wiener": wiener,
+    "richardson-lucy": richardson_lucy,
+    "nlm": nlm,
+    "tv": tv,
+}
+
+
+def _first_estimate(problem: Problem) -> Signal:
+    """Something smooth near the data, from which total variation starts."""
+    if isinstance(problem.operator, Mask):
+        return _fill_holes(problem, biharmonic)
+    if isinstance(problem.operator, Pool):
+        return _enlarge(problem, problem.operator.factor)
+    return problem.y
+
+
+def _enlarge(problem: Problem, factor: int) -> Signal:
+    return torch.nn.functional.interpolate(
+        problem.y, scale_factor=factor, mode="bicubic", align_corners=False
+    )
+
+
+def _fill_holes(problem: Problem, fill: Fill) -> Signal:
+    """Apply a fill of (image (c h w), known (h w)) to every image; a mask a channel: to each."""
+    operator = _operator(problem, Mask, "a fill")
+    masks = operator.mask.expand(len(problem.y), *operator.mask.shape[1:]).numpy()
+    images = problem.y.numpy()
+    filled = []
+    for image, mask in zip(images, masks, strict=True):
+        if len(mask) == 1:
+            filled.append(_filled(image, mask[0], fill))
+        else:
+            parts = [_filled(image[c : c + 1], mask[c], fill) for c in range(len(mask))]
+            filled.append(np.concatenate(parts))
+    return torch.from_numpy(np.stack(filled)).to(problem.y.dtype)
+
+
+def _filled(image: Array, known: Array, fill: Fill) -> Array:
+    """An image without any known pixel stays as it is: there is nothing to continue."""
+    return fill(image, known) if known.any() else image
+
+
+def _marching_fill(flags: int, settings: MarchingSettings) -> Fill:
+    """OpenCV's fills, on single float channels; in its own units the result is the same."""
+
+    def fill(image: Array, known: Array) -> Array:
+        missing = (~known).astype(np.uint8)
+        channels = [
+            cv2.inpaint(np.ascontiguousarray(c, np.float32), missing, settings.radius_px, flags)
+            for c in image
+        ]
+        return np.stack(channels)
+
+    return fill
+
+
+def _operator(problem: Problem, kind: type[Kind], method: str) -> Kind:
+    """The problem's operator, if it is of the kind that the method needs.
+
+    Raises:
+        BadInputError: if it is not.
+    """
+    if not isinstance(problem.operator, kind):
+        raise BadInputError(
+            f"{method} needs a measurement of kind '{kind.kind}'; choose another method"
+        )
+    return problem.operator
