@@ -141,7 +141,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     tasks = {name: load_task(name) for name in settings.tasks}
     if not tasks:
         raise BadInputError("no task is named: give one with --task")
-    methods = _methods(tasks, settings.methods)
+    methods = choose_methods(tasks, settings.methods)
     needs_model = any(name in SOLVERS for names in methods.values() for name in names)
     model = _model(settings.model) if needs_model else None
     dataset, bad_files = _dataset(settings, tasks, on_event)
@@ -168,7 +168,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     return result
 
 
-def _methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Methods:
+def choose_methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Methods:
     """The methods of each task: the solvers and its baselines, or those of `names` that fit it.
 
     Raises:
