@@ -154,7 +154,7 @@ class _Job:
             return self._report("failed", reason=f"{type(error).__name__}: {_sentence(error)}")
 
     def _restore_measurements(self, on_event: EventHandler) -> JobReport:
-        store, ledger = Measurements(self.path), Ledger(self.settings.output)
+        store, ledger = Measurements(self.path), Ledger(self.settings.output, self.path.name)
         if ledger.knows(store.content_digest):
             self.known = len(store.entries())
             return self._report("nothing new")
@@ -170,9 +170,8 @@ class _Job:
         return self._report("restored", result, bad)
 
     def _restore_images(self, on_event: EventHandler) -> JobReport:
-        folder, ledger = JobFolder(self.path), Ledger(self.settings.output)
-        instructions = folder.instructions()
-        new = self._new(folder, ledger, instructions)
+        folder, ledger = JobFolder(self.path), Ledger(self.settings.output, self.path.name)
+        new = self._new(folder, ledger)
         if not new:
             return self._report("nothing new")
         model = _model(self.settings.model, folder.settings.domain)
@@ -181,8 +180,9 @@ class _Job:
             result, bad = self._restore_files(stage, new, model, more, on_event)
         published = () if result is None else result.published
         taken = {entry.record.source_digest for entry in published}
-        for digest in new.values():
-            ledger.note(digest, "restored" if digest in taken else "quarantined", instructions)
+        for path, digest in new.items():
+            fate = "restored" if digest in taken else "quarantined"
+            ledger.note(digest, fate, folder.instructions(path))
         return self._report("restored" if taken else "quarantined", result, bad)
 
     def _restore_files(
@@ -206,9 +206,7 @@ class _Job:
             for q in result.quarantined
         )
 
-    def _new(
-        self, folder: JobFolder, ledger: Ledger, instructions: Mapping[str, object]
-    ) -> dict[Path, str]:
+    def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
         """The files to be done tonight, with their digests; counts the others."""
         new: dict[Path, str] = {}
         for path in folder.images():
@@ -216,7 +214,7 @@ class _Job:
                 self.waiting += 1
                 continue
             digest = file_digest(path)
-            if ledger.knows(digest, instructions):
+            if ledger.knows(digest, folder.instructions(path)):
                 self.known += 1
             else:
                 new[path] = digest

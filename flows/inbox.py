@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 from domains.base import BadInputError
@@ -72,14 +73,17 @@ class JobFolder:
         kernel = None if job.kernel is None else self.path / job.kernel
         return {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
 
-    def instructions(self) -> dict[str, object]:
-        """All that says how a file is to be restored, by content."""
-        digests = {str(p.relative_to(self.path)): file_digest(p) for p in self._tools()}
-        return {**self.settings.model_dump(mode="json"), "digests": digests}
+    def instructions(self, image: Path) -> dict[str, object]:
+        """All that says how an image is to be restored, files by their content."""
+        digests = [file_digest(path) for path in self._tools_of(image)]
+        values = self.settings.model_dump(mode="json", exclude={"mask", "kernel"})
+        nodata = self.settings.mask == NODATA
+        return {**values, "nodata": nodata, "digests": digests}
 
     def images(self) -> list[Path]:
         """The files that the domain reads, without masks and kernel, drafts and links."""
-        suffixes, tools = load_domain(self.settings.domain).suffixes, set(self._tools())
+        suffixes = load_domain(self.settings.domain).suffixes
+        tools = {*self._common, *(p for masks in self._masks.values() for p in masks)}
         return sorted(
             path
             for path in self.path.rglob("*")
@@ -90,19 +94,33 @@ class JobFolder:
             and path not in tools
         )
 
-    def _tools(self) -> list[Path]:
-        """The files that tell of the damage."""
+    def _tools_of(self, image: Path) -> list[Path]:
+        """The files that tell of one image's damage: its mask, or what serves all images."""
+        return [*self._common, *self._masks.get(_bare(image.relative_to(self.path)), [])]
+
+    @cached_property
+    def _common(self) -> list[Path]:
+        """A kernel, or a mask that is one file."""
         job = self.settings
-        places = [self.path / p for p in (job.mask, job.kernel) if p is not None and p != NODATA]
-        found = [p for place in places for p in ([place] if place.is_file() else place.rglob("*"))]
-        return sorted(p for p in found if p.is_file())
+        named = [self.path / p for p in (job.mask, job.kernel) if p is not None and p != NODATA]
+        return [path for path in named if path.is_file()]
+
+    @cached_property
+    def _masks(self) -> dict[Path, list[Path]]:
+        """The files of a folder of masks by their place in it, without suffix."""
+        by_place: dict[Path, list[Path]] = {}
+        folder = self.path / (self.settings.mask or NODATA)
+        if self.settings.mask not in (None, NODATA) and folder.is_dir():
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                by_place.setdefault(_bare(path.relative_to(folder)), []).append(path)
+        return by_place
 
 
 class Ledger:
-    """What was taken on earlier nights: a note a content, created once, never changed."""
+    """What a job took on earlier nights: a note a content, created once, never changed."""
 
-    def __init__(self, output: Path) -> None:
-        self._objects = LocalObjects(output / "nightly" / "seen")
+    def __init__(self, output: Path, job: str) -> None:
+        self._objects, self._job = LocalObjects(output / "nightly" / "seen"), job
 
     def knows(self, digest: str, instructions: Mapping[str, object] | None = None) -> bool:
         """Whether a content was taken under these instructions."""
@@ -116,9 +134,8 @@ class Ledger:
         text = json.dumps({"sha256": digest, "fate": fate, "when": now})
         self._objects.create(self._key(digest, instructions), text.encode())
 
-    @staticmethod
-    def _key(digest: str, instructions: Mapping[str, object] | None) -> str:
-        return f"{json_digest([digest, instructions])}.json"
+    def _key(self, digest: str, instructions: Mapping[str, object] | None) -> str:
+        return f"{json_digest([self._job, digest, instructions])}.json"
 
 
 @contextmanager
@@ -146,6 +163,11 @@ def is_settled(path: Path, settle_s: float) -> bool:
     """Whether nobody has touched the file for a while."""
     stat = path.stat()
     return time.time() - max(stat.st_mtime, stat.st_ctime) >= settle_s
+
+
+def _bare(place: Path) -> Path:
+    """A place without the suffixes of its file (.nii.gz counts as one)."""
+    return place.with_name(Path(place.name.removesuffix(".gz")).stem)
 
 
 def is_draft(path: Path) -> bool:

@@ -1,0 +1,227 @@
+"""The nightly run on a real engine: new work once, drafts left, bad files quarantined, no names."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_kit import INLINE, make_model, picture
+from PIL import Image
+
+from domains.base import BadInputError
+from flows import api_nightly, registry
+from flows.api_nightly import NightlyError, nightly
+from flows.config import NightlySettings, SimulateSettings
+from flows.engine.restored import open_restored
+
+NAME = "john-doe-1970"
+"""Stands in every file name, and must stand in nothing that is written."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("nightly") / "model")
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, registry_home: Path) -> Path:
+    folder = tmp_path / "inbox"
+    (folder / "streets" / "masks").mkdir(parents=True)
+    (folder / "streets" / "job.yaml").write_text("domain: city\nmask: masks\n")
+    return folder
+
+
+def add(inbox: Path, number: int, job: str = "streets") -> Path:
+    """A photograph with a square hole, and the mask that says where."""
+    path = inbox / job / f"{NAME}-{number}.png"
+    pixels = np.moveaxis(picture(number, (3, 1, 32, 40))[:, 0], 0, -1).copy()
+    mask = np.zeros((32, 40), np.uint8)
+    mask[8:16, 10:20] = 255
+    pixels[mask > 0] = 0
+    Image.fromarray(pixels).save(path)
+    Image.fromarray(mask).save(path.parent / "masks" / path.name)
+    return path
+
+
+def run(inbox: Path, model: Path | str, **changes):
+    given = {"settle_s": 0, "dtype": "float32", "compute": INLINE, "model": str(model)}
+    settings = NightlySettings(inbox=inbox, output=inbox.parent / "out", **{**given, **changes})
+    return nightly(settings)
+
+
+def test_new_files_are_restored_once_and_the_night_is_reported(inbox: Path, model: Path):
+    add(inbox, 1)
+    add(inbox, 2)
+    (job,) = run(inbox, model).jobs
+    assert (job.status, len(job.restored), job.num_known) == ("restored", 2, 0)
+    assert all(figures.residual is not None for figures in job.restored)
+    add(inbox, 3)
+    result = run(inbox, model)
+    (job,) = result.jobs
+    assert (job.status, len(job.restored), job.num_known) == ("restored", 1, 2)
+    (job,) = run(inbox, model).jobs
+    assert (job.status, job.num_known) == ("nothing new", 3)
+    assert len(open_restored(inbox.parent / "out" / "streets").items()) == 3
+    report = json.loads(result.report.read_text())
+    assert report["jobs"][0]["num_known"] == 2
+    assert job.name in result.page.read_text()
+
+
+def test_a_new_name_is_not_new_but_another_mask_is(inbox: Path, model: Path):
+    path = add(inbox, 1)
+    run(inbox, model)
+    mask = path.parent / "masks" / path.name
+    path.rename(path.with_name("other.png"))
+    mask.rename(mask.with_name("other.png"))
+    (job,) = run(inbox, model).jobs
+    assert (job.status, job.num_known) == ("nothing new", 1)
+    output = inbox.parent / "out" / "streets"
+    white = np.zeros((32, 40), np.uint8)
+    white[:4] = 255
+    Image.fromarray(white).save(mask.with_name("other.png"))
+    (job,) = run(inbox, model).jobs
+    assert len(job.restored) == 1
+    assert len(open_restored(output).items()) == 2
+
+
+def test_files_still_being_written_are_left_for_later(inbox: Path, model: Path):
+    add(inbox, 1)
+    path = add(inbox, 2)
+    shutil.copy(path, path.with_name("copy.png.partial"))
+    (inbox / ".upload").mkdir()
+    (inbox / "later.partial").mkdir()
+    (job,) = run(inbox, model, settle_s=3600).jobs
+    assert (job.status, job.num_waiting) == ("nothing new", 2)
+    (job,) = run(inbox, model, settle_s=0).jobs
+    assert len(job.restored) == 2
+
+
+def test_an_old_time_stamp_does_not_hide_a_file_that_was_just_written(inbox: Path, model: Path):
+    path = add(inbox, 1)
+    os.utime(path, (time.time() - 9999,) * 2)
+    (job,) = run(inbox, model, settle_s=3600).jobs
+    assert job.num_waiting == 1
+
+
+def test_a_bad_file_is_quarantined_once_and_the_others_finish(inbox: Path, model: Path):
+    add(inbox, 1)
+    (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
+    result = run(inbox, model)
+    (job,) = result.jobs
+    assert (len(job.restored), len(job.quarantined)) == (1, 1)
+    assert len(result.quarantined) == 1
+    (job,) = run(inbox, model).jobs
+    assert (job.status, job.num_known, job.quarantined) == ("nothing new", 2, ())
+
+
+def test_a_night_of_nothing_but_a_bad_file_finishes_too(inbox: Path, model: Path):
+    (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
+    result = run(inbox, model)
+    (job,) = result.jobs
+    assert (job.status, len(job.quarantined)) == ("quarantined", 1)
+    assert len(result.quarantined) == 1
+    assert run(inbox, model).quarantined == []
+
+
+def test_no_name_of_a_file_reaches_reports_and_ledger(inbox: Path, model: Path):
+    add(inbox, 1)
+    (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
+    lonely = add(inbox, 2)
+    (lonely.parent / "masks" / lonely.name).unlink()
+    result = run(inbox, model)
+    assert len(result.jobs[0].quarantined) == 2
+    night = inbox.parent / "out" / "nightly"
+    written = [p for p in night.rglob("*") if p.is_file()]
+    assert len(written) == 5
+    assert not [p for p in written if NAME in p.name or NAME in p.read_text()]
+    assert NAME not in result.summary()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "there is no such file"), ("domain: [", "not YAML"), ("domain: city\nmsk: m\n", "msk")],
+)
+def test_a_job_that_cannot_be_read_is_quarantined_and_stops_no_other(
+    inbox: Path, model: Path, text: str | None, reason: str
+):
+    add(inbox, 1)
+    (inbox / "a-broken").mkdir()
+    if text is not None:
+        (inbox / "a-broken" / "job.yaml").write_text(text)
+    broken, good = run(inbox, model).jobs
+    assert (broken.status, good.status) == ("quarantined", "restored")
+    assert reason in broken.reason
+
+
+def test_a_missing_champion_is_no_fault_of_the_files(inbox: Path, model: Path):
+    add(inbox, 1)
+    (job,) = run(inbox, "champion").jobs
+    assert job.status == "quarantined"
+    assert "sashiko-city@champion" in job.reason
+    registry.register_model(model, ["sashiko-city"])
+    registry.promote("sashiko-city", 1)
+    (job,) = run(inbox, "champion").jobs
+    assert (job.status, len(job.restored)) == ("restored", 1)
+
+
+def test_a_failure_is_reported_after_the_other_jobs_are_done(
+    inbox: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    add(inbox, 1)
+    shutil.copytree(inbox / "streets", inbox / "a-failing")
+    restore = api_nightly.restore
+
+    def fail_once(settings, on_event):
+        if settings.output.name == "a-failing":
+            raise OSError("the disk is full")
+        return restore(settings, on_event)
+
+    monkeypatch.setattr(api_nightly, "restore", fail_once)
+    with pytest.raises(NightlyError, match="1 of 2 jobs failed, first a-failing: OSError"):
+        run(inbox, model)
+    monkeypatch.setattr(api_nightly, "restore", restore)
+    failing, streets = run(inbox, model).jobs
+    assert (failing.status, streets.status) == ("restored", "nothing new")
+
+
+def test_measurements_are_taken_as_they_are(inbox: Path, model: Path, tmp_path: Path):
+    from evaluation_kit import make_dataset
+
+    from flows.api_data import simulate
+
+    data = make_dataset(tmp_path / "clean.zarr")
+    shutil.rmtree(inbox / "streets")
+    simulate(
+        SimulateSettings(dataset=data, tasks=["inpaint-random70"], output=inbox / "scans.zarr")
+    )
+    (job,) = run(inbox, model).jobs
+    assert (job.name, job.status, len(job.restored)) == ("scans.zarr", "restored", 2)
+    (job,) = run(inbox, model).jobs
+    assert (job.status, job.num_known) == ("nothing new", 2)
+
+
+def test_an_inbox_that_is_not_there_is_refused(tmp_path: Path, model: Path):
+    with pytest.raises(BadInputError, match="no such folder"):
+        run(tmp_path / "inbox", model)
+
+
+@pytest.mark.prefect
+def test_the_flow_tells_of_quarantine_in_its_state(inbox: Path, model: Path, prefect_server: str):
+    from flows.nightly import nightly_flow
+
+    add(inbox, 1)
+    (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
+    settings = NightlySettings(
+        inbox=inbox,
+        output=inbox.parent / "out",
+        model=str(model),
+        settle_s=0,
+        dtype="float32",
+        compute=INLINE,
+    )
+    state = nightly_flow(settings, return_state=True)
+    assert (state.type.value, state.name) == ("COMPLETED", "Quarantined")
+    assert nightly_flow(settings, return_state=True).name == "Completed"
