@@ -348,13 +348,13 @@ def _model(model: ModelFacts) -> Mapping[str, Any]:
 
 
 def _markdown(text: str) -> Any:
-    """Markdown as safe HTML: raw HTML is shown as text, pictures are left out."""
+    """Markdown as safe HTML: raw HTML, links and pictures stay text."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
     if not text:
         return ""
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link"])
     return Markup(parser.render(text))  # the parser escapes
 
 

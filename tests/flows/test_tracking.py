@@ -17,14 +17,6 @@ from flows import tracking
 from flows.config import Home
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """An sqlite store with its tables, made once: the migrations take seconds."""
-    home = Home(home=tmp_path_factory.mktemp("store"), mlflow_uri=None)
-    tracking.open_client(home)
-    return home.home / "mlflow.db"
-
-
 @pytest.fixture
 def home(tmp_path, empty_store):
     (tmp_path / "home").mkdir()

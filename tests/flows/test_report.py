@@ -1,0 +1,272 @@
+"""The report: one whole page that fetches nothing and says what the rows say."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from evaluation_kit import TASKS, make_dataset, make_model, settings, use_known_baselines
+from PIL import Image
+from report_kit import HARM, photo, scan, synthetic_page
+
+from domains.base import ItemRecord
+from flows.api_evaluate import evaluate
+from flows.report import figure_strip, write_report
+from flows.report.cases import choose
+from flows.report.page import MISSING, render
+from flows.report.pictures import (
+    ErrorScale,
+    absolute_error,
+    busiest_window,
+    encode,
+    error_scale,
+    round_up,
+    windows_for,
+)
+from flows.report.rows import summarise
+
+VOID = {"meta", "img", "input", "br", "hr", "link"}
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and keeps attributes and the text of cells."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.cells, self.headings = [], [], [], []
+        self._cell = None
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag in {"td", "th"}:
+            self._cell = []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag in {"td", "th"}:
+            self.cells[-1].append("".join(self._cell).strip())
+            self._cell = None
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html():
+    return render(synthetic_page())
+
+
+@pytest.fixture(scope="module")
+def outline(html):
+    return Outline(html)
+
+
+def test_the_page_is_well_formed_and_its_references_hold(outline):
+    ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"] for a in outline.all("a")] + [
+        f"#{attrs['aria-labelledby']}" for _, attrs in outline.tags if "aria-labelledby" in attrs
+    ]
+    assert {t.removeprefix("#") for t in targets} <= set(ids)
+    assert all(image["alt"] is not None for image in outline.all("img"))
+    assert [attrs["lang"] for attrs in outline.all("html")] == ["en"]
+
+
+def test_the_page_fetches_nothing(html, outline):
+    assert re.findall(r"https?:|//cdn|@import|url\((?!data:)", html) == []
+    named = [v for _, attrs in outline.tags for k, v in attrs.items() if k in {"src", "srcset"}]
+    assert named
+    assert all(v.startswith("data:image/webp;base64,") for v in named)
+    assert outline.all("link") == []
+    policy = next(m["content"] for m in outline.all("meta") if "http-equiv" in m)
+    assert policy.startswith("default-src 'none'")
+
+
+def test_what_comes_from_outside_is_text(html):
+    assert HARM not in html
+    assert html.count("&lt;script&gt;document") == 2
+    assert 'href="y.png"' not in html
+
+
+def test_every_row_stands_in_the_table_with_its_figures(outline):
+    for story in synthetic_page().stories:
+        for row in story.rows:
+            figures = [f"{row['psnr']:.2f}", "0.900", "0.0100", "1", "30", "1.25", "1280"]
+            line = [row["item"], str(row["slice"]), row["method"]]
+            found = [cells for cells in outline.cells if cells[:3] == line]
+            assert len(found) == 1
+            assert set(figures) <= set(found[0])
+
+
+def test_means_gains_and_the_best_stand_in_the_figures(outline):
+    for story in synthetic_page().stories:
+        metric = "psnr_hole" if story.task.region == "hole" else "psnr"
+        means = {}
+        for row in story.rows:
+            means.setdefault(row["method"], []).append(row[metric])
+        means = {method: np.mean(values) for method, values in means.items()}
+        bar = max(means["tv"], means["kriging"])
+        gain = f"{means['covprox'] - bar:+.2f}"
+        (line,) = [c for c in outline.cells if c[0].startswith("CovProx") and gain in c]
+        assert line[1].startswith(f"{means['covprox']:.2f} ±")
+    bold = [attrs for attrs in outline.all("td") if "best" in attrs.get("class", "").split()]
+    assert len(bold) >= 4
+
+
+def test_a_loss_is_shown_as_a_loss():
+    rows = synthetic_page().stories[0].rows
+    worse = [{**r, "psnr": r["psnr"] - 40 * (r["method"] == "covprox")} for r in rows]
+    (summary,) = summarise(worse)
+    assert summary.ours.gain_db < -10
+    assert summary.best["psnr"] == {"diffpir"}
+    assert summary.best_classical.method == "tv"
+
+
+def test_equal_figures_share_the_honour():
+    rows = [{**r, "ssim": 0.90001 if r["method"] == "tv" else 0.9} for r in
+            synthetic_page().stories[0].rows]  # fmt: skip
+    (summary,) = summarise(rows)
+    assert summary.best["ssim"] == {"covprox", "diffpir", "kriging", "tv", "fbp"}
+
+
+def test_the_images_shown_are_those_of_least_median_and_greatest_gain():
+    story = synthetic_page().stories[0]
+    by = {(r["method"], r["slice"]): r["psnr"] for r in story.rows}
+    gains = sorted((by["covprox", z] - by["tv", z], z) for z in range(5))
+    chosen = choose(story.summary, story.rows)
+    assert [z for (_, z), _ in chosen] == [gains[0][1], gains[2][1], gains[4][1]]
+    assert [why.split(",")[0] for _, why in chosen] == [
+        "smallest gain", "median gain", "largest gain",
+    ]  # fmt: skip
+    few = [row for row in story.rows if row["slice"] < 4]
+    assert [z for (_, z), _ in choose(summarise(few)[0], few)] == [0, 1, 2, 3]
+
+
+def test_hounsfield_units_are_shown_in_the_two_windows_named():
+    record = ItemRecord("scan", "ct", (1, 1, 48, 48), "int16", "HU", "00", "nrrd")
+    lung, soft = windows_for(scan(0), record, (-1000.0, 1 / 3000))
+    ramp = np.array([-1350.0, -600.0, 150.0, 3000.0]).reshape(1, 1, 4)
+    assert lung.show(ramp).tolist() == [[0, 128, 255, 255]]
+    assert soft.show(ramp).tolist() == [[0, 0, 198, 255]]
+    assert "\N{MINUS SIGN}600 ± 750 HU" in lung.label
+
+
+def test_a_dim_picture_is_stretched_and_says_so():
+    record = ItemRecord("scene", "city", (1, 1, 40, 64), "uint16", "counts", "00", "tiff")
+    dim = photo(0)[:1] * 4
+    (window,) = windows_for(dim, record, (0.0, 1 / 65535))
+    assert window.label.startswith("stretched to")
+    assert np.ptp(window.show(dim)) > 240
+    (whole,) = windows_for(dim * 60, record, (0.0, 1 / 65535))
+    assert (whole.low, whole.high) == (0.0, 65535.0)
+
+
+def test_error_maps_are_black_without_error_and_bright_at_full_scale():
+    truth = photo(0)
+    scale = ErrorScale(0.1)
+    assert scale.show(truth, truth, 1 / 255).max() == 4
+    assert scale.show(truth, truth + 25.5, 1 / 255)[0, 0].tolist() == [252, 255, 164]
+    assert scale.end_label(1 / 3000, "HU") == "10% of the range = 300 HU"
+    assert scale.gain == pytest.approx(10)
+
+
+def test_the_error_scale_is_round_and_holds_ninety_nine_hundredths():
+    errors = [np.linspace(0, 0.031, 1000)]
+    assert error_scale(errors).full == 0.05
+    assert [round_up(v) for v in (0.001, 0.0011, 2.0, 4.9, 51.0)] == [0.001, 0.002, 2, 5, 100]
+    assert error_scale([np.zeros(5)]).full == 1.0
+    assert absolute_error(np.zeros((2, 1, 1)), np.array([[[1.0]], [[np.nan]]])) == 0.5
+
+
+def test_grey_pictures_are_encoded_without_loss():
+    picture = np.random.default_rng(0).integers(0, 255, (20, 30), dtype=np.uint8)
+    data = base64.b64decode(encode(picture, None).partition(",")[2])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("L")), picture)
+
+
+def test_a_strip_has_names_pictures_and_a_detail():
+    grey, colour = np.full((50, 80), 90, np.uint8), np.full((50, 80, 3), 40, np.uint8)
+    colour[30:40, 60:70] = 250
+    detail = busiest_window(colour)
+    assert detail[2] == 11
+    assert 20 <= detail[0] <= 40
+    assert 50 <= detail[1] <= 70
+    strip = figure_strip([("One", "a", grey), ("Two", "b", colour)], tile_width=160, detail=detail)
+    assert strip.shape == (12 + 44 + 100 + 12 + 160 + 12, 12 + 2 * 172, 3)
+    assert strip[12 + 44 + 5, 12 + 5].tolist() == [90, 90, 90]
+    assert strip[:50].min() < 100
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, empty_store):
+    root = tmp_path_factory.mktemp("site")
+    make_dataset(root / "clean.zarr")
+    make_model(root / "model")
+    (root / "home").mkdir()
+    shutil.copy(empty_store, root / "home" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SASHIKO_HOME", str(root / "home"))
+        patch.delenv("SASHIKO_MLFLOW_URI", raising=False)
+        use_known_baselines(patch, root / "log")
+        yield evaluate(settings(root, methods=["covprox", "kriging", "telea", "tv"]))
+
+
+def test_a_report_of_an_evaluation_is_whole(evaluation, tmp_path):
+    page = write_report(evaluation, tmp_path / "report", title="Trial")
+    text = page.read_text()
+    outline = Outline(text)
+    assert page == tmp_path / "report" / "index.html"
+    rows = [cells[:3] for cells in outline.cells]
+    for row in evaluation.rows:
+        assert [row["item"], str(row["slice"]), row["method"]] in rows
+    assert evaluation.model.digest in text
+    assert "A &lt;b&gt;test&lt;/b&gt; model." in text
+    assert evaluation.facts["Dataset"] in text
+    assert str(tmp_path.parent) not in text
+    assert "https:" not in text
+    strips = sorted((tmp_path / "report" / "pictures").iterdir())
+    assert [p.name for p in strips] == [f"{task}.png" for task in sorted(TASKS)]
+    with Image.open(strips[0]) as strip:
+        assert strip.width == 12 + 4 * 332
+
+
+def test_the_measurement_is_shown_with_its_missing_pixels_marked(evaluation):
+    from flows.report.page import show_view
+    from flows.report.write import stories_of
+
+    story = next(s for s in stories_of(evaluation) if s.task.name == "inpaint-strokes")
+    for case in story.cases:
+        (window,) = windows_for(case.truth, case.record, case.scale)
+        shown, truth = show_view(case, window), window.show(case.truth)
+        marked = (shown == MISSING).all(axis=-1)
+        assert 0.1 < marked.mean() < 0.35
+        known = truth if truth.ndim == 3 else np.stack([truth] * 3, axis=-1)
+        assert np.abs(shown[~marked].astype(int) - known[~marked]).max() <= 1
+
+
+def test_a_page_over_its_limit_is_compressed_harder(evaluation, tmp_path):
+    fine = write_report(evaluation, tmp_path / "a").stat().st_size
+    coarse = write_report(evaluation, tmp_path / "b", max_bytes=fine - 1).stat().st_size
+    assert coarse < fine
+
+
+def test_several_evaluations_make_one_page_and_name_the_model_once(evaluation, tmp_path):
+    text = write_report([evaluation, evaluation], tmp_path / "both").read_text()
+    assert text.count(f'Digest <code class="digest">{evaluation.model.digest}') == 1
+    assert text.count(evaluation.facts["Dataset"]) == 1
