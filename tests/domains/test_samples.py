@@ -28,13 +28,17 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def sdist(path, name, members):
+PYPROJECT = (
+    b'[build-system]\nrequires = ["no-such-package"]\nbuild-backend = "setuptools.build_meta"\n'
+)
+
+
+def sdist(path, name, members, *, modern):
     """A source archive whose build would run code and needs packages that do not exist."""
     files = {
         "PKG-INFO": f"Metadata-Version: 1.1\nName: {name}\nVersion: 1.0\n".encode(),
         "setup.py": CANARY.encode(),
-        "pyproject.toml": b'[build-system]\nrequires = ["no-such-package"]\n'
-        b'build-backend = "setuptools.build_meta"\n',
+        **({"pyproject.toml": PYPROJECT} if modern else {}),
         **members,
     }
     with tarfile.open(path, "w:gz") as tar:
@@ -57,11 +61,11 @@ def wheel(path, name, members):
 class Shop:
     """A package index of two archives, and the catalogue that goes with it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, modern=True):
         self.folder, self.cache = folder / "index", folder / "cache"
         self.folder.mkdir()
         self.data = {f"data/{n}.bin": n.encode() * 1000 for n in ("one", "two")}
-        sdist(self.folder / "sashiko-a-1.0.tar.gz", "sashiko-a", self.data)
+        sdist(self.folder / "sashiko-a-1.0.tar.gz", "sashiko-a", self.data, modern=modern)
         wheel(self.folder / "sashiko_b-1.0-py3-none-any.whl", "sashiko_b", {"b.bin": b"bbb"})
         self.rows = [
             self.row("sashiko-a", "sashiko-a-1.0.tar.gz", [
@@ -91,9 +95,23 @@ class Shop:
         return sorted(str(p.relative_to(self.cache)) for p in self.cache.rglob("*") if p.is_file())
 
 
+@pytest.fixture(params=["pyproject", "setup.py"])
+def any_shop(request, tmp_path, monkeypatch):
+    """With the two kinds of source archives; pip treats them differently."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "wheel.py").touch()  # where it is installed, pip runs an old archive's setup.py
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    return open_shop(tmp_path, monkeypatch, modern=request.param == "pyproject")
+
+
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    shop = Shop(tmp_path)
+    return open_shop(tmp_path, monkeypatch, modern=True)
+
+
+def open_shop(tmp_path, monkeypatch, *, modern):
+    shop = Shop(tmp_path, modern=modern)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shop.folder))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -106,7 +124,8 @@ def shop(tmp_path, monkeypatch):
     return shop
 
 
-def test_archives_of_both_kinds_are_fetched_and_nothing_in_them_runs(shop, tmp_path):
+def test_archives_of_both_kinds_are_fetched_and_nothing_in_them_runs(any_shop, tmp_path):
+    shop = any_shop
     found = shop.fetch()
     assert [f.label for f in found] == ["one", "two", "three"]
     assert [f.path.read_bytes() for f in found] == [*shop.data.values(), b"bbb"]
@@ -143,6 +162,16 @@ def test_an_archive_with_another_sha256_is_refused(shop):
     with pytest.raises(BadInputError, match=r"sashiko-a.*sha256 is not the one") as error:
         shop.fetch()
     assert "\n" not in str(error.value)
+    assert shop.files() == []
+
+
+def test_an_archive_that_pip_did_not_check_is_checked_again(shop, monkeypatch, tmp_path):
+    write = "open(sys.argv[sys.argv.index('-d') + 1] + '/sashiko-a-1.0.tar.gz', 'w').write('no')"
+    (tmp_path / "python").write_text(f"#!{sys.executable}\nimport sys\n{write}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(BadInputError, match=r"sashiko-a-1\.0\.tar\.gz: its sha256 is not the one"):
+        shop.fetch()
     assert shop.files() == []
 
 
