@@ -53,7 +53,8 @@ class CovProx:
         inflation: c, factor on Sigma at the first level; default 4 (mean), 1.5 (sample).
         last_inflation: c at the last level, geometric in between; default `inflation`.
         renoise: "fresh" noise, or "deterministic" (the conditional probability-flow ODE).
-        zeta: scale of the fresh noise; 0 gives x' = m.
+        zeta: scale of the fresh noise after the first level; 0 gives x' = m.
+        last_zeta: the same before the last level, linear in between; default `zeta`.
         local: whether Sigma varies from pixel to pixel (S).
         start: "kriging", "adjoint" or "noise", each with noise of the first level added.
         tolerance: relative residual of the linear solves.
@@ -66,6 +67,7 @@ class CovProx:
     last_inflation: float | None = None
     renoise: Literal["fresh", "deterministic"] = "fresh"
     zeta: float = 1.0
+    last_zeta: float | None = None
     local: bool = True
     start: Start = "kriging"
     tolerance: float = 1e-2
@@ -105,7 +107,8 @@ class CovProx:
                 {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
             )
             if i + 1 < len(levels):
-                x = self._renoised(x, m, sigma, levels[i + 1], i + 1, draws)
+                zeta = self._zeta(i / max(1, len(levels) - 2))
+                x = self._renoised(x, m, sigma, levels[i + 1], zeta, draws, i + 1)
         return calls.restoration(m, levels=trace)
 
     def _inflation(self, progress: float) -> float:
@@ -114,12 +117,24 @@ class CovProx:
         last = first if self.last_inflation is None else self.last_inflation
         return float(first * (last / first) ** progress)
 
+    def _zeta(self, progress: float) -> float:
+        """Scale of the fresh noise at a share of the way from the first level to the last."""
+        last = self.zeta if self.last_zeta is None else self.last_zeta
+        return self.zeta + (last - self.zeta) * progress
+
     def _renoised(
-        self, x: Tensor, m: Tensor, sigma: float, sigma_next: float, level: int, draws: NormalDraws
+        self,
+        x: Tensor,
+        m: Tensor,
+        sigma: float,
+        sigma_next: float,
+        zeta: float,
+        draws: NormalDraws,
+        level: int,
     ) -> Tensor:
         """The state at the next level."""
         if self.renoise == "deterministic":
             return m + (sigma_next / sigma) * (x - m)
-        if self.zeta == 0:
+        if zeta == 0:
             return m
-        return m + self.zeta * sigma_next * draws.normal(level, m, RENOISE)
+        return m + zeta * sigma_next * draws.normal(level, m, RENOISE)
