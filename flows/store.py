@@ -7,9 +7,6 @@ published.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,67 +14,30 @@ import numpy as np
 import zarr
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
-from flows.store_files import (
-    StoreWriter,
-    StrictStore,
-    array_digest,
-    json_digest,
-    read_manifest,
-    write_array,
+from flows.store_files import StoreWriter, StrictStore, array_digest, read_manifest, write_array
+from flows.store_records import (
+    MeasurementEntry,
+    entry_from_json,
+    measurement_to_json,
+    named_arrays,
+    record_from_json,
+    record_to_json,
+    shared_names,
 )
 
+__all__ = [
+    "Dataset",
+    "DatasetWriter",
+    "MeasurementEntry",
+    "MeasurementWriter",
+    "Measurements",
+    "Store",
+    "open_store",
+    "record_from_json",
+    "record_to_json",
+]
+
 ALL = slice(None)
-
-
-@dataclass(frozen=True)
-class MeasurementEntry:
-    """What a store says of one measurement: everything but the arrays.
-
-    Attributes:
-        item_id: of the item that is measured.
-        task: name of the task.
-        record: of the item.
-        num_slices: along z.
-        operator: kind of operator.
-        params: of the operator.
-        noise: the noise model.
-        digest: sha256 of the content: arrays, parameters, record.
-        num_bytes: of all arrays in memory.
-        y_shape: (z, *m).
-        arrays: array name -> sha256; "y", and "array-NAME" for the operator's.
-        truth_digest: of the true pixels if simulated.
-        seed: of the simulation.
-    """
-
-    item_id: str
-    task: str
-    record: ItemRecord
-    num_slices: int
-    operator: str
-    params: Mapping[str, Any]
-    noise: Mapping[str, Any]
-    digest: str
-    num_bytes: int
-    y_shape: tuple[int, ...]
-    arrays: Mapping[str, str]
-    truth_digest: str | None
-    seed: int
-
-
-def record_to_json(record: ItemRecord) -> dict[str, Any]:
-    """A record as JSON-able values."""
-    return dict(json.loads(json.dumps(asdict(record))))
-
-
-def record_from_json(values: Mapping[str, Any]) -> ItemRecord:
-    """The record that record_to_json wrote."""
-    fields = dict(values)
-    fields["shape"] = tuple(fields["shape"])
-    if fields["spacing_mm"] is not None:
-        fields["spacing_mm"] = tuple(fields["spacing_mm"])
-    if fields["affine"] is not None:
-        fields["affine"] = tuple(tuple(row) for row in fields["affine"])
-    return ItemRecord(**fields)
 
 
 class DatasetWriter(StoreWriter):
@@ -112,51 +72,17 @@ class MeasurementWriter(StoreWriter):
         Raises:
             BadInputError: if the store has one of that item and task.
         """
-        arrays = _named_arrays(measurement)
-        values = _measurement_to_json(measurement, arrays)
+        arrays = named_arrays(measurement)
+        values = measurement_to_json(measurement, arrays)
         item_id, task = measurement.record.item_id, measurement.task
         if any((e["record"]["item_id"], e["task"]) == (item_id, task) for e in self._entries):
             raise BadInputError(f"{item_id}: the store holds its {task} already; leave one out")
         group = self._group.create_group(f"measurements/{item_id}/{task}", attributes=values)
-        shared = _shared_names(measurement.params)
+        shared = shared_names(measurement.params)
         for name, array in arrays.items():
             chunk = array.shape if name in shared else (1, *array.shape[1:])
             write_array(group, name, array, chunk)
         self._entries.append(values)
-
-
-def _named_arrays(measurement: Measurement) -> dict[str, Array]:
-    """Every array of a measurement under its name in the store."""
-    return {"y": measurement.y, **{f"array-{k}": v for k, v in measurement.arrays.items()}}
-
-
-def _shared_names(params: Mapping[str, Any]) -> set[str]:
-    """Names in the store of the arrays that all slices share."""
-    return {f"array-{name}" for name in params.get("shared_arrays", ())}
-
-
-def _measurement_to_json(measurement: Measurement, arrays: Mapping[str, Array]) -> dict[str, Any]:
-    """All of a measurement but its arrays, which their digests stand for."""
-    values = {
-        "task": measurement.task,
-        "record": record_to_json(measurement.record),
-        "operator": measurement.operator,
-        "params": dict(measurement.params),
-        "noise": dict(measurement.noise),
-        "truth_digest": measurement.truth_digest,
-        "seed": measurement.seed,
-        "num_bytes": int(sum(array.nbytes for array in arrays.values())),
-        "y_shape": list(measurement.y.shape),
-        "arrays": {name: array_digest(array) for name, array in arrays.items()},
-    }
-    values = json.loads(json.dumps(values))
-    return {**values, "digest": json_digest(values)}
-
-
-def _entry_from_json(values: Mapping[str, Any]) -> MeasurementEntry:
-    record = record_from_json(values["record"])
-    fields = {**values, "record": record, "y_shape": tuple(values["y_shape"])}
-    return MeasurementEntry(item_id=record.item_id, num_slices=record.shape[1], **fields)
 
 
 class Store:
@@ -249,7 +175,7 @@ class Measurements(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        entries = [_entry_from_json(e) for e in self.manifest["entries"]]
+        entries = [entry_from_json(e) for e in self.manifest["entries"]]
         self._by_key = {(e.item_id, e.task): e for e in entries}
 
     def entries(self) -> list[MeasurementEntry]:
@@ -278,7 +204,7 @@ class Measurements(Store):
         """
         entry = self.entry(item_id, task)
         start, stop = _bounds(z, entry.num_slices)
-        shared = _shared_names(entry.params)
+        shared = shared_names(entry.params)
         arrays = {
             name: self._array(
                 f"measurements/{item_id}/{task}/{name}",

@@ -106,6 +106,23 @@ def test_no_file_of_a_dataset_holds_a_name(tmp_path):
     assert not any(NAME.encode() in p.read_bytes() for p in files)
 
 
+def test_another_site_names_the_same_files_otherwise(tmp_path, monkeypatch):
+    for n in range(2):
+        scan(tmp_path / "in" / "patient" / f"{n}.nii", seed=n)
+    (tmp_path / "in" / "bad.nii").touch()
+    here, again = (ingest_ct(tmp_path / "in", tmp_path / f"{n}.zarr") for n in range(2))
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "elsewhere"))
+    there = ingest_ct(tmp_path / "in", tmp_path / "there.zarr")
+
+    def names(result):
+        codes = [q.code for q in result.quarantined]
+        return {*codes, *(r.item_id for r in result.items), *(r.group for r in result.items)}
+
+    assert names(here) == names(again)
+    assert len(names(here)) == 4
+    assert not names(here) & names(there)
+
+
 def test_pixels_arrive_as_the_domain_reads_them(tmp_path):
     path = scan(tmp_path / "in" / "1.nii.gz")
     result = ingest_ct(path, tmp_path / "a.zarr")

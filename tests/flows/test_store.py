@@ -136,6 +136,14 @@ def test_slices_of_a_measurement_are_those_of_the_whole(tmp_path):
     assert part.record.meta["slices"] == [1, 2]
 
 
+def test_measurements_are_chunked_by_the_slice_but_for_what_slices_share(tmp_path):
+    with MeasurementWriter(tmp_path / "m.zarr") as writer:
+        writer.add(measurement_of(item_of()))
+    group = zarr.open(tmp_path / "m.zarr", mode="r")["measurements/scan/task"]
+    chunks = {name: array.chunks for name, array in group.arrays()}
+    assert chunks == {"y": (1, 3, 4), "array-mask": (1, 16), "array-kernel": (7, 7)}
+
+
 def test_other_zarr_readers_see_one_checksummed_zstd_chunk_a_slice(tmp_path):
     item = item_of((3, 4, 20, 30))
     write(tmp_path / "a.zarr", item)
