@@ -23,7 +23,9 @@ from torch import Tensor
 from diffusion_core.model import BadModelError, Model
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.posterior import make_solver
 from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver
+from diffusion_core.tiles import tiled_denoiser
 from domains.base import Array, BadInputError, Domain, Measurement, Problem
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
@@ -127,7 +129,7 @@ class Restorer:
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         origin = (block.read.z0, block.read.y0, block.read.x0)
         result = solver(
-            _bounded(model.denoiser(problem.condition), item.device_class),
+            _bounded(model.denoiser(problem.condition), item.device_class, origin[1:]),
             problem.operator,
             problem.y,
             problem.noise,
@@ -158,9 +160,10 @@ class Restorer:
                 prior = model.prior(condition)
             except BadModelError:
                 prior = None  # solvers that need the table say so themselves
-            from diffusion_core.posterior import make_solver
-
-            return make_solver(name, prior, options)
+            try:
+                return make_solver(name, prior, options)
+            except ValueError as error:
+                raise BadInputError(str(error)) from error
 
         text = json.dumps(options, sort_keys=True)
         return self._keep(("solver", model.digest, condition, name, text), make)
@@ -240,7 +243,7 @@ def _counted(operator: Any) -> Iterator[Callable[[], int]]:
             vars(operator).pop(name, None)
 
 
-def _bounded(denoise: Denoiser, device: str) -> Denoiser:
+def _bounded(denoise: Denoiser, device: str, origin_yx: tuple[int, int]) -> Denoiser:
     """The denoiser with bounded memory: few pixels a call, planes beyond a size in tiles.
 
     The data step stays on the CPU, where the operators are; batches go to the device and back.
@@ -249,10 +252,13 @@ def _bounded(denoise: Denoiser, device: str) -> Denoiser:
     def on_device(x: Signal, sigma: Sigma) -> Signal:
         return denoise(x.to(device), sigma.to(device)).to(x.device)
 
-    from diffusion_core.tiles import tiled_denoiser
-
     tiles = tiled_denoiser(
-        on_device, tile=DENOISER_TILE_PX, halo=HALO_PX, stride=STRIDE, max_batch=1
+        on_device,
+        tile=DENOISER_TILE_PX,
+        halo=HALO_PX,
+        stride=STRIDE,
+        max_batch=1,
+        origin_yx=origin_yx,
     )
 
     def call(x: Signal, sigma: Sigma) -> Signal:

@@ -11,7 +11,8 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flows.engine.events import EventHandler, Progress, ignore
@@ -28,7 +29,7 @@ from flows.engine.publish import (
 )
 from flows.engine.receipt import Receipt, load_receipts, reject_receipt
 from flows.engine.restored import RestoredEntry, entry_of
-from flows.engine.worker import BlockJob, Failure, Outcome
+from flows.engine.worker import BlockJob, Failure, FailureKind, Outcome
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,13 +46,15 @@ class Quarantined:
     """An item that was given up, and why.
 
     Attributes:
-        item_id: of the item, or the name of a file that did not become one.
+        item_id: of the item, or the code of a file that did not become one.
         task: of the measurement.
         method: how it was to be restored.
         reason: a sentence.
-        attempts: made at the block that failed.
+        attempts: made at the block that failed, or workers lost in a row.
         key: of the item's plan, "" for a file.
         input_digest: content digest of the measurement.
+        kind: of the failure, as worker.FailureKind has it.
+        source: the file, for the person who gave it; never recorded.
     """
 
     item_id: str
@@ -61,6 +64,8 @@ class Quarantined:
     attempts: int = 1
     key: str = ""
     input_digest: str = ""
+    kind: FailureKind = "input"
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class _Item:
     plan: ItemPlan
     receipts: dict[int, Receipt] = field(default_factory=dict)
     attempts: Counter[int] = field(default_factory=Counter)
+    deaths_in_a_row: int = 0
     open: bool = True
 
     @property
@@ -216,6 +222,7 @@ class _Campaign:
             self._fail(item, index, outcome.failure)
         elif item.open and outcome.receipt is not None:
             self._num_computed += outcome.fresh
+            item.deaths_in_a_row = 0
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
             self._progress.advance(item.plan.cost.seconds, pixels)
@@ -227,12 +234,19 @@ class _Campaign:
         """Try again, or give the item up, or stop."""
         if not item.open or self._was_overtaken(item):
             return
+        if failure.kind == "returned":
+            self._queue.appendleft((item, index))
+            return
         if failure.kind == "fatal":
             raise CampaignError(f"{failure.reason}; what is done is kept, run it again to go on")
         item.attempts[index] += 1
         attempts = item.attempts[index]
-        if failure.kind in _AT_ONCE or attempts >= self._max_attempts:
-            self._quarantine(item, index, failure.reason)
+        # Workers take seconds to replace: an item that kills one after the other, whichever block
+        # they are at, is given up like a block that fails again and again.
+        item.deaths_in_a_row += failure.kind == "worker"
+        worst = max(attempts, item.deaths_in_a_row)
+        if failure.kind in _AT_ONCE or worst >= self._max_attempts:
+            self._quarantine(item, index, failure)
             return
         self._num_retries += 1
         self._queue.append((item, index))
@@ -275,9 +289,8 @@ class _Campaign:
             del item.receipts[index]
             item.attempts[index] += 1
             if item.attempts[index] >= self._max_attempts:
-                self._quarantine(
-                    item, index, "staged bytes change on the disk after they were written; check it"
-                )
+                reason = "staged bytes change on the disk after they were written; check the disk"
+                self._quarantine(item, index, Failure("transient", reason))
                 return
             self._progress.skip(-1, -item.plan.cost.seconds)
             self._queue.append((item, index))
@@ -317,14 +330,15 @@ class _Campaign:
         self._progress.skip(left, left * item.plan.cost.seconds)
         item.open = False
 
-    def _quarantine(self, item: _Item, index: int, reason: str) -> None:
+    def _quarantine(self, item: _Item, index: int, failure: Failure) -> None:
         plan = item.plan
         entry = Quarantined(
             item_id=plan.item_id,
             task=plan.task,
             method=plan.method.name,
-            reason=reason,
-            attempts=item.attempts[index],
+            reason=failure.reason,
+            kind=failure.kind,
+            attempts=max(item.attempts[index], item.deaths_in_a_row),
             key=plan.key,
             input_digest=plan.input_digest,
         )
@@ -332,7 +346,9 @@ class _Campaign:
         self._close(item)
         record_quarantine(self._objects, plan.key, entry)
         self._progress.tell(
-            "quarantined", f"{item.label} is quarantined: {reason}", **self._facts(item, index)
+            "quarantined",
+            f"{item.label} is quarantined: {failure.reason}",
+            **self._facts(item, index),
         )
 
     def _facts(self, item: _Item, block: int | None = None) -> dict[str, Any]:
@@ -371,6 +387,6 @@ class _Campaign:
 
 def record_quarantine(objects: LocalObjects, name: str, entry: Quarantined) -> None:
     """Keep the reason in quarantine/NAME.json; a later attempt that succeeds removes it."""
-    from dataclasses import asdict
-
-    objects.put(f"quarantine/{name}.json", (json.dumps(asdict(entry), indent=1) + "\n").encode())
+    values = asdict(entry)
+    del values["source"]
+    objects.put(f"quarantine/{name}.json", (json.dumps(values, indent=1) + "\n").encode())

@@ -6,6 +6,7 @@ and when to give up is decided by the campaign, through the function that it ask
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,13 +16,16 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from flows.config import ComputeSettings
+from flows.engine.ray_session import connect
 from flows.engine.worker import BlockJob, BlockWorker, Failure, Outcome
 
 NextJob = Callable[[], BlockJob | None]
 """Asked whenever a worker has room; None: nothing now (failures may bring more)."""
 
 MAX_FAILED_STARTS = 3
-_OBJECT_STORE_BYTES = 100 * 2**20  # coordinates and receipts only: Ray's default is 30% of memory
+_PATIENCE_S = 60.0
+_RETURNED = Failure("returned", "its worker died before it came to this block")
+_LOG = logging.getLogger(__name__)
 
 
 class ExecutorError(RuntimeError):
@@ -97,21 +101,16 @@ class _Seat:
     """One place in the pool: its actor and the jobs in flight there, oldest first."""
 
     actor: Any
-    ready: Any
+    starting: Any
     queue: deque[tuple[Any, BlockJob]] = field(default_factory=deque)
-
-    def refs(self) -> list[Any]:
-        """What Ray may answer next: an actor does its jobs in order."""
-        if self.ready is not None:
-            return [self.ready]
-        return [self.queue[0][0]] if self.queue else []
 
 
 class RayExecutor:
     """A pool of Ray actors that hold the model, with two blocks in flight each.
 
     Actors do one block after the other; the second in flight hides the way to the driver and back.
-    A dead actor is replaced; of its blocks only the one that it was at is reported as failed.
+    A dead actor is replaced; of its blocks only the one that it was at failed, others go back.
+    Actors that are still starting, or wait for a place on a busy cluster, are given nothing yet.
 
     Args:
         num_workers: 0: one a core, or one a GPU.
@@ -137,31 +136,37 @@ class RayExecutor:
 
     @property
     def num_workers(self) -> int:
-        """Actors of the pool."""
-        return self._wanted or default_workers(self._gpus)
+        """Actors of the pool; once Ray is up, no more than it has room for."""
+        return len(self._seats) or self._wanted or default_workers(self._gpus)
 
     def start(self) -> None:
-        """Start Ray and the actors, if they are not up; returns before the actors are ready."""
-        self._connect()
-        while len(self._seats) < self.num_workers:
+        """Start Ray and the actors, if they are not up; returns before the actors are ready.
+
+        Raises:
+            ExecutorError: if Ray has not a single place of the kind wanted.
+        """
+        num_cpus = max(self._wanted, default_workers(0.0))
+        self._started_ray = connect(self._address, num_cpus) or self._started_ray
+        places = self._places()
+        # On a cluster "one a core" means the cluster's cores, not those of the driver's machine.
+        wanted = self._wanted or (places if self._address else default_workers(self._gpus))
+        while len(self._seats) < min(wanted, places):
             self._seats.append(self._new_seat())
 
     def run(self, next_job: NextJob) -> Iterator[Outcome]:
         """Carry out jobs on the pool; outcomes come as workers finish."""
-        import ray
-
         self.start()
         finished = False
         try:
             while True:
-                self._fill(next_job)
-                refs = {ref: seat for seat in self._seats for ref in seat.refs() if seat.queue}
-                if not refs:
+                hungry = self._fill(next_job)
+                busy = {seat.queue[0][0]: seat for seat in self._seats if seat.queue}
+                starting = {seat.starting: seat for seat in self._seats if seat.starting}
+                if not busy and not hungry:
                     break
-                done, _ = ray.wait(list(refs), num_returns=1)
-                outcome = self._collect(refs[done[0]])
-                if outcome is not None:
-                    yield outcome
+                # Nobody waits for an actor to start when there is nothing for it to do.
+                waiting = {**busy, **starting} if hungry else busy
+                yield from self._collect(waiting[_first_ready(list(waiting))])
             finished = True
         finally:
             if not finished:  # the campaign stopped: nobody wants what is in flight
@@ -187,23 +192,18 @@ class RayExecutor:
     ) -> None:
         self.close()
 
-    def _connect(self) -> None:
+    def _places(self) -> int:
+        """How many of our actors Ray could hold if it held nothing else."""
         import ray
 
-        if ray.is_initialized():
-            return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if self._address:
-            ray.init(address=self._address, **quiet)
-        else:
-            ray.init(
-                num_cpus=max(self.num_workers, default_workers(0.0)),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
-        self._started_ray = True
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        places = int(resources.get("CPU", 0))
+        if self._gpus > 0:
+            places = min(places, int(resources.get("GPU", 0) / self._gpus))
+        if places < 1:
+            kind = f"{self._gpus:g} GPU and one CPU" if self._gpus > 0 else "one CPU"
+            raise ExecutorError(f"Ray has no place with {kind} for a worker")
+        return places
 
     def _new_seat(self) -> _Seat:
         import ray
@@ -214,53 +214,64 @@ class RayExecutor:
         actor: Any = actor_class.options(num_cpus=1, num_gpus=self._gpus).remote()
         return _Seat(actor, actor.ready.remote())
 
-    def _fill(self, next_job: NextJob) -> None:
-        """Give out jobs one at a time, so that few jobs are spread over all workers."""
+    def _fill(self, next_job: NextJob) -> bool:
+        """Give out jobs one at a time, so that few jobs are spread over all workers.
+
+        Returns:
+            Whether more workers could be of use: False once there is no further job.
+        """
         for depth in range(self._in_flight):
             for seat in self._seats:
-                if len(seat.queue) > depth:
+                if seat.starting or len(seat.queue) > depth:
                     continue
                 job = next_job()
                 if job is None:
-                    return
+                    return False
                 seat.queue.append((seat.actor.attempt.remote(job), job))
+        return True
 
-    def _collect(self, seat: _Seat) -> Outcome | None:
-        """Take the answer that is there; None if it tells nothing of a job."""
+    def _collect(self, seat: _Seat) -> list[Outcome]:
+        """Take the answer that is there, and tell what it says of jobs."""
         import ray
 
-        if seat.ready is not None:
-            try:
-                ray.get(seat.ready)
-            except ray.exceptions.RayError as error:
-                self._failed_starts += 1
-                if self._failed_starts >= MAX_FAILED_STARTS:
-                    raise ExecutorError(f"workers cannot start: {_first_line(error)}") from error
-                self._replace(seat)
-            else:
-                seat.ready, self._failed_starts = None, 0
-            return None
+        if seat.starting:
+            self._seat_started(seat)
+            return []
         ref, job = seat.queue.popleft()
         try:
-            return ray.get(ref)
+            return [ray.get(ref)]
         except ray.exceptions.RayTaskError as error:
-            return Outcome(job, failure=Failure("transient", _first_line(error)))
+            return [Outcome(job, failure=Failure("transient", _last_line(error)))]
         except ray.exceptions.RayError as error:
+            reason = f"its worker died ({type(error).__name__}): killed, or out of memory"
+            died = Outcome(job, failure=Failure("worker", reason))
+            behind = [Outcome(other, failure=_RETURNED) for _, other in seat.queue]
             self._replace(seat)
             self.num_replaced += 1
-            reason = f"its worker died ({type(error).__name__}): killed, or out of memory"
-            return Outcome(job, failure=Failure("worker", reason))
+            return [died, *behind]
+
+    def _seat_started(self, seat: _Seat) -> None:
+        """Welcome an actor, or replace one that died before it was up."""
+        import ray
+
+        try:
+            ray.get(seat.starting)
+        except ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise ExecutorError(f"workers cannot start: {_last_line(error)}") from error
+            self._replace(seat)
+        else:
+            seat.starting, self._failed_starts = None, 0
 
     def _replace(self, seat: _Seat) -> None:
-        """Put a new actor in a dead one's place; jobs that waited behind are given to it."""
+        """Put a new actor in a dead one's place."""
         import ray
 
         with suppress(Exception):
             ray.kill(seat.actor)
         fresh = self._new_seat()
-        seat.actor, seat.ready = fresh.actor, fresh.ready
-        jobs = [job for _, job in seat.queue]
-        seat.queue = deque((seat.actor.attempt.remote(job), job) for job in jobs)
+        seat.actor, seat.starting, seat.queue = fresh.actor, fresh.starting, fresh.queue
 
     def _dismiss(self, *, busy_only: bool) -> None:
         import ray
@@ -270,6 +281,18 @@ class RayExecutor:
         for seat in leaving:
             with suppress(Exception):
                 ray.kill(seat.actor)
+
+
+def _first_ready(refs: list[Any]) -> Any:
+    """Wait for the first answer; says so in the log if none comes for long."""
+    import ray
+
+    while True:
+        done, _ = ray.wait(refs, num_returns=1, timeout=_PATIENCE_S)
+        if done:
+            return done[0]
+        free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+        _LOG.info("waiting for %d workers; Ray has %g CPUs free", len(refs), free)
 
 
 def default_workers(num_gpus_per_worker: float) -> int:
@@ -296,6 +319,6 @@ def make_executor(compute: ComputeSettings) -> Executor:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError, ItemRecord
+from domains.registry import domain_names
 from flows.config import MethodSettings
 from flows.engine.cost import Cost, predict
 from flows.engine.grid import Block, Grid, make_grid
+from flows.engine.methods import resolve_method
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -194,7 +196,8 @@ def make_plan(
     Args:
         measurements: the store.
         output: root folder of the results; nothing is written now.
-        method: one or several ways to restore every item; None: each task's own.
+        method: one or several ways to restore every item; None: each task's own. What a method
+            leaves open comes from the task's file (methods.py).
         model: the diffusion model; None if every method is a classical baseline.
         items: ids of the items to restore; None: all.
         tasks: names of the tasks to restore; None: all.
@@ -212,9 +215,10 @@ def make_plan(
         PlanRefusedError: if the predicted peak memory is over the limit.
     """
     chosen = _chosen(measurements, items, tasks)
+    _require_domains(chosen)
     reference = _model_ref(model)
     model_bytes = _model_bytes(reference)
-    choose = methods_for or _chooser(method)
+    asked = [method] if method is None or isinstance(method, MethodSettings) else list(method)
     planned: dict[str, ItemPlan] = {}
     for entry in chosen:
         grid = make_grid(
@@ -223,8 +227,9 @@ def make_plan(
             slices_per_block=slices_per_block,
             block_size=block_size,
         )
-        for way in choose(entry):
-            item = _plan_item(entry, way, reference, model_bytes, grid, seed, dtype, device_class)
+        for way in methods_for(entry) if methods_for else asked:
+            full = resolve_method(way, entry)
+            item = _plan_item(entry, full, reference, model_bytes, grid, seed, dtype, device_class)
             planned[item.key] = item
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.
     ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
@@ -321,15 +326,15 @@ def _chosen(
     return chosen
 
 
-def _chooser(
-    method: MethodSettings | Sequence[MethodSettings] | None,
-) -> Callable[[MeasurementEntry], Sequence[MethodSettings]]:
-    if method is None:
-        from flows.engine.methods import default_method
-
-        return lambda entry: [default_method(entry.task, entry.operator, entry.noise)]
-    ways = [method] if isinstance(method, MethodSettings) else list(method)
-    return lambda _: ways
+def _require_domains(entries: Sequence[MeasurementEntry]) -> None:
+    """Refuse a store whose domain is not installed here: no worker could do any of it."""
+    known = domain_names()
+    missing = sorted({entry.record.domain for entry in entries} - set(known))
+    if missing:
+        raise BadInputError(
+            f"the measurements are of the domain '{missing[0]}', which is not installed; "
+            f"known are {', '.join(known)}"
+        )
 
 
 def _model_ref(model: ModelRef | Path | None) -> ModelRef | None:

@@ -1,7 +1,7 @@
 """Blocks on their way to being published: staged chunks, and the receipts that vouch for them.
 
     OUTPUT/.work/KEY/                 one item's unpublished work
-      stage/ATTEMPT/0.0.1.0           chunks of one attempt at one block; one writer, then nobody
+      stage/ATTEMPT.0.0.1.0           chunks of one attempt at one block; one writer, then nobody
       receipts/000012.json            block 12 is done: attempt, chunks, sizes, sha256
       receipts/000012.json.corrupt-0  was not true, kept for the record
 
@@ -35,7 +35,7 @@ class Objects(Protocol):
         """Write an object under a key of the caller's own."""
         ...
 
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """Write an object if the key is free, whole or not at all; False if it was taken."""
         ...
 
@@ -130,7 +130,7 @@ class Receipt:
 
     def staged(self, item: ItemPlan, chunk: Chunk) -> str:
         """Object key of a staged chunk."""
-        return f"{_stage(item, self.attempt)}/{_flat(chunk.key)}"
+        return _staged(item, self.attempt, chunk.key)
 
 
 def new_attempt(block: Block) -> str:
@@ -158,7 +158,7 @@ def stage_block(
     for index, values in ome.cut_chunks(pixels, origin, item.grid.chunk):
         data = ome.encode_chunk(values, item.grid.chunk)
         name = ome.chunk_name(index)
-        target = f"{_stage(item, attempt)}/{_flat(name)}"
+        target = _staged(item, attempt, name)
         objects.put(target, data)
         chunk = Chunk(name, len(data), hashlib.sha256(data).hexdigest())
         if hashlib.sha256(objects.get(target)).hexdigest() != chunk.sha256:
@@ -173,12 +173,14 @@ def create_receipt(objects: Objects, item: ItemPlan, receipt: Receipt) -> Receip
     A loser's chunks are removed: nobody will ever look at them.
     """
     body = {"format": RECEIPT_FORMAT, **asdict(receipt)}
-    if objects.create(_receipt_key(item, receipt.block), seal(body)):
+    # Not flushed: the receipt and its chunks are checked by hash before anything is published.
+    if objects.create(_receipt_key(item, receipt.block), seal(body), durable=False):
         return receipt
     first = load_receipt(objects, item, receipt.block)
     if first is None:  # it was invalid, and is out of the way now
         return create_receipt(objects, item, receipt)
-    objects.remove(_stage(item, receipt.attempt))
+    for chunk in receipt.chunks:
+        objects.remove(receipt.staged(item, chunk))
     return first
 
 
@@ -280,10 +282,6 @@ def _receipt_key(item: ItemPlan, block: int) -> str:
     return f"{item.work}/receipts/{block:06d}.json"
 
 
-def _stage(item: ItemPlan, attempt: str) -> str:
-    return f"{item.work}/stage/{attempt}"
-
-
-def _flat(chunk_key: str) -> str:
-    """A chunk's name in one flat folder: fewer folders to make for every block."""
-    return chunk_key.removeprefix("c/").replace("/", ".")
+def _staged(item: ItemPlan, attempt: str, chunk_key: str) -> str:
+    """Key of a staged chunk: one flat folder, so that a block costs no folders to make."""
+    return f"{item.work}/stage/{attempt}.{chunk_key.removeprefix('c/').replace('/', '.')}"

@@ -90,8 +90,11 @@ class Restored:
         """
         import zarr
 
+        from flows.store_files import StrictStore
+
         try:
-            array = zarr.open_array(entry.path / str(level), mode="r")
+            store = StrictStore(entry.path, read_only=True)
+            array = zarr.open_array(store, path=str(level), mode="r")
             return np.asarray(array[:, z])
         except Exception as error:
             raise BadInputError(

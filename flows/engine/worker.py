@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-FailureKind = Literal["input", "result", "worker", "transient", "fatal"]
+FailureKind = Literal["input", "result", "worker", "transient", "returned", "fatal"]
 """What a failure calls for.
 
     input      the user's data cannot be used: the item is quarantined at once
     result     the block is a pure function and its result unusable: quarantined at once
     worker     the worker died: a new one, and another attempt, a bounded number of times
     transient  anything that may go better next time: another attempt, a bounded number of times
+    returned   its worker died of another block before it was begun: back into the queue
     fatal      no block can go well (disk full, model gone): the run stops
 """
 

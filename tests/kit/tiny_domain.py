@@ -1,8 +1,8 @@
-"""A domain that costs nothing, for tests of the engine: its methods count, fail and kill on request.
+"""A domain that costs nothing, for tests of the engine: its methods count, fail, kill on request.
 
-Found by its entry point, as a guest's domain would be, in this process and in Ray's workers. Options of
-the methods: `log` (a file that gains a line for every block computed), `where` (item ids that the
-misbehaviour is meant for) and `once` (a file that, once there, stops it).
+Found by its entry point, as a guest's domain would be, in this process and in Ray's workers.
+Options of the methods: `log` (a file that gains a line for every block computed), `where` (item ids
+that the misbehaviour is meant for) and `once` (a file that, once there, stops it).
 """
 
 import os

@@ -1,0 +1,259 @@
+"""Restore measurements or damaged images: plan, compute, publish, hand over files.
+
+    settings -> prepare -> RestoreJob: a plan, and the names of the files behind its items
+             -> restore_window, for the whole plan or a window of it -> WindowResult
+             -> collect -> RestoreResult
+
+`restore` does all of it in one go; the Prefect flow calls the same steps with one task a window.
+Nothing that is published already is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from domains.base import BadInputError
+from flows.config import RestoreSettings
+from flows.engine.campaign import (
+    CampaignError,
+    CampaignResult,
+    Quarantined,
+    record_quarantine,
+    run_plan,
+)
+from flows.engine.events import EventHandler, ignore
+from flows.engine.executor import Executor, default_workers, make_executor
+from flows.engine.objects import LocalObjects
+from flows.engine.plan import ModelRef, Plan, make_plan
+from flows.engine.restored import RestoredEntry
+from flows.given import Given, take_images
+from flows.handover import hand_over, place_of
+
+INPUT_TASK = "given"
+
+
+@dataclass(frozen=True)
+class RestoreJob:
+    """A restoration that is planned and has not begun.
+
+    Attributes:
+        settings: as given.
+        plan: what will be computed.
+        names: source digest -> names of the files behind an item; {} for a measurement store.
+        rejected: files that could not be used.
+    """
+
+    settings: RestoreSettings
+    plan: Plan
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rejected: tuple[Quarantined, ...] = ()
+
+    def windows(self) -> list[Plan]:
+        """The plan in windows of `settings.window_items` items."""
+        return self.plan.windows(self.settings.window_items)
+
+
+@dataclass(frozen=True)
+class WindowResult:
+    """What became of a window: the engine's account, the files, the items that have none."""
+
+    campaign: CampaignResult
+    files: tuple[Path, ...]
+    unwritten: tuple[Quarantined, ...] = ()
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """What was restored.
+
+    Attributes:
+        output: root of the results.
+        campaign: id of the campaign.
+        published: items that readers can see now, new or from before.
+        num_reused: how many of them had been published before.
+        quarantined: files and items that could not be done, with reasons.
+        files: in the formats of their sources.
+        num_blocks: of the plan.
+        num_computed: blocks computed now.
+        num_retries: attempts that failed and were made again.
+        seconds: wall time of computing and publishing.
+    """
+
+    output: Path
+    campaign: str
+    published: tuple[RestoredEntry, ...]
+    num_reused: int
+    quarantined: tuple[Quarantined, ...]
+    files: tuple[Path, ...]
+    num_blocks: int
+    num_computed: int
+    num_retries: int
+    seconds: float
+
+
+def restore(settings: RestoreSettings, on_event: EventHandler | None = None) -> RestoreResult:
+    """Restore everything in the input that is not restored yet.
+
+    Args:
+        settings: input, output, model, method, and who computes.
+        on_event: told of progress.
+
+    Raises:
+        BadInputError: if nothing of the input can be used.
+        CampaignError: if the run cannot go on; what is done is kept.
+    """
+    handler = on_event or ignore
+    job = prepare(settings, handler)
+    with make_executor(settings.compute) as executor:
+        result = restore_window(job, job.plan, executor, handler)
+    return collect(job, [result])
+
+
+def plan(settings: RestoreSettings, on_event: EventHandler | None = None) -> Plan:
+    """What `restore` would do, without doing it: nothing is left in the output.
+
+    Raises:
+        BadInputError: as restore.
+    """
+    with TemporaryDirectory(prefix="sashiko-plan-") as scratch:
+        return prepare(settings, on_event or ignore, work=Path(scratch)).plan
+
+
+def prepare(
+    settings: RestoreSettings, on_event: EventHandler, *, work: Path | None = None
+) -> RestoreJob:
+    """Read what has to be read, resolve the model once, and plan.
+
+    Args:
+        settings: of the restoration.
+        on_event: told of each file read.
+        work: where the measurements of damaged images are made; default: in the output.
+    """
+    given = _measurements(settings, work or settings.output / ".work", on_event)
+    compute = settings.compute
+    planned = make_plan(
+        given.path,
+        settings.output,
+        settings.method,
+        _model(settings),
+        seed=settings.seed,
+        dtype=settings.dtype,
+        device_class="cuda" if compute.num_gpus_per_worker > 0 else "cpu",
+        block_size=settings.block_size,
+        slices_per_block=settings.slices_per_block,
+        num_workers=_num_workers(settings),
+        memory_limit_bytes=compute.memory_limit_bytes,
+    )
+    rejected = tuple(
+        Quarantined(r.code, INPUT_TASK, "", r.reason, source=r.source) for r in given.rejected
+    )
+    return RestoreJob(settings, planned, given.names, rejected)
+
+
+def restore_window(
+    job: RestoreJob, window: Plan, executor: Executor, on_event: EventHandler
+) -> WindowResult:
+    """Compute and publish a window of the plan, and write its files.
+
+    Args:
+        job: of prepare.
+        window: the job's plan or one of its windows.
+        executor: computes; stays open.
+        on_event: told of progress.
+    """
+    campaign = run_plan(window, executor, on_event, max_attempts=job.settings.compute.max_attempts)
+    files: list[Path] = []
+    unwritten: list[Quarantined] = []
+    for entry in campaign.published:
+        places = job.names.get(entry.record.source_digest) or (place_of(entry),)
+        try:
+            files += hand_over(window.output, entry, places)
+        except BadInputError as error:
+            reason = f"restored, but not written as a file: {error}"
+            unwritten.append(
+                Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key)
+            )
+    return WindowResult(campaign, tuple(files), tuple(unwritten))
+
+
+def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
+    """The account of all windows.
+
+    Raises:
+        BadInputError: if nothing was restored because nothing of the input can be used.
+        CampaignError: if nothing was restored for another reason.
+    """
+    _record_rejected(job)
+    campaigns = [result.campaign for result in results]
+    quarantined = [q for campaign in campaigns for q in campaign.quarantined]
+    published = tuple(entry for campaign in campaigns for entry in campaign.published)
+    if not published and quarantined:
+        first = f"{quarantined[0].item_id}: {quarantined[0].reason}"
+        if all(q.kind == "input" for q in quarantined):
+            raise BadInputError(f"nothing could be restored: {first}")
+        raise CampaignError(f"nothing could be restored: {first}")
+    unwritten = [q for result in results for q in result.unwritten]
+    return RestoreResult(
+        output=job.settings.output,
+        campaign=job.plan.campaign,
+        published=published,
+        num_reused=sum(len(campaign.reused) for campaign in campaigns),
+        quarantined=(*job.rejected, *quarantined, *unwritten),
+        files=tuple(file for result in results for file in result.files),
+        num_blocks=sum(campaign.num_blocks for campaign in campaigns),
+        num_computed=sum(campaign.num_computed for campaign in campaigns),
+        num_retries=sum(campaign.num_retries for campaign in campaigns),
+        seconds=sum(campaign.seconds for campaign in campaigns),
+    )
+
+
+def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler) -> Given:
+    """The store to restore from: the input itself, or one made of damaged images."""
+    from flows.store import Measurements, open_store
+    from flows.store_files import MANIFEST
+
+    damaged = any(p is not None for p in (settings.mask, settings.kernel, settings.scale))
+    if not (settings.input / MANIFEST).is_file():
+        return take_images(settings, work, on_event)
+    store = open_store(settings.input)
+    if not isinstance(store, Measurements):
+        raise BadInputError(
+            f"{settings.input}: holds clean items, not measurements; make some with "
+            "`sashiko simulate`, or give a folder of damaged images"
+        )
+    if damaged:
+        raise BadInputError(
+            f"{settings.input}: measurements say themselves what is missing; leave out --mask, "
+            "--kernel and --scale"
+        )
+    return Given(settings.input)
+
+
+def _model(settings: RestoreSettings) -> ModelRef | None:
+    """The model, resolved once; None where a classical method needs none."""
+    from diffusion_core.posterior import SOLVERS
+
+    method = settings.method
+    if method is not None and (method.kind == "baseline" or method.name not in SOLVERS):
+        return None
+    from flows.registry import resolve_model
+
+    found = resolve_model(settings.model)
+    return ModelRef(str(found.path), found.digest, found.name, found.version)
+
+
+def _num_workers(settings: RestoreSettings) -> int:
+    compute = settings.compute
+    if compute.executor == "inline":
+        return 1
+    return compute.num_workers or default_workers(compute.num_gpus_per_worker)
+
+
+def _record_rejected(job: RestoreJob) -> None:
+    """Keep why files were left out."""
+    objects = LocalObjects(job.settings.output)
+    for entry in job.rejected:
+        record_quarantine(objects, entry.item_id, entry)

@@ -1,0 +1,98 @@
+"""Published items as files of the domain's own formats, for the tools outside.
+
+    OUTPUT/files/PLACE.png        the restored image; PLACE is its source's name, or its item's
+    OUTPUT/files/PLACE.json       where its pixels come from
+
+Files appear whole, provenance first, under names that are free; nothing is ever overwritten.
+Another result for the same place (another model, say) stands beside the first as
+PLACE--METHOD-KEY.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from domains.base import Item
+from domains.registry import load_domain
+from flows.engine.objects import LocalObjects
+from flows.engine.restored import RestoredEntry, open_restored
+
+FILES = "files"
+
+
+def hand_over(output: Path, entry: RestoredEntry, places: Sequence[str]) -> list[Path]:
+    """Write a published item in its source's format, once for each of its places.
+
+    Args:
+        output: root of the results.
+        entry: the item.
+        places: names under OUTPUT/files, without suffix.
+
+    Returns:
+        The files, old or new.
+
+    Raises:
+        BadInputError: if the domain cannot write the item.
+    """
+    objects = LocalObjects(output)
+    return [_hand_over(objects, output, entry, place) for place in places]
+
+
+def place_of(entry: RestoredEntry) -> str:
+    """The place of an item that came from a measurement store."""
+    return f"{entry.task}/{entry.item_id}"
+
+
+def _hand_over(objects: LocalObjects, output: Path, entry: RestoredEntry, place: str) -> Path:
+    key, owner = f"{FILES}/{place}", _owner(objects, f"{FILES}/{place}.json")
+    if owner not in (None, entry.key):
+        key = f"{key}--{entry.method}-{entry.key[:8]}"
+        owner = _owner(objects, f"{key}.json")
+    if owner is not None:
+        finished = _finished(objects, key)
+        if finished is not None:
+            return finished
+    return _write(objects, output, entry, key)
+
+
+def _owner(objects: LocalObjects, key: str) -> str | None:
+    """Key of the item that a provenance file speaks of; None if there is no such file."""
+    try:
+        return str(json.loads(objects.get(key))["key"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError):
+        return ""
+
+
+def _finished(objects: LocalObjects, key: str) -> Path | None:
+    """The file that a provenance names, unless its writer died between the two."""
+    file = json.loads(objects.get(f"{key}.json"))["file"]
+    place = str(PurePosixPath(key).with_name(file))
+    return objects.path(place) if objects.exists(place) else None
+
+
+def _write(objects: LocalObjects, output: Path, entry: RestoredEntry, key: str) -> Path:
+    """Write into a folder of this attempt's own, then let provenance and image appear."""
+    draft = f".work/{FILES}-{uuid.uuid4().hex}"
+    folder = objects.path(draft)
+    folder.mkdir(parents=True)
+    try:
+        pixels = open_restored(output).read(entry)
+        item = Item(np.asarray(pixels), entry.record)
+        written = load_domain(entry.record.domain).write(item, folder / PurePosixPath(key).name)
+        target = str(PurePosixPath(key).with_name(written.name))
+        provenance = {"file": written.name, **entry.facts}
+        objects.create(f"{key}.json", (json.dumps(provenance, indent=1) + "\n").encode())
+        if written.is_dir():
+            objects.adopt(f"{draft}/{written.name}", target)
+        elif not objects.exists(target):
+            objects.link(f"{draft}/{written.name}", target)
+    finally:
+        objects.remove(draft)
+    return objects.path(target)

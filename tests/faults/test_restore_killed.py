@@ -1,0 +1,92 @@
+"""Fault 1 and 4: kill -9 a driver anywhere, run again: same bytes, and nothing receipted twice."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_kit import lines, make_store, method, published, same, tiny_plan
+from kills import MOMENTS, num_operations, run_and_kill
+
+from flows.engine.campaign import run_plan
+from flows.engine.executor import InlineExecutor
+from flows.engine.objects import LocalObjects
+from flows.engine.receipt import load_receipts
+
+ITEMS, SLICES = 2, 3
+DRIVER = Path(__file__).parents[1] / "kit" / "driver.py"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(
+        tmp_path_factory.mktemp("in") / "m.zarr", items=ITEMS, shape=(1, SLICES, 20, 24)
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run_plan(tiny_plan(store, output), InlineExecutor())
+    return published(output)
+
+
+def num_receipts(plan) -> int:
+    objects = LocalObjects(plan.output)
+    return sum(len(load_receipts(objects, item)) for item in plan.items)
+
+
+def test_a_driver_killed_at_any_operation_resumes_to_the_same_bytes(store, undisturbed, tmp_path):
+    operations = num_operations(tiny_plan(store, tmp_path / "count"), tmp_path / "count")
+    for at in range(1, operations + 1):
+        output = tmp_path / f"out-{at}"
+        plan = tiny_plan(store, output)
+        assert run_and_kill(plan, at, MOMENTS[at % 3])
+        seen = published(output)
+        assert same(seen, {key: undisturbed[key] for key in seen}), "half an item was visible"
+        receipts = num_receipts(plan)
+        result = run_plan(plan, InlineExecutor())
+        whole = SLICES * len(seen)
+        assert result.num_computed == ITEMS * SLICES - receipts - whole
+        assert same(published(output), undisturbed)
+        assert not list((output / ".work").iterdir())
+
+
+def test_a_driver_killed_twenty_times_on_its_way_computes_every_block_once(
+    store, undisturbed, tmp_path
+):
+    chance = random.Random(7)
+    output, log = tmp_path / "out", tmp_path / "log"
+    plan = tiny_plan(store, output, method(log=str(log)))
+    kills = lost = 0
+    while run_and_kill(plan, chance.randint(1, 6), chance.choice(MOMENTS)):
+        kills += 1
+        # A kill between computing and receipt loses one block; never more, and never a receipt.
+        done = num_receipts(plan) + SLICES * len(published(output))
+        assert lines(log) - done - lost in (0, 1)
+        lost = lines(log) - done
+        if kills == 20:
+            run_plan(plan, InlineExecutor())
+            break
+    assert kills >= 8
+    assert lines(log) == ITEMS * SLICES + lost
+    assert same(published(output), undisturbed)
+
+
+def test_a_driver_process_killed_from_outside_resumes(store, undisturbed, tmp_path):
+    output, log = tmp_path / "out", tmp_path / "log"
+    arguments = [sys.executable, str(DRIVER), str(store), str(output), str(log)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as driver:
+        told = (json.loads(line) for line in driver.stdout)
+        next(event for event in told if event["kind"] == "block" and event["done"] == 2)
+        driver.send_signal(signal.SIGKILL)
+    plan = tiny_plan(store, output, method(log=str(log)))
+    receipts, seen = num_receipts(plan), published(output)
+    before = lines(log)
+    run_plan(plan, InlineExecutor())
+    assert receipts + SLICES * len(seen) >= 2
+    assert lines(log) - before == ITEMS * SLICES - receipts - SLICES * len(seen)
+    assert same(published(output), undisturbed)
