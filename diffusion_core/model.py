@@ -79,6 +79,8 @@ def save_model(
     (staging / CARD).write_text(card)
     for condition, table in tables.items():
         table.save(staging / f"covariance-{condition}.safetensors")
+    for file in staging.iterdir():
+        file.chmod(0o644)  # safetensors writes for the owner alone
     digests = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
     (staging / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
     if path.exists():

@@ -25,7 +25,7 @@ def orientations(volume: Array, spacing_mm: Sequence[float] | None) -> list[Arra
 
 
 def scales(images: Array, least_side: int = 128) -> list[Array]:
-    """Images (c z h w) at full, two thirds and half resolution, area-averaged.
+    """Images (c z h w) at full, two thirds, half, third and quarter resolution, area-averaged.
 
     A photograph made smaller is sharper for its size: pictures come from many cameras and were
     resized by many hands.
@@ -38,7 +38,7 @@ def scales(images: Array, least_side: int = 128) -> list[Array]:
 
     views = [images]
     h, w = images.shape[-2:]
-    for share in (2 / 3, 1 / 2):
+    for share in (2 / 3, 1 / 2, 1 / 3, 1 / 4):
         size = (round(w * share), round(h * share))
         if min(size) >= least_side:
             planes = images.reshape(-1, h, w)

@@ -97,14 +97,30 @@ def recipe_of(settings: TrainSettings) -> Recipe:
 
 
 def new_network(settings: TrainSettings) -> Preconditioned:
-    """The network before its first step; the same for the same seed."""
+    """The network before its first step: seeded, or with the weights of `init_from`.
+
+    Raises:
+        BadInputError: if `init_from` is another network, or knows other conditions.
+    """
     from diffusion_core.networks.local_unet import LocalUNet
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.streams import seeded_initialisation
 
     with seeded_initialisation(settings.seed):
         network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
-        return Preconditioned(network)
+        module = Preconditioned(network)
+    if settings.init_from is not None:
+        from diffusion_core.model import Model
+
+        start = Model.load(settings.init_from)
+        same = start.config["network"] == network.config
+        if not same or list(start.conditions) != list(settings.conditions):
+            raise BadInputError(
+                f"{settings.init_from} is another network or knows other conditions than the "
+                "settings ask for: give it the same `network` and `conditions`"
+            )
+        module.load_state_dict(start.module.state_dict())
+    return module
 
 
 def condition_channels(settings: TrainSettings) -> dict[str, int]:
@@ -146,7 +162,12 @@ def patch_source(settings: TrainSettings) -> PatchSource:
 
     own: dict[str, list[Volumes]] = {}
     for condition, views in load_windows(settings, "train"):
-        large = [v for v in views if min(v.shape[-2:]) >= settings.patch_size]
+        least_width = settings.least_view_scale * views[0].shape[-1]
+        large = [
+            v
+            for v in views
+            if min(v.shape[-2:]) >= settings.patch_size and v.shape[-1] >= least_width
+        ]
         if large:
             # The fourth root keeps a large scan from drowning small ones, which differ more from
             # it than its slices do from each other.

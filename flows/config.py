@@ -139,6 +139,10 @@ class TrainSettings(Settings):
     output: Path = Path("runs")
     conditions: dict[str, float] = Field(description="network condition -> share of the batch")
     network: dict[str, Any]
+    init_from: Path | None = Field(None, description="model directory whose weights to start from")
+    least_view_scale: float = Field(
+        0.0, description="leave out views of an item narrower than this share of its first"
+    )
     patch_size: int = 64
     batch_size: int = 32
     num_steps: int

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _FIGURE_SIGMAS = (0.05, 0.1, 0.2, 0.5)
 _NUM_FIGURE_IMAGES, _FIGURE_SIDE = 6, 192
-_NUM_TABLE_IMAGES, _TABLE_SIDE = 6, 256
+_NUM_TABLE_IMAGES, _TABLE_SIDE = 10, 256
 
 
 def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) -> TrainResult:
@@ -42,7 +42,10 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         tables,
         model_card(settings, step, metrics, sources),
         {
-            "training": settings.model_dump(mode="json", exclude={"data", "output", "compute"}),
+            "training": settings.model_dump(
+                mode="json", exclude={"data", "output", "compute", "init_from"}
+            ),
+            "started_from": started_from(settings),
             "num_steps": step,
             "sources": sources,
             "validation_psnr": metrics,
@@ -95,6 +98,13 @@ def covariance_tables(
     return tables
 
 
+def started_from(settings: TrainSettings) -> str | None:
+    """Digest of the model whose weights the run began with."""
+    from diffusion_core.model import model_digest
+
+    return model_digest(settings.init_from) if settings.init_from else None
+
+
 def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
     """What the model learned from and was measured on: label, digest, licence, split."""
     from flows.store import Dataset
@@ -113,6 +123,11 @@ def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
         for record in Dataset(path).items()
         if record.split in ("train", "validation") and allowed(record.meta, settings)
     ]
+
+
+def _began(settings: TrainSettings) -> str:
+    digest = started_from(settings)
+    return f"The weights began as those of model {digest[:12]}." if digest else ""
 
 
 def model_card(
@@ -143,6 +158,7 @@ Muon on convolutions at {recipe.learning_rate:g}, AdamW on the rest at
 {recipe.decay_share:.0%}; averaged weights (decay {recipe.ema_decay:g}); ln sigma ~
 N({settings.ln_sigma_mean:g}, {settings.ln_sigma_std:g}^2) with {settings.uniform_share:.0%}
 log-uniform over {settings.sigma_range}; seed {settings.seed}.
+{_began(settings)}
 
 ## Denoising on validation images
 

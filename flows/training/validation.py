@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -40,18 +41,21 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
     settings = TrainSettings.model_validate_json(settings_json)
     channels = condition_channels(settings)
     domains = condition_domains()
-    volumes: dict[str, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    volumes: dict[str, list[Sequence[np.ndarray]]] = {}  # type: ignore[type-arg]
     for condition, views in load_windows(settings, "validation"):
-        volumes.setdefault(condition, []).append(views[0])
+        volumes.setdefault(condition, []).append(views)
     images: dict[str, list[Tensor]] = {}
     for condition in channels:
         source = domains[condition].drawn_from.get(condition, condition)
         found = volumes.get(condition, []) or volumes.get(source, [])
         chosen: list[Tensor] = []
         for number in range(num_images if found else 0):
-            volume = found[number % len(found)]
-            depth = volume.shape[1]
             turn, turns = number // len(found), -(-num_images // len(found))
+            views = found[number % len(found)]
+            # Every other image at the coarsest scale: cameras blur single pixels, and what was
+            # made smaller is sharper than what a camera gave.
+            volume = views[-1] if number % 2 else views[0]
+            depth = volume.shape[1]
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
             patch = _centre(volume[:, z], side)
             rng = np.random.Generator(np.random.Philox(key=[settings.seed, number]))
