@@ -270,6 +270,19 @@ def test_samples_of_all_domains_become_one_dataset(tmp_path, monkeypatch):
         ingest_samples(tmp_path / "c.zarr", splits=("test",))
 
 
+def test_a_demo_item_counts_slices_and_pixels_as_its_file_does(tmp_path, monkeypatch):
+    path = scan(tmp_path / "1.nii", shape=(30, 28, 6))
+    found = [sample("scan", path, meta={"slices": [3, 6], "crop": [2, 2, 20, 20]}, demo=True)]
+    cut = api_data.DemoItem("scan", slices=(3, 5), crop=(4, 6, 17, 18))
+    monkeypatch.setattr(api_data, "fetch_samples", lambda *args, **options: found)
+    monkeypatch.setattr(api_data, "demo_items", lambda: [cut])
+    result = ingest_samples(tmp_path / "demo.zarr", demo_only=True)
+    item = Dataset(result.path).read("scan")
+    np.testing.assert_array_equal(item.pixels, CT().read(path).pixels[:, [3, 5], 4:21, 6:24])
+    assert item.record.meta["slices"] == [3, 5]
+    assert item.record.meta["crop"] == [4, 6, 17, 18]
+
+
 def test_the_demo_cuts_the_test_part_of_its_samples():
     known = {s.label: s for s in catalogue()}
     cuts = {item.label: item for item in demo_items()}
