@@ -41,6 +41,7 @@ COLUMNS = {
     "psnr_hole": ("PSNR, hole", "dB", "PSNR of the missing pixels alone; higher is better"),
     "psnr_body": ("PSNR, body", "dB", "PSNR inside the body mask; higher is better"),
     "ssim": ("SSIM", "", "structural similarity; 1 is identical"),
+    "ssim_body": ("SSIM, body", "", "structural similarity inside the body mask"),
     "edge_error": ("Edge error", "", "RMS difference of gradient magnitudes; lower is better"),
     "residual": ("Residual", "", "weighted misfit per measurement; about 1 explains the data,"
                  " below 1 fits its noise too; largest misfit where the data are exact"),

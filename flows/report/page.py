@@ -19,6 +19,7 @@ from domains.base import Array, Task
 from flows.report.cases import Case
 from flows.report.describe import (
     COLUMNS,
+    MINUS,
     TIMES,
     domain_title,
     measurement_words,
@@ -188,7 +189,7 @@ def _method(method: MethodSummary, summary: TaskSummary, columns: Sequence[str])
 def _cell(method: MethodSummary, key: str, summary: TaskSummary) -> dict[str, Any]:
     if key == "gain_db":
         gain = method.gain_db
-        text = "" if gain is None else f"{gain:+.2f}"
+        text = "" if gain is None else f"{gain:+.2f}".replace("-", MINUS)
         return {"text": text, "best": False, "tone": "" if not gain else _tone(gain)}
     best = method.method in summary.best.get(key, ())
     text = figure(key, method.means.get(key))

@@ -74,15 +74,15 @@ def windows_for(truth: Array, record: ItemRecord, scale: tuple[float, float]) ->
     if bright - low < 0.5 * (high - low) and bright > dark:
         return [
             Window(
-                f"stretched to {dark:.4g} to {bright:.4g} {plain_units(record.units)}", dark, bright
+                f"stretched to {dark:.4g} to {bright:.4g}{plain_units(record.units)}", dark, bright
             )
         ]
-    return [Window(_minus(f"{low:.4g} to {high:.4g} {plain_units(record.units)}"), low, high)]
+    return [Window(_minus(f"{low:.4g} to {high:.4g}{plain_units(record.units)}"), low, high)]
 
 
 def plain_units(units: str) -> str:
     """Units as shown after a number; an intensity has none."""
-    return "" if units == "intensity" else units
+    return "" if units == "intensity" else f" {units}"
 
 
 def _minus(text: str) -> str:
@@ -109,7 +109,7 @@ class ErrorScale:
 
     def end_label(self, gain: float, units: str) -> str:
         """The bright end of the scale, for an item of that `gain` (of unit_scale) and units."""
-        return f"{100 * self.full:g}% of the range = {self.full / gain:.3g} {plain_units(units)}"
+        return f"{100 * self.full:g}% of the range = {self.full / gain:.3g}{plain_units(units)}"
 
     def show(self, truth: Array, restored: Array, gain: float) -> Array:
         """Error map of (c h w) arrays in source units as uint8 (h, w, 3)."""

@@ -152,4 +152,6 @@ def figure(key: str, value: float | None) -> str:
         return f"{value / 2**20:.0f}"
     if key in {"nfe", "num_operator_calls"}:
         return f"{value:.0f}"
+    if key == "seconds":
+        return f"{value:.2g}" if value < 10 else f"{value:.0f}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

@@ -44,7 +44,7 @@ def results_table(
     with console.capture() as captured:
         for summary in summarise(rows):
             console.print(_table(summary))
-    return captured.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())
 
 
 def _table(summary: TaskSummary) -> Table:

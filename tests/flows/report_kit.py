@@ -74,7 +74,8 @@ def row(task, item, z, method, figure):
         "region": task.region, "method": method, "model_digest": "ab" * 32,
         "nfe": 12 if method in {"covprox", "diffpir"} else 0, "num_operator_calls": 30,
         "seconds": 1.25, "peak_bytes": 5 * 2**28, "psnr": figure, "ssim": 0.9,
-        "psnr_hole": figure - 3 if hole else None, "psnr_body": None, "ssim_body": None,
+        "psnr_hole": figure - 3 if hole else None, "psnr_body": None if hole else figure - 1,
+        "ssim_body": None if hole else 0.8,
         "edge_error": 0.01, "residual": 1.0,
     }  # fmt: skip
 

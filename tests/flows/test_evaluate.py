@@ -106,6 +106,14 @@ def test_again_with_one_method_more_computes_that_method_alone(site):
     assert again.measurements != first.measurements
 
 
+def test_another_seed_is_another_measurement(site):
+    root, first = site
+    changes = {"tasks": ["inpaint-random70"], "methods": ["biharmonic"], "seed": 7}
+    other = evaluate(settings(root, **changes))
+    assert other.num_reused == 0
+    assert other.facts["Measurements"] != first.facts["Measurements"]
+
+
 def test_the_table_ranks_and_names_the_gain(site):
     _, result = site
     text = result.table(colour=False, width=120)
