@@ -1,0 +1,388 @@
+"""`restore`: measurements or damaged images in, published items and files out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_kit import kinds, make_store, method, published, recorder
+from evaluation_kit import make_model, picture
+from PIL import Image
+
+from diffusion_core.model import Model
+from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.posterior import make_solver
+from domains.base import BadInputError
+from domains.registry import load_domain
+from flows.api_restore import collect, plan, prepare, restore, restore_window
+from flows.config import ComputeSettings, MethodSettings, RestoreSettings
+from flows.engine.campaign import CampaignError
+from flows.engine.events import ignore
+from flows.engine.executor import InlineExecutor
+from flows.engine.plan import PlanRefusedError
+from flows.engine.restored import open_restored
+from flows.given import missing_pixels, nodata_pixels, read_kernel
+from flows.store import DatasetWriter, Measurements
+
+INLINE = ComputeSettings(executor="inline")
+FILL = MethodSettings(name="telea", kind="baseline")
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> tuple[Path, Path]:
+    """Two photographs, one in a subfolder, and their masks: a white box of 6 x 8."""
+    images, masks = tmp_path / "photos", tmp_path / "masks"
+    for name, number in (("bridge", 0), ("walk/street", 1)):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (masks / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = picture(number, (3, 1, 40, 48))[:, 0].transpose(1, 2, 0)
+        Image.fromarray(pixels).save(images / f"{name}.png")
+        mask = np.zeros((40, 48), np.uint8)
+        mask[10:16, 20:28] = 255
+        Image.fromarray(mask).save(masks / f"{name}.png")
+    return images, masks
+
+
+def settings(source: Path, output: Path, **changes) -> RestoreSettings:
+    return RestoreSettings(input=source, output=output, compute=INLINE, **changes)
+
+
+def filled(photos, output: Path, **changes) -> RestoreSettings:
+    images, masks = photos
+    values = {"domain": "city", "mask": str(masks), "method": FILL, **changes}
+    return settings(images, output, **values)
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# --- damaged images ------------------------------------------------------------------------------
+
+
+def test_a_folder_of_damaged_photographs_comes_back_under_its_own_names(photos, tmp_path):
+    output = tmp_path / "out"
+    result = restore(filled(photos, output))
+    names = {str(p.relative_to(output / "files")) for p in result.files}
+    assert names == {"bridge.png", "walk/street.png"}
+    for name in names:
+        before, after = pixels_of(photos[0] / name), pixels_of(output / "files" / name)
+        known = pixels_of(photos[1] / name) == 0
+        assert np.array_equal(before[known], after[known]), "known pixels stay as they are"
+        assert np.abs(before - after)[~known].max() > 0
+        assert np.abs(before - after)[~known].mean() < 40
+
+
+def test_each_file_has_its_provenance_beside_it(photos, tmp_path):
+    output = tmp_path / "out"
+    result = restore(filled(photos, output))
+    beside = json.loads((output / "files/bridge.json").read_text())
+    entry = next(e for e in result.published if e.key == beside["key"])
+    assert beside["file"] == "bridge.png"
+    assert beside["campaign"] == result.campaign
+    assert beside["residual"] == entry.residual
+    assert beside["exact_data"] is True
+    assert beside["residual"] < 1e-5, "a fill keeps what was measured"
+    assert beside["model_digest"] is None
+
+
+def test_no_name_of_a_file_is_written_into_any_other(photos, tmp_path):
+    images, _ = photos
+    (images / "Miller-Anna.png").write_bytes(b"no image")
+    output = tmp_path / "out"
+    restore(filled(photos, output))
+    for path in (p for p in output.rglob("*") if p.is_file()):
+        content = path.read_bytes().lower()
+        assert b"miller" not in content, path
+        assert b"street" not in content or path.name == "street.json", path
+    assert "miller" not in " ".join(str(p) for p in output.rglob("*")).lower()
+
+
+def test_what_cannot_be_read_is_quarantined_and_the_rest_is_restored(photos, tmp_path):
+    images, _ = photos
+    (images / "broken.png").write_text("not a picture")
+    Image.new("L", (48, 40)).save(images / "unmasked.png")
+    events, handler = recorder()
+    result = restore(filled(photos, tmp_path / "out"), handler)
+    assert len(result.published) == 2
+    assert {q.source.name: q.reason for q in result.quarantined} == {
+        "broken.png": "not a readable PNG image; export it again",
+        "unmasked.png": f"no mask in {photos[1]} has the image's name; add one, or leave it out",
+    }
+    assert all(q.item_id.startswith("input-") for q in result.quarantined)
+    assert kinds(events).count("quarantined") == 2
+    records = [json.loads(p.read_text()) for p in (tmp_path / "out/quarantine").glob("*.json")]
+    assert sorted(r["reason"] for r in records) == sorted(q.reason for q in result.quarantined)
+
+
+def test_nothing_usable_is_a_mistake_of_the_user(photos, tmp_path):
+    for image in photos[0].rglob("*.png"):
+        image.write_text("not a picture")
+    with pytest.raises(BadInputError, match=r"bridge.png: not a readable .* 1 others"):
+        restore(filled(photos, tmp_path / "out"))
+
+
+def test_copies_of_an_image_are_restored_once_and_written_twice(photos, tmp_path):
+    images, masks = photos
+    for folder in (images, masks):
+        (folder / "copy.png").write_bytes((folder / "bridge.png").read_bytes())
+    result = restore(filled(photos, tmp_path / "out"))
+    assert len(result.published) == 2
+    assert len(result.files) == 3
+    assert np.array_equal(*(pixels_of(tmp_path / f"out/files/{n}.png") for n in ("copy", "bridge")))
+
+
+def test_masks_below_the_input_are_no_images(photos, tmp_path):
+    images, masks = photos
+    masks.rename(images / "masks")
+    result = restore(filled((images, images / "masks"), tmp_path / "out"))
+    assert len(result.published) == 2
+    assert result.quarantined == ()
+
+
+def test_a_second_run_computes_nothing_and_writes_nothing(photos, tmp_path):
+    asked = filled(photos, tmp_path / "out")
+    first = restore(asked)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/files").rglob("*")}
+    second = restore(asked)
+    assert (second.num_computed, second.num_reused) == (0, 2)
+    assert second.files == first.files
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out/files").rglob("*")}
+
+
+def test_another_result_for_the_same_image_stands_beside_the_first(photos, tmp_path):
+    restore(filled(photos, tmp_path / "out"))
+    before = (tmp_path / "out/files/bridge.png").read_bytes()
+    other = MethodSettings(name="biharmonic", kind="baseline")
+    result = restore(filled(photos, tmp_path / "out", method=other))
+    assert (tmp_path / "out/files/bridge.png").read_bytes() == before
+    assert all("--biharmonic-" in path.name for path in result.files)
+    assert len(open_restored(tmp_path / "out").items()) == 4
+
+
+def test_a_file_lost_between_provenance_and_image_is_written_by_the_next_run(photos, tmp_path):
+    restore(filled(photos, tmp_path / "out"))
+    image = tmp_path / "out/files/bridge.png"
+    before = image.read_bytes()
+    image.unlink()
+    assert image in restore(filled(photos, tmp_path / "out")).files
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"domain": None}, "need --domain"),
+        ({"domain": "sea"}, "unknown domain 'sea'"),
+        ({"mask": None}, "say what is wrong"),
+        ({"scale": 2}, "give one of --mask, --kernel and --scale"),
+        ({"mask": "/nowhere"}, "no such mask file"),
+        ({"method": MethodSettings(name="magic", kind="baseline")}, "has no method 'magic'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told_in_one_sentence(photos, tmp_path, changes, sentence):
+    with pytest.raises(BadInputError, match=sentence) as caught:
+        restore(filled(photos, tmp_path / "out", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_input_and_an_empty_folder_are_told(tmp_path):
+    for source, sentence in ((tmp_path / "x", "no such"), (tmp_path, "no city files")):
+        with pytest.raises(BadInputError, match=sentence):
+            restore(settings(source, tmp_path / "out", domain="city", scale=2))
+
+
+def test_masks_and_kernels_are_read_as_people_save_them(tmp_path):
+    jpeg_like = np.array([[[[3, 120, 140, 255]]]], np.uint8)
+    assert missing_pixels(jpeg_like).tolist() == [[[False, False, True, True]]]
+    ones = np.array([[[[0, 1]]]], np.uint8)
+    assert missing_pixels(ones).tolist() == [[[False, True]]]
+    kernel = np.array([[0.0, 1.0], [2.0, 1.0]])
+    np.save(tmp_path / "k.npy", kernel)
+    np.savetxt(tmp_path / "k.txt", kernel)
+    Image.fromarray(kernel.astype(np.uint8)).save(tmp_path / "k.png")
+    for name in ("k.npy", "k.txt", "k.png"):
+        assert np.array_equal(read_kernel(tmp_path / name), kernel)
+    (tmp_path / "k.csv").write_text("a,b")
+    np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2)))
+    for name in ("k.csv", "cube.npy", "none.npy"):
+        with pytest.raises(BadInputError, match="kernel"):
+            read_kernel(tmp_path / name)
+
+
+def test_nodata_pixels_are_those_that_are_so_in_every_band(photos):
+    item = load_domain("city").read(photos[0] / "bridge.png")
+    pixels = np.maximum(item.pixels, 1)
+    pixels[:, 0, 3, 4] = 0
+    pixels[0, 0, 7, 7] = 0
+    assert np.argwhere(nodata_pixels(replace(item, pixels=pixels))).tolist() == [[0, 3, 4]]
+    with pytest.raises(BadInputError, match="no-data value 0"):
+        nodata_pixels(replace(item, pixels=np.maximum(pixels, 1)))
+
+
+# --- measurement stores --------------------------------------------------------------------------
+
+
+def test_a_measurement_store_is_restored_to_files_named_by_item(tmp_path):
+    store = make_store(tmp_path / "m.zarr")
+    result = restore(settings(store, tmp_path / "out", method=method("twice")))
+    assert {str(p.relative_to(tmp_path / "out/files")) for p in result.files} == {
+        "given/item-0.npy",
+        "given/item-1.npy",
+    }
+    written = np.load(tmp_path / "out/files/given/item-0.npy")
+    np.testing.assert_array_equal(written, published(tmp_path / "out")["item-0", "twice"])
+    assert Measurements(store).entries()[0].record == result.published[0].record
+
+
+def test_a_dataset_or_a_store_with_a_mask_is_refused(tmp_path, photos):
+    with DatasetWriter(tmp_path / "clean.zarr") as writer:
+        writer.add(load_domain("city").read(photos[0] / "bridge.png"))
+    with pytest.raises(BadInputError, match="sashiko simulate"):
+        restore(settings(tmp_path / "clean.zarr", tmp_path / "out", method=FILL))
+    store = make_store(tmp_path / "m.zarr")
+    with pytest.raises(BadInputError, match="leave out --mask"):
+        restore(settings(store, tmp_path / "out", mask="x", method=FILL))
+
+
+def test_windows_restore_what_one_run_restores(tmp_path):
+    store = make_store(tmp_path / "m.zarr", items=3)
+    asked = settings(store, tmp_path / "out", method=method("twice"), window_items=2)
+    whole = restore(asked.model_copy(update={"output": tmp_path / "whole"}))
+    job = prepare(asked, ignore)
+    windows = job.windows()
+    assert [len(window.items) for window in windows] == [2, 1]
+    with InlineExecutor() as executor:
+        result = collect(job, [restore_window(job, w, executor, ignore) for w in windows])
+    assert result.campaign == whole.campaign
+    assert [e.key for e in result.published] == [e.key for e in whole.published]
+    assert result.num_blocks == whole.num_blocks
+
+
+def test_a_run_of_which_nothing_comes_fails_by_whose_fault_it_is(tmp_path):
+    store = make_store(tmp_path / "m.zarr")
+    with pytest.raises(BadInputError, match="nothing could be restored: item-0"):
+        restore(settings(store, tmp_path / "out", method=method("refuse")))
+    with pytest.raises(CampaignError, match="nothing could be restored: item-0: RuntimeError"):
+        restore(settings(store, tmp_path / "out", method=method("stumble")))
+
+
+def test_the_plan_is_what_restore_does_and_leaves_nothing(photos, tmp_path):
+    asked = filled(photos, tmp_path / "out")
+    planned = plan(asked)
+    assert not (tmp_path / "out").exists()
+    assert planned.num_blocks == 2
+    assert restore(asked).campaign == planned.campaign
+    with pytest.raises(PlanRefusedError, match=r"limit is 0\.0 GB"):
+        plan(asked.model_copy(update={"compute": ComputeSettings(memory_limit_bytes=1)}))
+
+
+# --- solvers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["covprox", "diffpir", "dds", "kriging"])
+def test_the_engine_publishes_what_the_solver_returns(photos, model, tmp_path, name):
+    """The same solver, called without the engine, on the same measurement and keyed noise."""
+    way = MethodSettings(name=name, num_levels=3, sigma_max=0.7, sigma_min=0.05, rho=3.0)
+    asked = filled(photos, tmp_path / "out", method=way, model=str(model), sigma_y=0.05, seed=5)
+    asked = asked.model_copy(update={"dtype": "float32"})
+    job = prepare(asked, ignore)
+    restore(asked)
+    store = Measurements(job.plan.measurements)
+    entry = open_restored(tmp_path / "out").items()[0]
+    measurement = store.read(entry.item_id, "given")
+    problem = load_domain("city").problem(measurement)
+    loaded = Model.load(model)
+    options = job.plan.items[0].method.options
+    solver = make_solver(name, loaded.prior("city"), options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        direct = solver(
+            loaded.denoiser("city"),
+            problem.operator,
+            problem.y,
+            problem.noise,
+            power_sigmas(3, 0.7, 0.05, 3.0),
+            KeyedDraws(5, entry.record.source_digest),
+        )
+    torch.set_num_threads(threads)
+    expected = problem.to_source(direct.x).numpy().swapaxes(0, 1)
+    np.testing.assert_array_equal(open_restored(tmp_path / "out").read(entry), expected)
+    assert entry.nfe == (0 if name == "kriging" else 3)
+    assert entry.num_operator_calls == direct.num_operator_calls
+    assert entry.model_digest == loaded.digest
+
+
+def test_tiles_of_a_large_photograph_equal_the_whole_and_seams_do_not_show(
+    model, tmp_path, monkeypatch
+):
+    """Pixelwise data step, float32: what is left is the network's reach beyond the halo."""
+    image = picture(2, (1, 1, 300, 340))[0, 0]
+    mask = np.random.default_rng(0).random(image.shape) < 0.5
+    for name, values in (("image", image), ("mask", np.where(mask, 255, 0).astype(np.uint8))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(values).save(tmp_path / name / "a.png")
+    way = MethodSettings(name="diffpir", num_levels=4, options={"start": "adjoint"})
+    asked = settings(
+        tmp_path / "image",
+        tmp_path / "whole",
+        domain="city",
+        mask=str(tmp_path / "mask"),
+        sigma_y=0.05,
+        method=way,
+        model=str(model),
+        dtype="float32",
+        block_size=64,
+    )
+    whole = restore(asked)
+    monkeypatch.setattr("flows.engine.grid.MAX_CANVAS_PX", 128 * 128)
+    tiles = restore(asked.model_copy(update={"output": tmp_path / "tiles"}))
+    assert (whole.num_blocks, tiles.num_blocks) == (1, 5 * 6)
+    one, other = (next(iter(published(tmp_path / place).values())) for place in ("whole", "tiles"))
+    assert np.abs(one - other).max() < 1e-3 * 255
+
+
+def test_a_large_plane_is_denoised_in_tiles_with_the_same_result(
+    photos, model, tmp_path, monkeypatch
+):
+    way = MethodSettings(name="dds", num_levels=2)
+    asked = filled(photos, tmp_path / "one", method=way, model=str(model), dtype="float32")
+    restore(asked)
+    monkeypatch.setattr("flows.engine.block.DENOISER_PLANE_PX", 100)
+    monkeypatch.setattr("flows.engine.block.DENOISER_TILE_PX", 16)
+    restore(asked.model_copy(update={"output": tmp_path / "two"}))
+    one, other = published(tmp_path / "one"), published(tmp_path / "two")
+    for key in one:
+        np.testing.assert_allclose(one[key], other[key], atol=1e-3 * 255)
+
+
+def test_a_model_that_changes_under_a_plan_stops_the_run(photos, tmp_path):
+    path = make_model(tmp_path / "model")
+    asked = filled(photos, tmp_path / "out", method=MethodSettings(name="dds"), model=str(path))
+    job = prepare(asked, ignore)
+    changed = replace(job.plan.items[0].model, digest="0" * 64)
+    items = tuple(replace(item, model=changed) for item in job.plan.items)
+    with InlineExecutor() as executor, pytest.raises(CampaignError, match="changed since the plan"):
+        restore_window(job, replace(job.plan, items=items), executor, ignore)
+
+
+def test_an_option_or_a_condition_that_is_not_known_quarantines_with_a_sentence(
+    photos, model, tmp_path
+):
+    way = MethodSettings(name="dds", options={"wings": 2})
+    with pytest.raises(BadInputError, match="no option 'wings'"):
+        restore(filled(photos, tmp_path / "out", method=way, model=str(model)))
