@@ -332,7 +332,9 @@ def _data_penalty(weights: Tensor | None, y: Data) -> Tensor:
     """mu of each batch element, shaped to multiply y: the median weight of its data."""
     if weights is None:
         return torch.full((len(y), *(1,) * (y.ndim - 1)), EXACT_WEIGHT)
-    return column(weights.expand(y.shape).flatten(1).median(dim=1).values, y)
+    # torch 2.13's median gives nan on an expanded tensor (stride 0): it needs memory of its own.
+    each = weights.expand(y.shape).flatten(1).contiguous()
+    return column(each.median(dim=1).values, y)
 
 
 def _weighted_mean(y: Data, Ax: Data, weights: Tensor, penalty: Tensor) -> Data:

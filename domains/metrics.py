@@ -23,7 +23,7 @@ EXACT_VARIANCE = 1e-12
 
 
 def psnr(truth: Array, image: Array, where: Array | None = None) -> float:
-    """Peak signal-to-noise ratio of an image on [0, 1], in dB; infinite for equal images.
+    """Peak signal-to-noise ratio of an image on [0, 1], in dB; inf if equal, nan if not finite.
 
     Args:
         truth: (c h w) or (h w), on [0, 1].
@@ -34,7 +34,9 @@ def psnr(truth: Array, image: Array, where: Array | None = None) -> float:
     """
     squared = _counted((truth.astype(np.float64) - image) ** 2, where)
     error = float(squared.mean())
-    return -10.0 * math.log10(error) if error > 0 else math.inf
+    if error == 0:
+        return math.inf
+    return -10.0 * math.log10(error)  # log10(nan) is nan: a broken image is no perfect one
 
 
 def ssim(truth: Array, image: Array, where: Array | None = None) -> float:

@@ -219,15 +219,14 @@ def _filled(image: Array, known: Array, fill: Fill) -> Array:
 
 
 def _marching_fill(flags: int, settings: MarchingSettings) -> Fill:
-    """OpenCV's fills, on single float channels; in its own units the result is the same."""
+    """OpenCV's fills, channel by channel, in 0..255: Telea's breaks on floats of another range."""
 
     def fill(image: Array, known: Array) -> Array:
         missing = (~known).astype(np.uint8)
-        channels = [
-            cv2.inpaint(np.ascontiguousarray(c, np.float32), missing, settings.radius_px, flags)
-            for c in image
-        ]
-        return np.stack(channels)
+        grey_levels = np.ascontiguousarray((image + 1) * 127.5, np.float32)
+        filled = [cv2.inpaint(c, missing, settings.radius_px, flags) for c in grey_levels]
+        out: Array = np.where(known, image, np.stack(filled) / 127.5 - 1)
+        return out
 
     return fill
 

@@ -28,6 +28,7 @@ def test_psnr_of_a_constant_error_is_its_decibels() -> None:
     truth = np.full((1, 4, 5), 0.5)
     assert psnr(truth, truth + 0.1) == pytest.approx(20.0)
     assert psnr(truth, truth) == math.inf
+    assert math.isnan(psnr(truth, truth * math.nan)), "a broken image is not a perfect one"
 
 
 def test_psnr_counts_the_chosen_pixels_only() -> None:
