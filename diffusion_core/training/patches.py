@@ -112,7 +112,7 @@ class PatchSource:
 
     def _crop(self, name: str, rng: np.random.Generator) -> Array:
         item = self._items[name][rng.choice(len(self._items[name]), p=self._weights[name])]
-        volume = item.views[rng.integers(len(item.views))]
+        volume = item.views[int(rng.integers(len(item.views)))]
         z = rng.integers(volume.shape[1])
         y = rng.integers(volume.shape[2] - self._size + 1)
         x = rng.integers(volume.shape[3] - self._size + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.config import TrainSettings
 
@@ -41,7 +41,7 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
     settings = TrainSettings.model_validate_json(settings_json)
     channels = condition_channels(settings)
     domains = condition_domains()
-    volumes: dict[str, list[Sequence[np.ndarray]]] = {}  # type: ignore[type-arg]
+    volumes: dict[str, list[Sequence[np.ndarray[Any, Any]]]] = {}
     for condition, views in load_windows(settings, "validation"):
         volumes.setdefault(condition, []).append(views)
     images: dict[str, list[Tensor]] = {}

@@ -34,7 +34,7 @@ def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
     with ray_session(compute.ray_address, max(num_cores, compute.num_workers) + 1):
         use_gpu = compute.num_gpus_per_worker > 0
         num_workers = compute.num_workers or int(
-            ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)
+            ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)  # type: ignore[no-untyped-call]
         )
         num_threads = settings.num_threads or max(1, num_cores // num_workers)
         trainer = TorchTrainer(
