@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array, Domain, ItemRecord, Measurement, Problem
+from domains.imaging import IMAGE_OPERATORS
 from flows.report.describe import method_label
 from flows.report.rows import Row, TaskSummary
 
@@ -120,7 +121,10 @@ def read_cases(
     for (item, z), why in choose(summary, rows):
         part = truth.read(item, slice(z, z + 1))
         measurement = measurements.read(item, summary.task, slice(z, z + 1))
-        direct = pixels.of(view_method, item, z) if view_method else None
+        direct = None
+        if view_method and not is_picture(measurement):
+            made = pixels.of(view_method, item, z)
+            direct = classical(domain, measurement, view_method) if made is None else made
         yield Case(
             item=item,
             slice=z,
@@ -148,8 +152,8 @@ def view_of(
         direct: result of the direct method (c h w) in source units, or None.
         direct_name: its name.
     """
-    y, (c, _, h, w) = measurement.y, measurement.record.shape
-    if y.ndim == 4 and y.shape[1] == c and not np.iscomplexobj(y):
+    c, _, h, w = measurement.record.shape
+    if is_picture(measurement):
         problem = domain.problem(measurement)
         if problem.known is not None:
             image = _source(problem, problem.operator.A_adjoint(problem.y))
@@ -161,6 +165,20 @@ def view_of(
     if direct is not None and direct_name is not None:
         return View(method_label(direct_name), direct)
     return View("not a picture", np.zeros((c, h, w), np.float32))
+
+
+def is_picture(measurement: Measurement) -> bool:
+    """Whether the data are pixels themselves: known ones, blurred ones, or fewer of them."""
+    return measurement.operator in IMAGE_OPERATORS
+
+
+def classical(domain: Domain, measurement: Measurement, name: str) -> Array:
+    """A classical method's result on one slice, (c h w) in source units."""
+    from flows.engine.methods import baseline_params
+
+    problem = domain.problem(measurement)
+    params = baseline_params(measurement.task, name)
+    return _source(problem, domain.baselines()[name](measurement, problem, params))
 
 
 def _missing(problem: Problem) -> Array:

@@ -203,25 +203,32 @@ def figure_strip(
 
 
 def busiest_window(truth: Array, share: float = 0.22) -> tuple[int, int, int]:
-    """Where a detail is worth showing: the square of most gradient in the truth.
+    """Where a detail is worth showing: the square of most structure in the truth.
 
-    It looks at the truth alone, so that it does not pick the place that flatters a method.
+    It looks at the truth alone, so that it does not pick the place that flatters a method. Strong
+    edges count no more than middling ones, else an outline wins over what it holds; a margin of
+    half a square is left out.
 
     Args:
         truth: uint8 picture (h, w) or (h, w, 3).
         share: side of the square over the shorter side of the picture.
+
     Returns:
         (row, column, side).
     """
     grey = truth.astype(np.float64).reshape(*truth.shape[:2], -1).mean(axis=-1)
     energy = np.hypot(*np.gradient(grey))
-    side = max(int(share * min(grey.shape)), 1)
+    if energy.any():
+        energy = np.minimum(energy, np.percentile(energy[energy > 0], 85))
+    side = max(int(share * min(grey.shape)), 2)
     total = np.pad(energy.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     boxes = (
         total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
     )
-    row, column = np.unravel_index(int(boxes.argmax()), boxes.shape)
-    return int(row), int(column), side
+    margin = side // 2
+    inner = boxes[margin:-margin, margin:-margin]
+    row, column = np.unravel_index(int(inner.argmax()), inner.shape)
+    return int(row) + margin, int(column) + margin, side
 
 
 def _fit(picture: Array, width: int) -> Any:

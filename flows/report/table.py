@@ -60,7 +60,7 @@ def _table(summary: TaskSummary) -> Table:
         name, unit, _ = COLUMNS[key]
         table.add_column(f"{name} {unit}".strip(), justify="right")
         if key == summary.metric:
-            table.add_column("gain dB", justify="right")
+            table.add_column("gain dB", justify="right", no_wrap=True)
     for method in summary.methods:
         table.add_row(*_cells(method, summary, keys), style="cyan" if method.method == OURS else "")
     return table
