@@ -204,14 +204,14 @@ def _step(on_event: EventHandler, message: str) -> None:
 @contextmanager
 def _warming_up(*, prefect: bool, compute: ComputeSettings) -> Iterator[Callable[[], None]]:
     """Start the Prefect server and Ray while other things are done; yields what waits for them."""
-    from flows.launch import start_server_early
+    from flows.launch import start_prefect
 
-    server = start_server_early() if prefect else None
     ray = _BackgroundRay(compute) if compute.executor == "ray" else None
+    wait_for_prefect = start_prefect() if prefect else None
 
     def wait() -> None:
-        if server is not None:
-            server.join()
+        if wait_for_prefect is not None:
+            wait_for_prefect()
         if ray is not None:
             ray.up.wait()
 

@@ -1,25 +1,24 @@
 """Start a command's work: through its Prefect flow, or straight through the plain function.
 
 Both run the same code on the same settings. Without a server (PREFECT_API_URL or a profile of the
-user's) Prefect starts one of its own for the length of the command, with its database under
-Sashiko's home folder.
+user's) one is started for the length of the command, with its database under the home folder.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
-import threading
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Home, Settings
 from flows.engine.events import EventHandler
+from flows.prefect_server import CommandServer
 
 if TYPE_CHECKING:
     from flows.api_review import Asker
-
-_STARTUP_TIMEOUT_S = 180  # a cold start takes 15 to 30 s on two busy cores; Prefect's limit is 20
 
 
 def run(
@@ -45,43 +44,44 @@ def run(
     if not prefect:
         more = {} if ask is None else {"ask": ask}
         return getattr(import_module("flows.api"), command)(settings, on_event=on_event, **more)
-    use_prefect()
+    start_prefect()()
+    return _run_flow(command, settings, on_event, ask)
+
+
+def start_prefect() -> Callable[[], None]:
+    """Start a server for the flows to come, unless there is one; returns at once.
+
+    It starts while other things are done; the function that is returned waits for it, and flows
+    may run after that. A home, server or profile that the user has chosen is left as it is. The
+    server stops when this process does: after Prefect's own last words to it, for which Prefect
+    would wait a minute if it had gone.
+    """
+    chosen = os.environ.get("PREFECT_API_URL") or os.environ.get("PREFECT_PROFILE")
+    if chosen or (Path.home() / ".prefect" / "profiles.toml").exists():
+        return lambda: None
+    set_prefect_home()
+    server = CommandServer()
+    atexit.register(server.close)
+
+    def wait() -> None:
+        os.environ["PREFECT_API_URL"] = server.wait()
+
+    return wait
+
+
+def set_prefect_home() -> None:
+    """Let Prefect keep its database under our home folder, unless it has another."""
+    os.environ.setdefault("PREFECT_HOME", str(Home().home.resolve() / "prefect"))
+
+
+def _run_flow(command: str, settings: Settings, on_event: EventHandler, ask: Asker | None) -> Any:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     from flows.watch import listening
 
     flow = getattr(import_module(f"flows.{command}"), f"{command}_flow")
-    with listening(on_event, ask):
+    # Prefect reads the environment when it is imported, which may have been before the server.
+    address = os.environ.get("PREFECT_API_URL")
+    server = temporary_settings({PREFECT_API_URL: address} if address else {})
+    with server, listening(on_event, ask):
         return flow(settings)
-
-
-def use_prefect() -> None:
-    """Set Prefect up as this command wants it; call before anything imports Prefect.
-
-    A home, server or profile that the user has chosen is left as it is.
-    """
-    chosen = ("PREFECT_HOME", "PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH")
-    profiles = Path.home() / ".prefect" / "profiles.toml"
-    if not profiles.exists() and not any(os.environ.get(name) for name in chosen):
-        os.environ["PREFECT_HOME"] = str(Home().home.resolve() / "prefect")
-    os.environ.setdefault(
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(_STARTUP_TIMEOUT_S)
-    )
-
-
-def start_server_early() -> threading.Thread:
-    """Start the server that the first flow will use, in the background, if it needs its own.
-
-    Its start takes longer than all its later work; meanwhile other things can be done. A failure
-    is not told here: the first flow tries again, and tells.
-    """
-    use_prefect()
-    thread = threading.Thread(target=_start_server, name="prefect-server", daemon=True)
-    thread.start()
-    return thread
-
-
-def _start_server() -> None:
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
-        SubprocessASGIServer().start()

@@ -9,11 +9,7 @@ and at most one of them runs at a time.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
 from flows.config import Home, NightlySettings, ServeSettings
-from flows.launch import use_prefect
+from flows.launch import set_prefect_home
+from flows.prefect_server import healthy, start, stop, wait_until_healthy
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -30,7 +27,6 @@ HEARTBEAT_S = 120
 ZOMBIE_S = 600  # several heartbeats missed: 540 s is the least that the server tells apart reliably
 ZOMBIE_NAME = "sashiko: crash runs whose process is gone"
 _END_STATES = ("Completed", "Failed", "Cancelled", "Crashed")
-_START_TIMEOUT_S = 180.0
 
 
 def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
@@ -43,7 +39,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     Raises:
         BadInputError: if PREFECT_API_URL names a server that does not answer.
     """
-    use_prefect()
+    set_prefect_home()
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
     with _server(settings, say) as api_url:
         # Prefect reads this at import: not before here.
@@ -133,53 +129,23 @@ def _server(settings: ServeSettings, say: Callable[[str], None]) -> Iterator[str
     configured = os.environ.get("PREFECT_API_URL")
     here = f"http://{settings.host}:{settings.port}/api"
     if configured:
-        if not _healthy(configured):
+        if not healthy(configured):
             raise BadInputError(
                 f"no Prefect server answers at {configured} (PREFECT_API_URL): "
                 "start it, or unset the variable to have one started here"
             )
         yield configured
-    elif _healthy(here):
+    elif healthy(here):
         say(f"a Prefect server runs at {here} already: using it")
         yield here
     else:
         say("starting a Prefect server (15 to 30 s)")
-        with _started(settings) as process:
-            _await(here, process)
-            yield here
-
-
-@contextmanager
-def _started(settings: ServeSettings) -> Iterator[subprocess.Popen[bytes]]:
-    """`prefect server start` as a process of our own; its output goes to a log file."""
-    log = Home().home / "prefect" / "server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prefect", "server", "start"]
-    command += ["--host", settings.host, "--port", str(settings.port)]
-    with log.open("ab") as output:
-        # A session of its own: Ctrl-C reaches us first, and the runs are told before it stops.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        command = [sys.executable, "-m", "prefect", "server", "start"]
+        command += ["--host", settings.host, "--port", str(settings.port)]
+        log = Home().home / "prefect" / "server.log"
+        process = start(command, log)
         try:
-            yield process
+            wait_until_healthy(here, process, log)
+            yield here
         finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _await(api_url: str, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + _START_TIMEOUT_S
-    while not _healthy(api_url):
-        if process.poll() is not None or time.monotonic() > until:
-            log = Home().home / "prefect" / "server.log"
-            raise RuntimeError(f"the Prefect server did not start: {log} says why")
-        time.sleep(0.5)
-
-
-def _healthy(api_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{api_url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+            stop(process)

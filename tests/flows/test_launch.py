@@ -1,0 +1,86 @@
+"""A command's own Prefect server: it outlives Ctrl-C long enough, and nothing else."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import launch
+from flows.prefect_server import healthy
+
+pytestmark = pytest.mark.prefect
+
+SLEEPING_COMMAND = """
+import sys, time
+import flows.api_data
+from flows import cli
+
+def sleep(settings, on_event):
+    print("inside the flow", flush=True)
+    time.sleep(600)
+
+flows.api_data.ingest = sleep
+sys.exit(cli.run(["ingest", "in", "--domain", "city", "--to", "out.zarr"]))
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    return {**kept, "SASHIKO_HOME": str(tmp_path / "home"), "HOME": str(tmp_path)}
+
+
+def test_ctrl_c_in_a_flow_ends_the_command_with_130_and_one_line(
+    tmp_path: Path, environment: dict[str, str]
+):
+    command = subprocess.Popen(
+        [sys.executable, "-c", SLEEPING_COMMAND],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives it
+    )
+    with command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "inside the flow\n"
+        start = time.monotonic()
+        os.killpg(command.pid, signal.SIGINT)
+        _, err = command.communicate(timeout=120)
+    assert command.returncode == 130
+    assert [line for line in err.splitlines() if line] == [
+        "sashiko: interrupted; the same command goes on where it stopped"
+    ]
+    assert time.monotonic() - start < 60
+
+
+def test_the_server_goes_when_its_command_is_killed(tmp_path: Path, environment: dict[str, str]):
+    code = (
+        "import time; from flows.prefect_server import CommandServer;"
+        "print(CommandServer().wait(), flush=True); time.sleep(600)"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    with command:
+        assert command.stdout is not None
+        address = command.stdout.readline().strip()
+        assert healthy(address)
+        command.kill()
+    until = time.monotonic() + 30
+    while healthy(address) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not healthy(address)
+
+
+@pytest.mark.parametrize("name", ["PREFECT_API_URL", "PREFECT_PROFILE"])
+def test_a_server_that_the_user_chose_is_left_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, "http://127.0.0.1:1/api")
+    monkeypatch.setattr(launch, "CommandServer", None)
+    launch.start_prefect()()
+    assert os.environ[name] == "http://127.0.0.1:1/api"
