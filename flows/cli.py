@@ -223,7 +223,7 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
         _answer(planned.to_json(), _plan_text(planned), as_json=as_json)
         return OK
     result = _run("restore", settings, prefect=prefect)
-    _answer(result, f"restored: {options['output']}", as_json=as_json)
+    _answer(result, _restored_text(result), as_json=as_json)
     return _exit_code(result)
 
 
@@ -309,6 +309,23 @@ def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
     result = _run("nightly", NightlySettings(**_computing(options)), prefect=prefect)
     _answer(result, result.summary(), as_json=as_json)
     return _exit_code(result)
+
+
+@cli.command("tune-baselines")
+@click.option("--task", "names", multiple=True, required=True, help="Several can be given.")
+@click.option("--data", type=PATH, required=True, help="Dataset that holds the samples.")
+@click.option("--method", "methods", multiple=True, help="Only this method.")
+def tune_baselines(names: Sequence[str], data: Path, methods: Sequence[str]) -> int:
+    """Tune classical methods on validation items, and freeze."""
+    from flows.config import load_task
+    from flows.store import Dataset
+    from flows.tune import freeze, frozen_path, tune
+
+    dataset = Dataset(data)
+    for task in map(load_task, names):
+        say = Terminal().say
+        freeze(task, tune(task, dataset, methods or None, say), frozen_path(task.name))
+    return OK
 
 
 @cli.command()
@@ -401,6 +418,16 @@ def _plan_text(plan: Any) -> str:
         f"{size(plan.predicted_bytes)} written"
     )
     return f"{table(['item', 'task', 'method', 'blocks', 's a block'], rows)}\n{total}"
+
+
+def _restored_text(result: Any) -> str:
+    """What was restored and where it is, for people."""
+    bad = [f"quarantined: {q.item_id}: {q.reason}" for q in result.quarantined]
+    before = f", {result.num_reused} of them before" if result.num_reused else ""
+    files = f"; files in {result.output / 'files'}" if result.files else ""
+    return "\n".join(
+        [*bad, f"restored: {len(result.published)} items{before}, in {result.output}{files}"]
+    )
 
 
 def _ask_here(comparison: Comparison) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
         say(f"flows: {', '.join(d.flow_name or d.name for d in flows)}")
         say(f"nightly at '{settings.cron}' ({settings.timezone}) from {_nightly(settings).inbox}")
         say(f"forms and runs: {api_url.removesuffix('/api')}  (Ctrl-C stops)")
-        serve_flows(*flows, print_starting_message=False, pause_on_shutdown=False)
+        with suppress(KeyboardInterrupt):
+            serve_flows(*flows, print_starting_message=False, pause_on_shutdown=False)
 
 
 def deployments(settings: ServeSettings) -> list[RunnerDeployment]:
