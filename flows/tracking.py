@@ -11,7 +11,8 @@ them. So losing MLflow never loses a result and never fails the work that is bei
     HOME/mlflow-spool/RUN/         the files those entries name
 
 Nothing of this leaves the machine but to the store that was configured: MLflow's own telemetry
-is off (flows.quiet). Importing this module imports no MLflow; that takes seconds and happens on first use.
+is off (flows.quiet).
+Importing this module imports no MLflow; that takes seconds and happens on first use.
 """
 
 from __future__ import annotations
