@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from flows import quiet
+from flows.answers import models_text, plan_text, restored_text
 from flows.console import (
     BAD_INPUT,
     INTERRUPTED,
     OK,
     QUARANTINED,
     Terminal,
-    duration,
     explain,
     print_json,
-    size,
     table,
 )
 
@@ -220,10 +219,10 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
         from flows.api_restore import plan
 
         planned = plan(settings)
-        _answer(planned.to_json(), _plan_text(planned), as_json=as_json)
+        _answer(planned.to_json(), plan_text(planned), as_json=as_json)
         return OK
     result = _run("restore", settings, prefect=prefect)
-    _answer(result, _restored_text(result), as_json=as_json)
+    _answer(result, restored_text(result), as_json=as_json)
     return _exit_code(result)
 
 
@@ -264,12 +263,7 @@ def models(as_json: bool) -> int:
     from flows.registry import models as rows
 
     found = rows()
-    lines = [
-        [m.name, m.version, " ".join(m.aliases), m.digest[:12], m.created, _figures(m.metrics)]
-        for m in found
-    ]
-    text = table(["name", "version", "alias", "digest", "created", "figures"], lines)
-    _answer(found, text if found else "no model is registered yet", as_json=as_json)
+    _answer(found, models_text(found), as_json=as_json)
     return OK
 
 
@@ -409,27 +403,6 @@ def _method(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
     return MethodSettings(**_given(fields)).model_dump()
 
 
-def _plan_text(plan: Any) -> str:
-    """What a plan would do, for people."""
-    rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in plan.items]
-    total = (
-        f"{len(plan.items)} items, {plan.num_blocks} blocks, {plan.num_workers} workers: about "
-        f"{duration(plan.predicted_seconds)}, {size(plan.predicted_peak_bytes)} of memory, "
-        f"{size(plan.predicted_bytes)} written"
-    )
-    return f"{table(['item', 'task', 'method', 'blocks', 's a block'], rows)}\n{total}"
-
-
-def _restored_text(result: Any) -> str:
-    """What was restored and where it is, for people."""
-    bad = [f"quarantined: {q.item_id}: {q.reason}" for q in result.quarantined]
-    before = f", {result.num_reused} of them before" if result.num_reused else ""
-    files = f"; files in {result.output / 'files'}" if result.files else ""
-    return "\n".join(
-        [*bad, f"restored: {len(result.published)} items{before}, in {result.output}{files}"]
-    )
-
-
 def _ask_here(comparison: Comparison) -> bool:
     """Put the question to the person at the terminal."""
     click.echo(comparison.sentences(), err=True)
@@ -441,7 +414,3 @@ def _has_server() -> bool:
     import os
 
     return bool(os.environ.get("PREFECT_API_URL"))
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return " ".join(f"{name}={value:.2f}" for name, value in metrics.items())
