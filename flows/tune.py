@@ -53,26 +53,27 @@ class Selection:
 
 
 VALIDATION: Mapping[str, Sequence[Selection]] = {
-    # lung1 and brain1 are training items, of which classical methods learn nothing; they stand for
-    # the pixel sizes and matrices of the test items, which the validation items do not have.
-    "ct": (Selection("torso", 4), Selection("lung1", 2)),
+    # lung1 and brain1 are training items, of which classical methods learn nothing; they have the
+    # pixel sizes and matrices of the test items. The one validation scan of CT, 122 x 101 pixels of
+    # 3 mm, does not: filters tuned on it cost backprojection 2 dB on a scan of 512^2.
+    "ct": (Selection("lung1", 2),),
     "mri": (
-        Selection("stroke-t2-b", 4),
-        Selection("stroke-flair-b", 4),
+        Selection("stroke-t2-b", 3),
+        Selection("stroke-flair-b", 3),
         Selection("brain1", 3),
     ),
     # The berlin photographs have 8 megapixels: shrunk, they are as sharp as the test's.
     "city": (
-        Selection("berlin-01", size=(416, 640), shrink=4),
-        Selection("berlin-02", size=(416, 640), shrink=4),
-        Selection("berlin-03", size=(416, 640), shrink=4),
+        Selection("berlin-01", size=(256, 256), shrink=4),
+        Selection("berlin-02", size=(256, 256), shrink=4),
+        Selection("berlin-03", size=(256, 256), shrink=4),
         Selection("pan3", size=(256, 256)),
         Selection("ms3", size=(180, 300)),
-        Selection("bikes-2", 2, size=(256, 512)),
+        Selection("bikes-2", size=(256, 256)),
     ),
 }
 
-STRENGTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0, 16.0, 22.0, 32.0, 45.0, 64.0)
+STRENGTHS = tuple(float(f"{2 ** (k / 2):.2g}") for k in range(-4, 16))  # 0.25 to 180
 RADII = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
 
 SEARCH: Mapping[str, Mapping[str, Space]] = {

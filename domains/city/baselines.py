@@ -151,17 +151,18 @@ def nlm(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -
     sigma = float(problem.noise.variance(problem.y).max()) ** 0.5
     images = [
         denoise_nl_means(
-            image,
+            # Channels last: scikit-image 0.26 transposes a single channel that comes first.
+            np.moveaxis(image, 0, -1),
             patch_size=settings.patch_size,
             patch_distance=settings.patch_distance,
             h=max(settings.strength * sigma, 1e-6),
             sigma=sigma,
             fast_mode=True,
-            channel_axis=0,
-        )
+            channel_axis=-1,
+        ).reshape(*image.shape[1:], len(image))
         for image in problem.y.numpy()
     ]
-    return torch.from_numpy(np.stack(images)).to(problem.y.dtype)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(problem.y.dtype)
 
 
 def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
@@ -193,8 +194,9 @@ def _first_estimate(problem: Problem) -> Signal:
 
 
 def _enlarge(problem: Problem, factor: int) -> Signal:
+    # `antialias` changes nothing when enlarging but the kernel: a = -1/2 (as Keys, PIL), not -3/4.
     return torch.nn.functional.interpolate(
-        problem.y, scale_factor=factor, mode="bicubic", align_corners=False
+        problem.y, scale_factor=factor, mode="bicubic", align_corners=False, antialias=True
     )
 
 
