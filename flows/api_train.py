@@ -246,6 +246,7 @@ _MAY_CHANGE = {
     "log_every_steps",
     "picture_every_steps",
     "register_as",
+    "calibration_items",
     "data",
 }
 

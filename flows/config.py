@@ -162,6 +162,10 @@ class TrainSettings(Settings):
     picture_every_steps: int = 500
     num_threads: int = Field(0, description="CPU threads a worker; 0: the cores shared evenly")
     register_as: list[str] = Field(default_factory=list)
+    calibration_items: list[str] = Field(
+        default_factory=list,
+        description="training items that the covariance tables are measured on too",
+    )
     shippable_only: bool = Field(True, description="leave out data whose licence forbids shipping")
     compute: ComputeSettings = ComputeSettings(num_workers=1)
 

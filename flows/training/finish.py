@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flows.api_train import TrainResult, allowed, condition_channels, new_network, recipe_of
 from flows.config import TrainSettings
 from flows.engine.events import Event
-from flows.training.validation import denoising_psnr, validation_images
+from flows.training.validation import calibration_images, denoising_psnr, validation_images
 
 if TYPE_CHECKING:
     from diffusion_core.networks.precond import Preconditioned
@@ -88,6 +88,8 @@ def covariance_tables(
 
     tables = {}
     images = validation_images(settings, _NUM_TABLE_IMAGES, _TABLE_SIDE)
+    for condition, more in calibration_images(settings).items():
+        images[condition] = images[condition] + more
     for index, (condition, chosen) in enumerate(images.items()):
         if not chosen:
             continue
@@ -128,6 +130,18 @@ def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
 def _began(settings: TrainSettings) -> str:
     digest = started_from(settings)
     return f"The weights began as those of model {digest[:12]}." if digest else ""
+
+
+def _calibrated(settings: TrainSettings) -> str:
+    items = ", ".join(settings.calibration_items)
+    return (
+        f"""
+The covariance tables were measured on validation images and on slices of {items}, which the
+network also learned from: validation scans of the same resolution were not to be had.
+"""
+        if items
+        else ""
+    )
 
 
 def model_card(
@@ -173,7 +187,7 @@ PSNR in dB (network units span 2), mean over centre crops of up to {_FIGURE_SIDE
 | item | domain | split | licence | sha256 |
 |---|---|---|---|---|
 {data}
-
+{_calibrated(settings)}
 ## Intended use
 
 Restoring under-measured or damaged images of the kinds above, with a person who looks at the

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from domains.registry import load_domain
 from flows.config import TrainSettings
+
+_CALIBRATION_SLICES = 4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +67,32 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
             chosen.append(torch.from_numpy(np.ascontiguousarray(patch, np.float32))[None])
         images[condition] = chosen
     return images
+
+
+def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
+    """Whole slices (1 c h w) of the settings' calibration items, spread over each, per condition.
+
+    They are training items: their residuals flatter the network a little, but a table measured at
+    another resolution misleads the solver more (infra/decisions/0002).
+    """
+    import numpy as np
+    import torch
+
+    from flows.store import Dataset
+
+    images: dict[str, list[Tensor]] = {}
+    for dataset in map(Dataset, settings.data):
+        for record in dataset.items():
+            if record.item_id not in settings.calibration_items:
+                continue
+            windows = load_domain(record.domain).training_windows(dataset.read(record.item_id))
+            for condition, views in windows.items():
+                depth = views[0].shape[1]
+                for turn in range(_CALIBRATION_SLICES):
+                    z = (2 * turn + 1) * depth // (2 * _CALIBRATION_SLICES)
+                    image = np.ascontiguousarray(views[0][:, z], np.float32)
+                    images.setdefault(condition, []).append(torch.from_numpy(image)[None])
+    return {c: chosen for c, chosen in images.items() if c in settings.conditions}
 
 
 def denoising_psnr(
