@@ -26,7 +26,7 @@ def plan_text(plan: Plan) -> str:
 
 def restored_text(result: RestoreResult) -> str:
     """What was restored and where it is, for people."""
-    bad = [f"quarantined: {q.item_id}: {q.reason}" for q in result.quarantined]
+    bad = [f"quarantined: {q.source or q.item_id}: {q.reason}" for q in result.quarantined]
     before = f", {result.num_reused} of them before" if result.num_reused else ""
     files = f"; files in {result.output / 'files'}" if result.files else ""
     return "\n".join(

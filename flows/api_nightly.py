@@ -201,8 +201,9 @@ class _Job:
         except BadInputError as error:  # not one of them can be used as the job says
             reason = self._without_names(str(error).replace(f"{stage}/", ""), files)
             return None, tuple(Bad(_code(digest), reason) for digest in files.values())
+        places = {stage / path.relative_to(self.path): digest for path, digest in files.items()}
         return result, tuple(
-            Bad(self._without_names(q.item_id, files), self._without_names(q.reason, files))
+            Bad(_code(places[q.source]) if q.source in places else q.item_id, q.reason)
             for q in result.quarantined
         )
 

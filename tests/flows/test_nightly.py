@@ -12,6 +12,7 @@ from evaluation_kit import INLINE, make_model, picture
 from PIL import Image
 
 from domains.base import BadInputError
+from domains.files import file_digest
 from flows import api_nightly, registry
 from flows.api_nightly import NightlyError, nightly
 from flows.config import NightlySettings, SimulateSettings
@@ -122,17 +123,20 @@ def test_a_night_of_nothing_but_a_bad_file_finishes_too(inbox: Path, model: Path
     result = run(inbox, model)
     (job,) = result.jobs
     assert (job.status, len(job.quarantined)) == ("quarantined", 1)
+    assert NAME not in result.report.read_text()
     assert len(result.quarantined) == 1
     assert run(inbox, model).quarantined == []
 
 
 def test_no_name_of_a_file_reaches_reports_and_ledger(inbox: Path, model: Path):
     add(inbox, 1)
-    (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
+    bad = inbox / "streets" / f"{NAME}-bad.png"
+    bad.write_text("no picture")
     lonely = add(inbox, 2)
     (lonely.parent / "masks" / lonely.name).unlink()
     result = run(inbox, model)
-    assert len(result.jobs[0].quarantined) == 2
+    told = {entry.item for entry in result.jobs[0].quarantined}
+    assert told == {f"sha256 {file_digest(path)[:12]}" for path in (bad, lonely)}
     night = inbox.parent / "out" / "nightly"
     written = [p for p in night.rglob("*") if p.is_file()]
     assert len(written) == 5
