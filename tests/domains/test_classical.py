@@ -116,6 +116,18 @@ def test_tv_of_pooled_halves_moves_each_mean_by_the_closed_form() -> None:
     torch.testing.assert_close(x, expected, atol=2e-3, rtol=0)
 
 
+def test_tv_of_masked_halves_counts_the_measured_columns_only() -> None:
+    """Left mean a -> a + lambda / (w columns measured on the left); what is missing is silent."""
+    y = two_halves(-0.5, 0.5)
+    known = torch.ones_like(y).bool()
+    known[..., ::2] = False
+    y = y * known
+    settings = TVSettings(strength=2.0, num_iterations=500, tolerance=0, step=0.01)
+    x = minimise_tv_masked(known, y, y, torch.full_like(y, 100.0), settings)
+    expected = two_halves(-0.5 + 2.0 / (100 * 6), 0.5 - 2.0 / (100 * 10))
+    torch.testing.assert_close(x[known], expected[known], atol=2e-4, rtol=0)
+
+
 def test_tv_of_each_batch_element_is_its_own(photograph: Tensor) -> None:
     """Elements of other scale and weight beside it change nothing."""
     operator = Blur(torch.ones(3, 3, dtype=torch.float64) / 9, (64, 64))
