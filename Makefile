@@ -40,4 +40,4 @@ test-all: check
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest tests/benchmarks -m "" -s
+	$(BIN)/python -m pytest -q tests/benchmarks/bench_times.py
