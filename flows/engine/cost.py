@@ -15,26 +15,35 @@ from typing import Any
 from flows.config import MethodSettings
 from flows.engine.grid import DENOISER_BATCH_PX, DENOISER_PLANE_PX, DENOISER_TILE_PX, HALO_PX, Grid
 
-PROCESS_BYTES = 480 * 2**20
+PROCESS_BYTES = 320 * 2**20
 """A worker that has imported torch and the domains, before its first block."""
 
-DENOISER_BYTES_PX = 900
-"""Activations of the network for one pixel of a call, float32."""
+DENOISER_BYTES_PX = {"float32": 1000, "bfloat16": 600}
+"""Activations of the network for one pixel of a call."""
 
-SOLVER_BYTES_PX = 260
+SOLVER_BYTES_PX = 180
 """Vectors of the data step for one pixel and channel of the canvas."""
 
-DENOISER_SECONDS_PX = {"float32": 6e-6, "bfloat16": 3e-6}
+BASELINE_BYTES_PX = 640
+"""The hungriest classical method (the sparse factors of a biharmonic fill), likewise."""
+
+MATRIX_BYTES_PX = 37
+"""A projector's matrix and its transpose, mapped into memory: a pixel and view."""
+
+DENOISER_SECONDS_PX = {"float32": 2.4e-6, "bfloat16": 1.4e-6}
 """One denoiser call on one core, a pixel."""
 
-DATA_STEP_SECONDS_PX = {"parallel-beam": 9e-6, "fourier": 6e-6, "mask": 9e-6}
-"""One level's data step on one core, a pixel and channel; other operators as "fourier"."""
+VIEW_SECONDS_PX = 7e-8
+"""One level's data step of a projector on one core: a pixel and view."""
 
-BASELINE_SECONDS_PX = {"parallel-beam": 3e-5, "fourier": 2e-5, "mask": 4e-5}
-"""One classical restoration on one core, a pixel and channel."""
+DATA_STEP_SECONDS_PX = 2.5e-7
+"""One level's data step of any other operator on one core: a pixel and channel."""
 
-MATRIX_BYTES_PX = 2 * 8 * 3
-"""A projector's matrix and its transpose, mapped into memory: a pixel and view."""
+BASELINE_SECONDS_PX = 5e-6
+"""An iterative classical method on one core: a pixel and channel; a projector's: 3.5e-7 a view."""
+
+CLOSED_FORM = frozenset({"fbp", "zero-filled", "bicubic", "telea", "navier-stokes", "wiener"})
+"""Classical methods that do not iterate: a tenth of the others."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +85,17 @@ def predict(
     channels = grid.shape[0]
     pixels = math.prod(grid.canvas)
     share = pixels / math.prod(grid.shape[1:])
-    memory = PROCESS_BYTES + SOLVER_BYTES_PX * channels * pixels + math.ceil(input_bytes * share)
-    if operator == "parallel-beam":
-        views = int(params.get("num_views", 0))
-        memory += MATRIX_BYTES_PX * views * grid.shape[2] * grid.shape[3]
-    if model_bytes and method.kind == "solver":
+    views = int(params.get("num_views", 0)) if operator == "parallel-beam" else 0
+    memory = PROCESS_BYTES + math.ceil(input_bytes * share)
+    memory += MATRIX_BYTES_PX * views * math.prod(grid.shape[2:])
+    if method.kind == "solver":
         # Weights are float16 in the file, float32 while they are loaded, and live on beside it.
-        memory += 4 * model_bytes + DENOISER_BYTES_PX * _denoiser_pixels(grid)
+        memory += SOLVER_BYTES_PX * channels * pixels + 4 * model_bytes
+        memory += DENOISER_BYTES_PX[dtype] * _denoiser_pixels(grid)
+    else:
+        memory += BASELINE_BYTES_PX * channels * pixels
     return Cost(
-        seconds=_seconds(operator, channels, method, dtype) * pixels,
+        seconds=_seconds(grid, views, method, dtype) * pixels,
         peak_bytes=int(memory),
         output_bytes=4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w)),
     )
@@ -99,11 +110,16 @@ def _denoiser_pixels(grid: Grid) -> int:
     return h * w * max(1, min(slices, DENOISER_BATCH_PX // (h * w)))
 
 
-def _seconds(operator: str, channels: int, method: MethodSettings, dtype: str) -> float:
+def _seconds(grid: Grid, views: int, method: MethodSettings, dtype: str) -> float:
     """Seconds a pixel of the canvas."""
+    channels = grid.shape[0]
     if method.kind == "baseline":
-        return BASELINE_SECONDS_PX.get(operator, BASELINE_SECONDS_PX["fourier"]) * channels
-    data_step = DATA_STEP_SECONDS_PX.get(operator, DATA_STEP_SECONDS_PX["fourier"]) * channels
+        iterative = 3.5e-7 * views if views else BASELINE_SECONDS_PX * channels
+        return iterative / 10 if method.name in CLOSED_FORM else iterative
+    data_step = VIEW_SECONDS_PX * views if views else DATA_STEP_SECONDS_PX * channels
     if method.name == "kriging":
-        return data_step
-    return method.num_levels * (DENOISER_SECONDS_PX[dtype] + data_step)
+        return 2 * data_step
+    denoiser = DENOISER_SECONDS_PX[dtype]
+    if math.prod(grid.canvas[1:]) > DENOISER_PLANE_PX:
+        denoiser *= ((DENOISER_TILE_PX + 2 * HALO_PX) / DENOISER_TILE_PX) ** 2
+    return method.num_levels * (denoiser + data_step)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -136,7 +137,9 @@ class Plan:
     def predicted_peak_bytes(self) -> int:
         """Resident memory of the driver and all workers at the worst moment."""
         worker = max((item.cost.peak_bytes for item in self.items), default=0)
-        return DRIVER_BYTES + self.num_workers * worker
+        largest = max((4 * math.prod(item.grid.shape) for item in self.items), default=0)
+        # The driver holds one whole item, and what its writer makes of it, when it hands files over.
+        return DRIVER_BYTES + 3 * largest + self.num_workers * worker
 
     @property
     def predicted_seconds(self) -> float:
