@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.protocols import Denoiser
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a digest needs no torch: plans and the registry are to be quick
     import torch
 
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.posterior.covariance import CovarianceTable
+    from diffusion_core.protocols import Denoiser
 
 WEIGHTS, CONFIG, CARD, DIGESTS = (
     "weights.safetensors",

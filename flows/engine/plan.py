@@ -138,7 +138,7 @@ class Plan:
         """Resident memory of the driver and all workers at the worst moment."""
         worker = max((item.cost.peak_bytes for item in self.items), default=0)
         largest = max((4 * math.prod(item.grid.shape) for item in self.items), default=0)
-        # The driver holds one whole item, and what its writer makes of it, when it hands files over.
+        # Handing files over, the driver holds one whole item and what its writer makes of it.
         return DRIVER_BYTES + 3 * largest + self.num_workers * worker
 
     @property
