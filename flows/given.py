@@ -76,6 +76,8 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     Raises:
         BadInputError: if the settings make no sense, or none of the files can be used.
     """
+    if not settings.input.exists():
+        raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
     if settings.domain is None:
         raise BadInputError(
             f"{settings.input}: images need --domain (ct, mri, city) to say what they are"

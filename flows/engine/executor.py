@@ -221,6 +221,9 @@ class RayExecutor:
             Whether more workers could be of use: False once there is no further job.
         """
         for depth in range(self._in_flight):
+            # A second job behind a running one would be missed by an actor about to be ready.
+            if depth and any(seat.starting for seat in self._seats):
+                return True
             for seat in self._seats:
                 if seat.starting or len(seat.queue) > depth:
                     continue
