@@ -5,15 +5,19 @@ validation images (covariance.py), and conditioned on y in closed form or by con
 
     mean mode      m = mu + K (y - A mu),              K = Sigma A' (A Sigma A' + R)^-1
     sample mode    m = s + K (y - A s - n'),           s = mu + Sigma^(1/2) xi,  n' ~ N(0, R)
-    fresh          x' = m + zeta sigma' eps
+    fresh          x' = m + beta (m - m_before) + zeta sigma' eps
     deterministic  x' = m + (sigma' / sigma) (x - m)
 
 No gradient goes through the network, so a level costs one evaluation of D. The chain's error is
-larger than a fresh-noise residual, hence the inflation c > 1.
+larger than a fresh-noise residual, hence the inflation c > 1. Fresh noise keeps D in the regime it
+was trained in, but what of it the data do not see stays in m: so zeta fades along the levels. Where
+the data say nothing a level brings the chain nearer by a share sigma^2 / (P + sigma^2) only: beta,
+a heavy ball, makes up for few levels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,7 +44,11 @@ from diffusion_core.protocols import (
     Restoration,
 )
 
-_INFLATION = {"mean": 4.0, "sample": 1.5}
+Ramp = float | Sequence[float]
+"""A constant, or its values at the first level and at the last."""
+
+_INFLATION: dict[str, Ramp] = {"mean": 4.0, "sample": 1.5}
+_ZETA: dict[str, Ramp] = {"mean": (0.7, 0.0), "sample": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +58,11 @@ class CovProx:
     Attributes:
         prior: the covariance table of the denoiser's condition.
         mode: "mean" (best estimate) or "sample" (a draw of the posterior).
-        inflation: c, factor on Sigma at the first level; default 4 (mean), 1.5 (sample).
-        last_inflation: c at the last level, geometric in between; default `inflation`.
+        inflation: c, factor on Sigma, geometric along the levels; default 4 (mean), 1.5 (sample).
         renoise: "fresh" noise, or "deterministic" (the conditional probability-flow ODE).
-        zeta: scale of the fresh noise after the first level; 0 gives x' = m.
-        last_zeta: the same before the last level, linear in between; default `zeta`.
+        zeta: scale of the fresh noise that a level starts from, linear along the levels (the start
+            has the whole noise of the first); default .7 to 0 (mean), 1 (sample).
+        momentum: beta, linear along the levels; with fresh noise only.
         local: whether Sigma varies from pixel to pixel (S).
         start: "kriging", "adjoint" or "noise", each with noise of the first level added.
         tolerance: relative residual of the linear solves.
@@ -63,15 +71,23 @@ class CovProx:
 
     prior: CovarianceTable
     mode: Literal["mean", "sample"] = "mean"
-    inflation: float | None = None
-    last_inflation: float | None = None
+    inflation: Ramp | None = None
     renoise: Literal["fresh", "deterministic"] = "fresh"
-    zeta: float = 1.0
-    last_zeta: float | None = None
+    zeta: Ramp | None = None
+    momentum: Ramp = 0.0
     local: bool = True
     start: Start = "kriging"
     tolerance: float = 1e-2
     max_steps: int = 40
+
+    def __post_init__(self) -> None:
+        if self.mode not in _ZETA or self.renoise not in {"fresh", "deterministic"}:
+            raise ValueError(
+                "covprox has the modes mean and sample, and renoises fresh or deterministic, "
+                f"not {self.mode!r} and {self.renoise!r}"
+            )
+        for ramp in (self.inflation, self.zeta, self.momentum):
+            _ends(0.0 if ramp is None else ramp)
 
     def __call__(
         self,
@@ -89,12 +105,15 @@ class CovProx:
         accuracy = Accuracy(self.tolerance, self.max_steps)
         m = initial_estimate(self.start, self.prior, calls, step, y, noise, accuracy)
         x = m + levels[0] * draws.normal(0, m, RENOISE)
+        inflation = _INFLATION[self.mode] if self.inflation is None else self.inflation
+        zeta = _ZETA[self.mode] if self.zeta is None else self.zeta
         trace: list[dict[str, Any]] = []
+        last = max(1, len(levels) - 1)
         for i, sigma in enumerate(levels):
             mu = calls.denoise(x, sigma)
             A_mu = calls.A(mu)
             R = noise.variance(A_mu)
-            c = self._inflation(i / max(1, len(levels) - 1))
+            c = _geometric(inflation, i / last)
             covariance = self.prior.at(sigma).on(mu, c, step.padding, local=self.local)
             centre, residual = mu, y - A_mu
             if self.mode == "sample":
@@ -102,39 +121,35 @@ class CovProx:
                 centre = mu + covariance.apply_root(xi, (mu.shape[-2], mu.shape[-1]))
                 residual = y - calls.A(centre) - measurement_noise(R, draws, i, y)
             update = step(covariance, R, residual, accuracy)
-            m = centre + update.delta
+            before, m = m, centre + update.delta
             trace.append(
                 {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
             )
             if i + 1 < len(levels):
-                zeta = self._zeta(i / max(1, len(levels) - 2))
-                x = self._renoised(x, m, sigma, levels[i + 1], zeta, draws, i + 1)
+                sigma_next, progress = levels[i + 1], (i + 1) / last
+                if self.renoise == "deterministic":
+                    x = m + (sigma_next / sigma) * (x - m)
+                else:
+                    x = m + _linear(self.momentum, progress) * (m - before)
+                    scale = _linear(zeta, progress) * sigma_next
+                    x = x + scale * draws.normal(i + 1, m, RENOISE) if scale else x
         return calls.restoration(m, levels=trace)
 
-    def _inflation(self, progress: float) -> float:
-        """c at a share of the way from the first level to the last."""
-        first = _INFLATION[self.mode] if self.inflation is None else self.inflation
-        last = first if self.last_inflation is None else self.last_inflation
-        return float(first * (last / first) ** progress)
 
-    def _zeta(self, progress: float) -> float:
-        """Scale of the fresh noise at a share of the way from the first level to the last."""
-        last = self.zeta if self.last_zeta is None else self.last_zeta
-        return self.zeta + (last - self.zeta) * progress
+def _ends(ramp: Ramp) -> tuple[float, float]:
+    """First and last value."""
+    if isinstance(ramp, int | float):
+        return float(ramp), float(ramp)
+    if len(ramp) != 2:
+        raise ValueError(f"give one value, or the first and the last, not {list(ramp)}")
+    return float(ramp[0]), float(ramp[1])
 
-    def _renoised(
-        self,
-        x: Tensor,
-        m: Tensor,
-        sigma: float,
-        sigma_next: float,
-        zeta: float,
-        draws: NormalDraws,
-        level: int,
-    ) -> Tensor:
-        """The state at the next level."""
-        if self.renoise == "deterministic":
-            return m + (sigma_next / sigma) * (x - m)
-        if zeta == 0:
-            return m
-        return m + zeta * sigma_next * draws.normal(level, m, RENOISE)
+
+def _linear(ramp: Ramp, progress: float) -> float:
+    first, last = _ends(ramp)
+    return first + (last - first) * progress
+
+
+def _geometric(ramp: Ramp, progress: float) -> float:
+    first, last = _ends(ramp)
+    return float(first * (last / first) ** progress)

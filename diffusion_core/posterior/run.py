@@ -101,7 +101,13 @@ def initial_estimate(
     noise: NoiseModel,
     accuracy: Accuracy,
 ) -> Signal:
-    """Where the chain starts, before noise: kriging, A'y, or 0 ("noise": nothing but noise)."""
+    """Where the chain starts, before noise: kriging, A'y, or 0 ("noise": nothing but noise).
+
+    Raises:
+        ValueError: if the start is none of these.
+    """
+    if start not in {"kriging", "adjoint", "noise"}:
+        raise ValueError(f"a chain starts from kriging, adjoint or noise, not {start!r}")
     if start == "kriging" and prior is not None:
         return kriging_estimate(prior, calls, step, y, noise, accuracy)[0]
     adjoint = calls.A_adjoint(y)

@@ -16,6 +16,7 @@ from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Blur, Fourier, Mask, Pool
 from diffusion_core.posterior import SOLVERS, make_solver
 from diffusion_core.posterior.linear.mask import MaskStep
+from diffusion_core.posterior.run import measurement_noise
 from diffusion_core.protocols import Restoration
 
 SIZE = (12, 10)
@@ -162,6 +163,33 @@ def test_the_deterministic_chain_tends_to_a_posterior_sample():
     assert float((variance / P).mean()) == pytest.approx(1.0, abs=0.08)
 
 
+@pytest.mark.parametrize("momentum", [0.4, (0.0, 0.8)])
+def test_momentum_is_a_heavy_ball_in_every_eigen_direction(momentum):
+    sigmas = power_sigmas(7, 5.0, 0.3, 3.0)
+    result, mean, covariance = solve("dense", sigmas, zeta=0.0, momentum=momentum)
+    P, vectors = torch.linalg.eigh(covariance)
+    first = sigmas[0] * DRAWS.normal(0, mean)
+    before, error = -flat(mean) @ vectors, None  # the chain starts at 0
+    state = flat(first - mean) @ vectors
+    for i, sigma in enumerate(sigmas):
+        error = P / (P + sigma**2) * state
+        beta = np.interp((i + 1) / 6, [0, 1], np.broadcast_to(momentum, 2))
+        state, before = error + beta * (error - before), error
+    torch.testing.assert_close(flat(result.x - mean) @ vectors, error, rtol=1e-5, atol=1e-7)
+
+
+def test_bad_options_are_refused_in_a_sentence():
+    table = GaussianPrior(SIZE).table([0.1])
+    with pytest.raises(ValueError, match="modes mean and sample"):
+        make_solver("covprox", table, {"mode": "median"})
+    with pytest.raises(ValueError, match="the first and the last"):
+        make_solver("covprox", table, {"zeta": [1, 2, 3]})
+    operator, prior, y, _, _ = problem("blur")
+    solver = make_solver("covprox", table, {"start": "zero"})
+    with pytest.raises(ValueError, match="starts from kriging, adjoint or noise"):
+        solver(prior.denoise, operator, y, GaussianNoise(0.1), torch.tensor([0.1]), DRAWS)
+
+
 def test_kriging_is_the_posterior_mean_of_a_gaussian_prior():
     for name in OPERATORS:
         operator, prior, y, mean, covariance = problem(name)
@@ -210,6 +238,17 @@ def test_poisson_variance_is_that_of_the_logarithm_of_counts():
     share = with_readout.variance(line_integral - 0.5) / noise.variance(line_integral - 0.5)
     expected_share = 1 + 100 / (1e4 * torch.exp(-line_integral))
     torch.testing.assert_close(share, expected_share, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_measurement_noise_has_the_variance_of_the_likelihood(dtype):
+    like = torch.zeros(1, 1, 200, 200, dtype=dtype)
+    noise = measurement_noise(torch.tensor(0.09, dtype=torch.float64), DRAWS, 3, like)
+    parts = [noise.real, noise.imag] if like.is_complex() else [noise]
+    for part in parts:
+        assert float(part.var()) == pytest.approx(0.09, rel=0.03)
+    if like.is_complex():
+        assert abs(float((noise.real * noise.imag).mean())) < 0.09 * 0.02
 
 
 def test_gaussian_noise_broadcasts_one_level_a_slice():
