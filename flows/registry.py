@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
@@ -211,7 +213,7 @@ def _resolve_registered(ref: str) -> ResolvedModel:
             f"'{ref}' names no model: write models:/NAME@champion or models:/NAME/3"
         )
     version = _find_version(ref, **match.groupdict())
-    path = _local_files(str(version.source))
+    path = _local_files(version)
     digest = _digest(path)
     if digest != version.tags.get(_DIGEST):
         raise BadInputError(
@@ -237,11 +239,22 @@ def _find_version(ref: str, name: str, version: str | None, alias: str | None) -
         raise BadInputError(f"no model {ref}: {known} (see `sashiko models`)") from error
 
 
-def _local_files(source: str) -> Path:
-    """The directory of a version's files; downloaded once if the artifacts are elsewhere."""
+def _local_files(version: ModelVersion) -> Path:
+    """The directory of a version's files: where they lie, or a copy in the cache, fetched once."""
     from mlflow.artifacts import download_artifacts
 
-    return Path(download_artifacts(artifact_uri=source, tracking_uri=Home().tracking_uri))
+    source = str(version.source)
+    uri = Home().tracking_uri
+    if source.startswith(("file:", "/")):
+        return Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+    kept = Home().cache / "models" / version.tags.get(_DIGEST, "unknown")
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=kept.parent, prefix=".fetching-") as draft:
+            fetched = download_artifacts(artifact_uri=source, tracking_uri=uri, dst_path=draft)
+            with suppress(OSError):  # another process was first
+                Path(fetched).rename(kept)
+    return kept
 
 
 def _with_digest(client: MlflowClient, digest: str) -> list[ModelVersion]:

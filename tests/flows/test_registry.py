@@ -2,7 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +16,7 @@ import pytest
 from diffusion_core.model import BadModelError, model_digest
 from domains.base import BadInputError
 from flows import registry
+from flows.prefect_server import wait_until_healthy
 
 NAMES = ["sashiko-ct", "sashiko-mri", "sashiko-city"]
 
@@ -142,3 +149,42 @@ def test_a_directory_is_resolved_without_opening_the_registry(tmp_path: Path, ho
     resolved = registry.resolve_model(str(model))
     assert (resolved.path, resolved.name, resolved.version) == (model, "m", "")
     assert not home.exists()
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real MLflow server that keeps the artifacts to itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(uri, process, tmp_path / "server.log")
+        monkeypatch.setenv("SASHIKO_MLFLOW_URI", uri)
+        monkeypatch.setenv("SASHIKO_CACHE", str(tmp_path / "cache"))
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_model_on_a_server_is_fetched_once_whole_and_checked(
+    tmp_path: Path, mlflow_server: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path / "m", b"one")
+    registry.register_model(model, NAMES)
+    registry.promote(NAMES[0], 1)
+    resolved = registry.resolve_model("models:/sashiko-ct@champion")
+    assert resolved.path == tmp_path / "cache" / "models" / model_digest(model)
+    assert [p.name for p in resolved.path.parent.iterdir()] == [resolved.digest]
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", None)
+    assert registry.resolve_model("models:/sashiko-city/1").path == resolved.path
+    (resolved.path / "weights.safetensors").write_bytes(b"bad")
+    with pytest.raises(BadModelError, match="sha256 differs"):
+        registry.resolve_model("models:/sashiko-ct@champion")
