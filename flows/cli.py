@@ -352,14 +352,22 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         code = cli.main(arguments, prog_name="sashiko", standalone_mode=False)
         return code if isinstance(code, int) else OK
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
-        return INTERRUPTED
     except click.ClickException as error:
         error.show()
         return BAD_INPUT
-    except Exception as error:
-        return explain(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if not _is_interruption(error):
+            return explain(error)
+        click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
+        return INTERRUPTED
+
+
+def _is_interruption(error: BaseException) -> bool:
+    """Whether Ctrl-C or a signal is behind an error: Ray's waiting turns it into a SystemError."""
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort | SystemExit):
+        return True
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, SystemError) and cause is not None and _is_interruption(cause)
 
 
 def _run(command: str, settings: Any, *, prefect: bool, ask: Any = None) -> Any:

@@ -131,6 +131,16 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(
     assert_one_sentence(err, "the same command goes on")
 
 
+def test_an_interruption_of_ray_s_waiting_is_one_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stop() -> None:
+        raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+
+    monkeypatch.setattr("flows.registry.models", stop)
+    assert sashiko(capsys, "models")[0] == 130
+
+
 def test_a_text_file_named_nifti_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     bad = tmp_path / "scan.nii.gz"
     bad.write_text("Dear doctor, this is not an image.\n")
