@@ -37,6 +37,7 @@ json_flag = click.option("--json", "as_json", is_flag=True, help="Print the answ
 prefect_flag = click.option(
     "--prefect/--no-prefect", default=True, help="Run as a Prefect flow, or call directly."
 )
+model_option = click.option("--model", help="starter, a directory or models:/NAME@ALIAS.")
 seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
 
 
@@ -49,7 +50,6 @@ def compute_options(command: F) -> F:
         click.option("--workers", "num_workers", type=int, help="[default: one a core or GPU]"),
         click.option("--executor", type=executor, help="[default: ray]"),
         click.option("--dtype", type=dtype, help="Of the network.  [default: bfloat16]"),
-        click.option("--model", help="starter, a directory or models:/NAME@ALIAS."),
     ):
         command = option(command)
     return command
@@ -89,7 +89,7 @@ def demo(output: Path, prefect: bool, as_json: bool) -> int:
     with Terminal() as terminal:
         result = run_demo(output, prefect=prefect, on_event=terminal)
     _answer(result, result.summary(), as_json=as_json)
-    return OK
+    return _exit_code(result)
 
 
 @cli.command()
@@ -172,6 +172,7 @@ def train(config: Path, changes: Sequence[str], prefect: bool, as_json: bool) ->
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
 @click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
 @click.option("--report", type=PATH, help="Write a page with pictures into this folder.")
+@model_option
 @compute_options
 @prefect_flag
 def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
@@ -202,6 +203,7 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 @click.option("--method", help="Solver or classical method.  [default: the task's own]")
 @click.option("--levels", type=int, help="Evaluations of the network.  [default: the task's own]")
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
+@model_option
 @compute_options
 @prefect_flag
 @json_flag
@@ -240,7 +242,6 @@ def review(answer: bool | None, prefect: bool, as_json: bool, **options: Any) ->
     """Compare a candidate with the champion; promote on a yes."""
     from flows.config import ReviewSettings
 
-    options.pop("model")
     if answer is not None:
         options["answer"] = "yes" if answer else "no"
     settings = ReviewSettings(**_computing(options))
@@ -293,6 +294,7 @@ def rollback(name: str) -> int:
 @click.option("--inbox", type=PATH, required=True, help="Folder of job folders (job.yaml, files).")
 @click.option("--output", type=PATH, required=True)
 @click.option("--settle-s", type=float, help="Leave files younger than this.  [default: 30]")
+@model_option
 @compute_options
 @prefect_flag
 @json_flag

@@ -44,6 +44,7 @@ class DemoResult:
         results: its rows as JSON.
         rows: the same rows.
         champions: registered name -> version.
+        quarantined: what could not be restored, with reasons.
         seconds: wall time.
     """
 
@@ -52,6 +53,7 @@ class DemoResult:
     results: Path
     rows: Sequence[dict[str, Any]]
     champions: dict[str, str]
+    quarantined: Sequence[Any]
     seconds: float
 
     def summary(self) -> str:
@@ -104,7 +106,8 @@ def demo(
         results = [path.evaluate(domain) for domain in demo_tasks()]
     _step(on_event, "writing the report")
     page, rows_path, rows = _report(results, root / "report")
-    return DemoResult(root, page, rows_path, rows, champions, time.monotonic() - start)
+    bad = [entry for result in results for entry in result.quarantined]
+    return DemoResult(root, page, rows_path, rows, champions, bad, time.monotonic() - start)
 
 
 @dataclass(frozen=True)
