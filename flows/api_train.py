@@ -217,9 +217,10 @@ def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
         return [path.resolve() for path in settings.data]
     from flows.api_data import ingest_samples
 
-    path = Home().home / "datasets" / "samples.zarr"
+    extra = settings.extra_samples
+    path = Home().home / "datasets" / ("samples-extra.zarr" if extra else "samples.zarr")
     if not path.exists():
-        ingest_samples(path, splits=("train", "validation"), on_event=report)
+        ingest_samples(path, splits=("train", "validation"), extra=extra, on_event=report)
     return [path.resolve()]
 
 
@@ -248,6 +249,7 @@ _MAY_CHANGE = {
     "register_as",
     "calibration_items",
     "data",
+    "extra_samples",
 }
 
 

@@ -136,6 +136,9 @@ class TrainSettings(Settings):
 
     name: str
     data: list[Path] = Field(default_factory=list, description="datasets; empty: the samples")
+    extra_samples: Path | None = Field(
+        None, description="folder of the catalogue's local files, to learn from beside the samples"
+    )
     output: Path = Path("runs")
     conditions: dict[str, float] = Field(description="network condition -> share of the batch")
     network: dict[str, Any]

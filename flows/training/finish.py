@@ -43,7 +43,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         model_card(settings, step, metrics, sources),
         {
             "training": settings.model_dump(
-                mode="json", exclude={"data", "output", "compute", "init_from"}
+                mode="json", exclude={"data", "output", "compute", "init_from", "extra_samples"}
             ),
             "started_from": started_from(settings),
             "num_steps": step,
