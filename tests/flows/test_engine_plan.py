@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from engine_kit import make_store, method, tiny_plan
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_domain import tiny_item, tiny_measurement
 
 from domains.base import BadInputError
-from flows.config import MethodSettings, load_method
+from flows.config import MethodSettings, config_path, load_method
 from flows.engine import grid as grids
 from flows.engine.grid import make_grid
 from flows.engine.methods import resolve_method
@@ -253,6 +254,15 @@ def test_what_is_left_open_comes_from_the_task():
 
 def test_a_name_that_is_no_solver_is_a_classical_method():
     assert resolve_method(MethodSettings(name="tv"), entry()).kind == "baseline"
+
+
+def test_classical_methods_have_the_parameters_frozen_for_the_task():
+    path = config_path("baselines", "inpaint-random70.yaml")
+    frozen = yaml.safe_load(path.read_text())["methods"]["tv"]
+    assert resolve_method(MethodSettings(name="tv"), entry()).options == frozen
+    changed = resolve_method(MethodSettings(name="tv", options={"strength": 1.5}), entry())
+    assert changed.options == {**frozen, "strength": 1.5}
+    assert resolve_method(changed, entry()) == changed, "what is resolved stays as it is"
 
 
 def test_a_damaged_image_is_treated_as_the_task_it_is_most_like():

@@ -88,6 +88,16 @@ def test_tiles_with_their_halo_make_the_pixels_of_the_whole_plane(tmp_path, monk
     assert MAX_CANVAS_PX > 170 * 235
     one, other = published(tmp_path / "whole"), published(tmp_path / "tiles")
     np.testing.assert_array_equal(*one.values(), *other.values())
+    # Each tile's residual is that of its own pixels, not of those around it.
+    [entry] = open_restored(tmp_path / "tiles").items()
+    measurement = Measurements(store).read("item-0", "given")
+    x = np.moveaxis(open_restored(tmp_path / "tiles").read(entry), 0, 1) / 100
+    for block, told in zip(tiles.items[0].blocks(), entry.facts["residuals"], strict=True):
+        r = block.write
+        box = (slice(r.z0, r.z1), slice(None), slice(r.y0, r.y1), slice(r.x0, r.x1))
+        mask = measurement.arrays["mask"][box]
+        misfit = (measurement.y[box] - x[box])[mask] / 0.1
+        assert told == pytest.approx((misfit**2).mean(), rel=1e-4)
 
 
 def test_the_residual_is_that_of_the_published_pixels(store, tmp_path):
@@ -213,6 +223,7 @@ def test_a_staged_chunk_that_is_gone_or_short_invalidates_its_receipt(store, tmp
     first, second, *_ = staged_files(tmp_path)
     first.unlink()
     second.write_bytes(second.read_bytes()[:-1])
+    assert load_receipts(LocalObjects(tmp_path), plan.items[0]).keys() == {2, 3}
     assert run(plan).num_computed == 2 + 2
     np.testing.assert_array_equal(published(tmp_path)["item-0", "twice"], expected(store))
 
@@ -310,6 +321,22 @@ def test_of_two_drivers_at_the_finish_one_manifest_wins(store, tmp_path, monkeyp
     assert len(list(tmp_path.glob("items/*/*/*"))) == 1, "the loser removed its own folder"
     assert len(list(tmp_path.glob("manifests/*"))) == 1
     np.testing.assert_array_equal(published(tmp_path)["item-0", "twice"], expected(store))
+
+
+def test_a_failure_of_a_driver_that_was_overtaken_condemns_nothing(store, tmp_path):
+    way = method("refuse", once=str(tmp_path / "once"))
+    plan = tiny_plan(store, tmp_path / "out", way, items=["item-0"])
+
+    class Overtaken(InlineExecutor):
+        def run(self, next_job):
+            for outcome in super().run(next_job):
+                if outcome.failure is not None:
+                    run(plan)  # another driver does the item before the failure is heard of
+                yield outcome
+
+    result = run_plan(plan, Overtaken())
+    assert (result.num_lost, result.quarantined) == (1, ())
+    assert len(result.published) == 1
 
 
 def test_a_driver_that_wakes_up_after_another_published_touches_nothing(store, tmp_path):

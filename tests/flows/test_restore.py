@@ -1,6 +1,8 @@
 """`restore`: measurements or damaged images in, published items and files out."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +290,27 @@ def test_the_plan_is_what_restore_does_and_leaves_nothing(photos, tmp_path):
     assert restore(asked).campaign == planned.campaign
     with pytest.raises(PlanRefusedError, match=r"limit is 0\.0 GB"):
         plan(asked.model_copy(update={"compute": ComputeSettings(memory_limit_bytes=1)}))
+
+
+def test_planning_with_a_model_imports_neither_torch_nor_ray_nor_prefect(model, tmp_path):
+    store = make_store(tmp_path / "m.zarr")
+    code = f"""
+import sys
+from flows.api_restore import plan
+from flows.config import RestoreSettings
+planned = plan(RestoreSettings(input={str(store)!r}, output="out", model={str(model)!r}))
+assert planned.items[0].model.digest
+print([name for name in ("torch", "ray", "prefect", "mlflow") if name in sys.modules])
+"""
+    kit = str(Path(__file__).parents[1] / "kit")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": kit, "PATH": ""},
+    )
+    assert done.stdout.strip() == "[]"
 
 
 # --- solvers -------------------------------------------------------------------------------------
