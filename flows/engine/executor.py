@@ -165,7 +165,7 @@ class RayExecutor:
                 if not busy and not hungry:
                     break
                 # Nobody waits for an actor to start when there is nothing for it to do.
-                waiting = {**busy, **starting} if hungry else busy
+                waiting = {**starting, **busy} if hungry else busy
                 yield from self._collect(waiting[_first_ready(list(waiting))])
             finished = True
         finally:
