@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_LOG = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 100 * 2**20  # coordinates and receipts only: Ray's default is 30% of memory
 
 
@@ -29,13 +31,29 @@ def connect(address: str | None, num_cpus: int) -> bool:
     if address:
         ray.init(address=address, **quiet)
     else:
-        ray.init(
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        _start(num_cpus, quiet)
     return True
+
+
+def _start(num_cpus: int, quiet: dict[str, Any]) -> None:
+    """Start Ray here. On a busy machine it may miss its own deadline of 30 s: then once more."""
+    import ray
+
+    for last in (False, False, True):
+        try:
+            ray.init(
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:
+            ray.shutdown()
+            if last or "timed out" not in str(error):
+                raise
+            _LOG.info("Ray did not start in time; trying again")
+        else:
+            return
 
 
 @contextmanager

@@ -182,6 +182,25 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_endless_wait(local_ray, stor
         run_plan(plan, wants_gpu)
 
 
+def test_ray_that_misses_its_deadline_is_started_again(monkeypatch):
+    import ray
+
+    from flows.engine.ray_session import connect
+
+    starts = []
+
+    def slow(**settings):
+        starts.append(settings["num_cpus"])
+        if len(starts) < 3:
+            raise Exception("The current node timed out during startup.")  # Ray raises no other
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    assert connect(None, 2)
+    assert starts == [2, 2, 2]
+
+
 def test_the_settings_choose_the_executor_and_the_workers_default_to_the_cores():
     assert isinstance(make_executor(ComputeSettings(executor="inline")), InlineExecutor)
     assert make_executor(ComputeSettings(num_workers=3)).num_workers == 3
