@@ -410,7 +410,7 @@ def _method(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
     from flows.config import MethodSettings
 
     fields = {"name": name, "num_levels": num_levels}
-    return MethodSettings(**_given(fields)).model_dump()
+    return MethodSettings(**_given(fields)).model_dump(exclude_unset=True)  # the rest is the task's
 
 
 def _ask_here(comparison: Comparison) -> bool:
