@@ -132,13 +132,14 @@ def prepare(
         on_event: told of each file read.
         work: where the measurements of damaged images are made; default: in the output.
     """
+    model = _model(settings)  # before the images: a name mistyped is told at once
     given = _measurements(settings, work or settings.output / ".work", on_event)
     compute = settings.compute
     planned = make_plan(
         given.path,
         settings.output,
         settings.method,
-        _model(settings),
+        model,
         seed=settings.seed,
         dtype=settings.dtype,
         device_class="cuda" if compute.num_gpus_per_worker > 0 else "cpu",

@@ -127,7 +127,8 @@ class Restorer:
         model = self._model(item.model, item.dtype, item.device_class)
         solver = self._solver(model, problem.condition, method.name, method.options)
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
-        origin = (block.read.z0, block.read.y0, block.read.x0)
+        bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
+        origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
         result = solver(
             _bounded(model.denoiser(problem.condition), item.device_class, origin[1:]),
             problem.operator,

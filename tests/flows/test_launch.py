@@ -15,7 +15,8 @@ from flows.prefect_server import healthy
 pytestmark = pytest.mark.prefect
 
 SLEEPING_COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
 import flows.api_data
 from flows import cli
 

@@ -17,7 +17,7 @@ from diffusion_core.model import Model
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
-from domains.base import BadInputError
+from domains.base import BadInputError, Item
 from domains.registry import load_domain
 from flows.api_restore import collect, plan, prepare, restore, restore_window
 from flows.config import ComputeSettings, MethodSettings, RestoreSettings
@@ -27,7 +27,7 @@ from flows.engine.executor import InlineExecutor
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import open_restored
 from flows.given import missing_pixels, nodata_pixels, read_kernel
-from flows.store import DatasetWriter, Measurements
+from flows.store import DatasetWriter, Measurements, MeasurementWriter
 
 INLINE = ComputeSettings(executor="inline")
 FILL = MethodSettings(name="telea", kind="baseline")
@@ -207,6 +207,15 @@ def test_a_missing_input_and_an_empty_folder_are_told(tmp_path):
             restore(settings(source, tmp_path / "out", domain="city", scale=2))
 
 
+def test_a_model_that_is_not_there_is_told_before_any_image_is_read(photos, tmp_path):
+    told, listen = recorder()
+    asked = filled(photos, tmp_path / "out", method=None, model=str(tmp_path / "nowhere"))
+    with pytest.raises(BadInputError, match="nowhere"):
+        restore(asked, listen)
+    assert told == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_masks_and_kernels_are_read_as_people_save_them(tmp_path):
     jpeg_like = np.array([[[[3, 120, 140, 255]]]], np.uint8)
     assert missing_pixels(jpeg_like).tolist() == [[[False, False, True, True]]]
@@ -314,6 +323,30 @@ print([name for name in ("torch", "ray", "prefect", "mlflow") if name in sys.mod
 
 
 # --- solvers -------------------------------------------------------------------------------------
+
+
+def test_every_band_of_every_frame_has_noise_of_its_own(model, tmp_path):
+    """Two equal frames of two equal bands, in a block each: no two of the four have equal noise."""
+    plane = picture(0, (1, 1, 40, 48))
+    record = load_domain("city").read(_saved(plane, tmp_path / "p.png")).record
+    pixels = np.broadcast_to(plane, (2, 2, 40, 48)).copy()
+    item = Item(pixels, replace(record, shape=pixels.shape))
+    given = load_domain("city").given(
+        item, mask=np.zeros((40, 48), bool), kernel=None, scale=None, sigma_y=0.5
+    )
+    with MeasurementWriter(tmp_path / "m.zarr") as writer:
+        writer.add(given)
+    way = MethodSettings(name="diffpir", num_levels=2, sigma_max=0.7, sigma_min=0.3, rho=3.0)
+    asked = settings(tmp_path / "m.zarr", tmp_path / "out", model=str(model), method=way)
+    restore(asked.model_copy(update={"slices_per_block": 1}))
+    restored = open_restored(tmp_path / "out")
+    planes = restored.read(restored.items()[0]).reshape(4, -1)
+    assert len({plane.tobytes() for plane in planes}) == 4
+
+
+def _saved(plane: np.ndarray, path: Path) -> Path:
+    Image.fromarray(plane[0, 0]).save(path)
+    return path
 
 
 @pytest.mark.parametrize("name", ["covprox", "diffpir", "dds", "kriging"])
