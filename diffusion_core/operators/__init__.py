@@ -1,35 +1,48 @@
 """Generic linear maps; the physics lives in domains/.
 
-kind        operator  what solvers can use in closed form
-identity    Identity  A = I
-mask        Mask      mask: A is a projection
-blur        Blur      transfer: diagonal in Fourier
-pool        Pool      factor: A A' = I / factor^2
-fourier     Fourier   mask, channels: diagonal in Fourier
-sparse      Sparse    matrix, transpose
-compose     Compose   outer, inner
-stack       Stack     operators, split
+kind          operator     what solvers can use in closed form
+identity      Identity     A = I
+mask          Mask         mask: A is a projection
+mosaic        Mosaic       A A' = I, A' A a mask for each channel
+blur          Blur         transfer: diagonal in Fourier
+varying-blur  VaryingBlur  transfers, weights: nearly diagonal in Fourier near every node
+pool          Pool         factor: A A' = I / factor^2
+downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
+fourier       Fourier      mask, channels: diagonal in Fourier
+multi-coil    MultiCoil    mask, sensitivities
+sparse        Sparse       matrix, transpose
+compose       Compose      outer, inner
+stack         Stack        operators, split
 """
 
 from diffusion_core.operators.base import Operator, inner
 from diffusion_core.operators.blur import Blur, transfer_function
 from diffusion_core.operators.compose import Compose, Stack
+from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
 from diffusion_core.operators.identity import Identity
 from diffusion_core.operators.mask import Mask
+from diffusion_core.operators.mosaic import Mosaic
+from diffusion_core.operators.multi_coil import MultiCoil
 from diffusion_core.operators.pool import Pool
 from diffusion_core.operators.sparse import Sparse
+from diffusion_core.operators.varying_blur import VaryingBlur
 
 __all__ = [
     "Blur",
     "Compose",
+    "Downsample",
     "Fourier",
     "Identity",
     "Mask",
+    "Mosaic",
+    "MultiCoil",
     "Operator",
     "Pool",
     "Sparse",
     "Stack",
+    "VaryingBlur",
+    "bicubic_kernel",
     "from_complex",
     "inner",
     "to_complex",

@@ -126,3 +126,12 @@ def _hat_weights(frequency: Tensor, log_knots: Tensor) -> Tensor:
     """(knots, h, w) weights of each mode on each knot: hats, the transpose of interpolation."""
     log_f = frequency.clamp_min(1e-9).log()
     return interpolate(log_f, log_knots, torch.eye(len(log_knots), dtype=torch.float64))
+
+
+def full_spectrum(half: Float[Tensor, "c h w_half"], width: int) -> Float[Tensor, "c h w"]:
+    """The spectrum of a real field at all modes from those that rfft2 keeps."""
+    columns = torch.arange(width, device=half.device)
+    kept = columns < half.shape[-1]
+    full = half[..., torch.where(kept, columns, width - columns)]
+    rows = (-torch.arange(half.shape[-2], device=half.device)) % half.shape[-2]
+    return torch.where(kept, full, full[..., rows, :])

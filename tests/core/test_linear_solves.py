@@ -10,11 +10,16 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.operators import (
     Blur,
     Compose,
+    Downsample,
     Fourier,
     Identity,
     Mask,
+    Mosaic,
+    MultiCoil,
     Pool,
     Sparse,
+    Stack,
+    VaryingBlur,
 )
 from diffusion_core.posterior.cg import conjugate_gradient
 from diffusion_core.posterior.gaussian import white_covariance
@@ -77,6 +82,24 @@ def lines_mask(size):
     return random_mask(1, 1, size[0], 1).expand(1, 1, *size).contiguous()
 
 
+def varying_blur(size):
+    """Narrow kernels on the left, wide and skewed ones on the right."""
+    kernels = torch.zeros(2, 3, 9, 9, dtype=torch.float64)
+    kernels[:, 0, 4, 4] = 1.0
+    kernels[:, 1], kernels[:, 2] = kernel(), kernel().roll(2, 0)
+    return VaryingBlur(kernels, size)
+
+
+def coils(size, num_coils=4):
+    """Smooth sensitivities of coils round the image, and every other line or so."""
+    rows, columns = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in size)
+    turns = torch.arange(num_coils) * 2 * torch.pi / num_coils
+    y, x = torch.sin(turns)[:, None, None], torch.cos(turns)[:, None, None]
+    distance = (rows[:, None] - y) ** 2 + (columns - x) ** 2
+    maps = torch.polar(torch.exp(-0.7 * distance), distance + turns[:, None, None])
+    return MultiCoil(lines_mask(size), maps[None])
+
+
 OPERATORS = {
     "identity": (lambda size: Identity(), 3),
     "mask": (lambda size: Mask(random_mask(2, 1, *size)), 3),
@@ -86,8 +109,19 @@ OPERATORS = {
     "fourier-real": (lambda size: Fourier(lines_mask(size), 1), 1),
     "fourier-complex": (lambda size: Fourier(lines_mask(size), 2), 2),
     "projector": (lambda size: projector(size, 7), 1),
+    "mosaic": (lambda size: Mosaic(), 3),
+    "varying-blur": (varying_blur, 1),
+    "bicubic": (lambda size: Downsample.bicubic(4, size), 3),
+    "multi-coil": (coils, 2),
+    "stacked": (
+        lambda size: Stack([Pool(4), Mask(random_mask(1, 1, *size, share=0.1))], (1, *size)),
+        1,
+    ),
     "composed": (lambda size: Compose(Pool(4), Blur(kernel(), size)), 1),
 }
+
+
+SMALLER = {"multi-coil": (16, 16)}  # several data a pixel: a dense solve of 32^2 takes too long
 
 
 def run_step(name, variance, local, size=SIZE, inflation=3.0, accuracy=EXACTLY):
@@ -95,6 +129,8 @@ def run_step(name, variance, local, size=SIZE, inflation=3.0, accuracy=EXACTLY):
     make, channels = OPERATORS[name]
     if channels == 3:
         size = (size[0] // 2, size[1] // 2)
+    elif size == SIZE:
+        size = SMALLER.get(name, size)
     operator = make(size)
     mu = smooth_image(2, channels, size)
     step = data_step(operator)
@@ -139,37 +175,51 @@ def test_noisy_data_agree_with_a_dense_solve(name, local):
 
 
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("name", ["mask", "mask-by-channel", "pool", "fourier-real"])
+@pytest.mark.parametrize(
+    "name", ["mask", "mask-by-channel", "mosaic", "pool", "bicubic", "fourier-real"]
+)
 def test_exact_data_agree_with_a_dense_solve(name, local):
     got, expected, _ = update_and_oracle(name, 0.0, local=local, size=(24, 24))
     assert relative(got, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["blur", "pool", "fourier-real", "fourier-complex"])
+@pytest.mark.parametrize("name", ["blur", "pool", "bicubic", "fourier-real", "fourier-complex"])
 def test_stationary_priors_are_solved_in_closed_form(name):
     assert run_step(name, 0.04**2, local=False)[0].num_steps == 0
 
 
-@pytest.mark.parametrize("name", ["mask", "blur", "pool", "fourier-real", "projector"])
+EACH_SLICE = ["mask", "mosaic", "blur", "varying-blur", "pool", "bicubic"]
+EACH_SLICE += ["fourier-real", "multi-coil", "projector"]
+
+
+@pytest.mark.parametrize("name", EACH_SLICE)
 def test_each_slice_may_have_its_own_noise(name):
     variance = torch.tensor([0.03, 0.2], dtype=torch.float64).reshape(2, 1, 1, 1) ** 2
     got, expected, _ = update_and_oracle(name, variance, local=True)
     assert relative(got, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["mask", "projector", "blur", "fourier-complex"])
+EACH_DATUM = ["mask", "mosaic", "projector", "blur", "varying-blur", "bicubic", "fourier-complex"]
+EACH_DATUM += ["multi-coil"]
+
+
+@pytest.mark.parametrize("name", EACH_DATUM)
 def test_each_datum_may_have_its_own_noise(name):
     make, channels = OPERATORS[name]
-    size = (16, 16) if channels == 3 else SIZE
+    size = (16, 16) if channels == 3 else SMALLER.get(name, SIZE)
     like = make(size).A(torch.zeros(2, channels, *size, dtype=torch.float64)).real
     variance = 0.05**2 * torch.exp(0.7 * DRAWS.normal(0, like, 8))
     got, expected, _ = update_and_oracle(name, variance, local=True)
     assert relative(got, expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["blur", "fourier-real", "fourier-complex", "projector"])
-def test_odd_sizes(name):
-    got, expected, _ = update_and_oracle(name, 0.04**2, local=True, size=(21, 27))
+ODD = [(name, (21, 27)) for name in ("blur", "varying-blur", "fourier-real", "fourier-complex")]
+ODD += [("projector", (21, 27)), ("mosaic", (22, 26)), ("multi-coil", (13, 15))]
+
+
+@pytest.mark.parametrize(("name", "size"), ODD)
+def test_odd_sizes(name, size):
+    got, expected, _ = update_and_oracle(name, 0.04**2, local=True, size=size)
     assert relative(got, expected) < 1e-6
 
 
@@ -222,6 +272,7 @@ def test_a_loose_tolerance_is_reported():
 def test_solves_converge_in_few_steps():
     # What the defaults rely on; a broken preconditioner still converges, but slowly.
     most = {"projector": 20, "fourier-real": 7, "blur": 6, "pool": 6, "mask": 20}
+    most |= {"mosaic": 20, "varying-blur": 22, "bicubic": 6, "multi-coil": 20}
     for name, steps in most.items():
         update, *_ = run_step(name, 0.04**2, local=True, accuracy=Accuracy(1e-3, 500))
         assert update.num_steps <= steps, name

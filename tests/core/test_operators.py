@@ -5,19 +5,25 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 from scipy.sparse import random_array
 
 from diffusion_core.operators import (
     Blur,
     Compose,
+    Downsample,
     Fourier,
     Identity,
     Mask,
+    Mosaic,
+    MultiCoil,
     Operator,
     Pool,
     Sparse,
     Stack,
+    VaryingBlur,
+    bicubic_kernel,
     inner,
 )
 from diffusion_core.operators.sparse import _torch_csr
@@ -43,6 +49,15 @@ def sparse(scale: float = 1.0, shape: tuple[int, int] = (17, 23)) -> Sparse:
     size = (5 * 6, shape[0] * shape[1])
     matrix = random_array(size, density=0.2, format="csr", rng=rng, dtype=np.float32)
     return Sparse(matrix, matrix.T.tocsr(), shape, (5, 6), scale)
+
+
+def coil_maps(batch: int = 1, coils: int = 3, size=(17, 23)) -> torch.Tensor:
+    shape = (batch, coils, *size)
+    return torch.complex(normal(*shape, seed=12), normal(*shape, seed=13))
+
+
+def node_kernels(dtype: torch.dtype = torch.float64, grid=(2, 3)) -> torch.Tensor:
+    return normal(*grid, 4, 7, seed=11, dtype=dtype).abs()
 
 
 class TestIdentity(LinearOperatorContract):
@@ -73,6 +88,41 @@ class TestBlurWiderThanTheImage(LinearOperatorContract):
 class TestPool(LinearOperatorContract):
     def make(self, dtype):
         return Pool(3), (2, 3, 15, 21)
+
+
+class TestVaryingBlur(LinearOperatorContract):
+    def make(self, dtype):
+        return VaryingBlur(node_kernels(dtype), (17, 23)), ODD
+
+
+class TestVaryingBlurOfOneRow(LinearOperatorContract):
+    def make(self, dtype):
+        return VaryingBlur(node_kernels(dtype, grid=(1, 4)), (5, 9)), (2, 1, 5, 9)
+
+
+class TestBicubicByThree(LinearOperatorContract):
+    def make(self, dtype):
+        return Downsample.bicubic(3, (15, 21)), (2, 3, 15, 21)
+
+
+class TestBicubicByFour(LinearOperatorContract):
+    def make(self, dtype):
+        return Downsample.bicubic(4, (20, 28)), (2, 3, 20, 28)
+
+
+class TestMosaic(LinearOperatorContract):
+    def make(self, dtype):
+        return Mosaic(), ODD
+
+
+class TestMultiCoil(LinearOperatorContract):
+    def make(self, dtype):
+        return MultiCoil(coin(2, 1, 1, 23), coil_maps()), (2, 2, 17, 23)
+
+
+class TestMultiCoilWithMapsOfEachSlice(LinearOperatorContract):
+    def make(self, dtype):
+        return MultiCoil(coin(1, 1, 17, 23), coil_maps(2)), (2, 2, 17, 23)
 
 
 class TestFourierReal(LinearOperatorContract):
@@ -209,6 +259,82 @@ def test_pool_refuses_sizes_that_do_not_divide():
         Pool(3).A(normal(1, 1, 15, 22))
 
 
+def test_a_varying_blur_of_a_point_gathers_from_each_pixels_own_kernel():
+    """The definition, term by term: y(p) = k_p(p - q) at the point q, k_p bilinear in p."""
+    h, w, (row, column) = 17, 23, (8, 10)
+    kernels, x = node_kernels(), torch.zeros(1, 1, h, w, dtype=torch.float64)
+    x[0, 0, row, column] = 1.0
+    y = VaryingBlur(kernels, (h, w)).A(x)[0, 0].numpy()
+    expected = np.zeros((h, w))
+    for i in range(4):
+        for j in range(7):
+            at = row + i - 2, column + j - 3
+            u, v = at[0] / (h - 1) * 1, at[1] / (w - 1) * 2  # place on the 2 x 3 grid of nodes
+            a, b = min(int(u), 0), min(int(v), 1)
+            corner = kernels[a : a + 2, b : b + 2, i, j].numpy()
+            mixed = (1 - (u - a)) * corner[0] + (u - a) * corner[1]
+            expected[at] = (1 - (v - b)) * mixed[0] + (v - b) * mixed[1]
+    assert np.allclose(y, expected, atol=1e-14)
+
+
+def test_a_varying_blur_of_equal_kernels_is_a_blur():
+    kernel, x = lopsided_kernel(), normal(*ODD)
+    varying = VaryingBlur(kernel.expand(3, 2, 4, 7), (17, 23))
+    assert torch.allclose(varying.A(x), Blur(kernel, (17, 23)).A(x), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_bicubic_is_pillows_away_from_the_border(factor):
+    """PIL's BICUBIC reducing filter in 32-bit floats: an independent implementation."""
+    h, w = 12 * factor, 15 * factor
+    x = normal(1, 1, h, w, dtype=torch.float32)
+    small = Image.fromarray(x[0, 0].numpy()).resize((15, 12), Image.Resampling.BICUBIC)
+    y = Downsample.bicubic(factor, (h, w)).A(x.double())[0, 0].numpy()
+    assert np.abs(y - np.asarray(small))[2:-2, 2:-2].max() < 2e-6
+
+
+def test_bicubic_keeps_what_is_constant_and_shares_its_corners():
+    """Its kernel sums to 1, and a ramp stays a ramp through the centres of coarse pixels."""
+    fine = torch.arange(60, dtype=torch.float64).expand(1, 1, 60, 60)
+    y = Downsample.bicubic(4, (60, 60)).A(fine)[0, 0, 7]
+    centres = torch.arange(15, dtype=torch.float64) * 4 + 1.5
+    assert torch.allclose(y[2:-2], centres[2:-2], atol=1e-12)
+    assert abs(float(bicubic_kernel(3).sum()) - 1) < 1e-15
+
+
+def test_downsampling_by_a_box_is_pooling():
+    x, box = normal(2, 3, 15, 21), torch.full((3, 3), 1 / 9, dtype=torch.float64)
+    assert torch.allclose(Downsample(box, 3, (15, 21)).A(x), Pool(3).A(x), rtol=1e-12)
+
+
+def test_a_mosaic_is_bayers():
+    x = normal(*ODD)
+    y = Mosaic().A(x)
+    assert y.shape == (2, 1, 17, 23)
+    assert torch.equal(y[:, 0, 0::2, 0::2], x[:, 0, 0::2, 0::2])
+    assert torch.equal(y[:, 0, 0::2, 1::2], x[:, 1, 0::2, 1::2])
+    assert torch.equal(y[:, 0, 1::2, 0::2], x[:, 1, 1::2, 0::2])
+    assert torch.equal(y[:, 0, 1::2, 1::2], x[:, 2, 1::2, 1::2])
+    assert torch.equal(Mosaic().A(Mosaic().A_adjoint(y)), y)
+
+
+def test_each_coil_is_a_fourier_measurement_of_what_it_sees():
+    mask, maps, x = coin(2, 1, 1, 23), coil_maps(), normal(2, 2, 17, 23)
+    y = MultiCoil(mask, maps).A(x)
+    image = x[:, 0].numpy() + 1j * x[:, 1].numpy()
+    for j in range(3):
+        expected = np.fft.fft2(maps[0, j].numpy() * image, norm="ortho") * mask[:, 0].numpy()
+        assert np.allclose(y[:, j].numpy(), expected, rtol=1e-12)
+
+
+def test_one_coil_of_sensitivity_one_is_the_single_coil_operator():
+    mask, x = coin(2, 1, 1, 23), normal(2, 2, 17, 23)
+    alone = Fourier(mask, channels=2)
+    coil = MultiCoil(mask, torch.ones(1, 1, 17, 23, dtype=torch.complex64))
+    assert torch.allclose(coil.A(x), alone.A(x), rtol=1e-13)
+    assert torch.allclose(coil.A_adjoint(coil.A(x)), alone.normal(x), rtol=1e-13)
+
+
 def test_fourier_is_numpys_unitary_transform_masked():
     mask, x = coin(2, 1, 1, 23), normal(2, 2, 17, 23)
     y = Fourier(mask, channels=2).A(x)
@@ -288,6 +414,15 @@ def test_compose_is_one_after_the_other():
         (lambda: Fourier(coin(1, 1, 4, 4), channels=2).A(normal(1, 1, 4, 4)), "expected 2"),
         (lambda: Blur(lopsided_kernel(), (4, 4)).A(normal(1, 1, 4, 5)), "built for"),
         (lambda: Pool(0), "factor"),
+        (lambda: VaryingBlur(lopsided_kernel(), (4, 4)), "kernels must be real"),
+        (lambda: VaryingBlur(node_kernels(), (4, 4)).A(normal(1, 1, 4, 5)), "built for"),
+        (lambda: Downsample.bicubic(3, (15, 22)), "15 x 22 pixels do not divide by 3"),
+        (lambda: Downsample(bicubic_kernel(3), 4, (16, 16)), "give even sides"),
+        (lambda: Mosaic("RGBX"), "four letters"),
+        (lambda: Mosaic().A(normal(1, 1, 4, 4)), "expected 3"),
+        (lambda: MultiCoil(torch.ones(1, 1, 4, 4), coil_maps()), "boolean"),
+        (lambda: MultiCoil(coin(1, 1, 4, 4), coil_maps().real), "must be complex"),
+        (lambda: MultiCoil(coin(1, 1, 17, 23), coil_maps()).A(normal(*ODD)), "expected 2"),
         (lambda: sparse().A(normal(1, 1, 17, 24)), "expected"),
         (lambda: Sparse(sparse().matrix, sparse().matrix, (17, 23), (5, 6)), "do not map"),
     ],
@@ -302,6 +437,48 @@ def test_moving_to_a_device_reaches_nested_operators():
     moved = Compose(mask, Blur(lopsided_kernel(), (15, 21))).to("meta")
     assert moved.outer.mask.device.type == moved.inner.transfer.device.type == "meta"
     assert mask.mask.device.type == "cpu"
+
+
+DEVICES = [
+    "meta",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+ON_DEVICES = {
+    "identity": (Identity, (2, 3, 16, 24)),
+    "mask": (lambda: Mask(coin(2, 1, 16, 24)), (2, 3, 16, 24)),
+    "mosaic": (Mosaic, (2, 3, 16, 24)),
+    "blur": (lambda: Blur(lopsided_kernel(), (16, 24)), (2, 3, 16, 24)),
+    "varying-blur": (lambda: VaryingBlur(node_kernels(), (16, 24)), (2, 3, 16, 24)),
+    "pool": (lambda: Pool(4), (2, 3, 16, 24)),
+    "downsample": (lambda: Downsample.bicubic(4, (16, 24)), (2, 3, 16, 24)),
+    "fourier": (lambda: Fourier(coin(2, 1, 1, 24), channels=2), (2, 2, 16, 24)),
+    "multi-coil": (
+        lambda: MultiCoil(coin(2, 1, 1, 24), coil_maps(size=(16, 24))),
+        (2, 2, 16, 24),
+    ),
+    "compose": (
+        lambda: Compose(Pool(4), Blur(lopsided_kernel(), (16, 24))),
+        (2, 3, 16, 24),
+    ),
+    "sparse": (lambda: sparse(shape=(16, 24)), (2, 3, 16, 24)),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_operators_stay_on_the_device_and_in_the_precision_of_their_argument(name, device):
+    if device == "meta" and name == "sparse":
+        pytest.skip("torch has no sparse product without values")
+    make, shape = ON_DEVICES[name]
+    operator, x = make(), normal(*shape, dtype=torch.float32)
+    y, moved = operator.A(x), operator.to(device)
+    y_there = moved.A(x.to(device))
+    back = moved.A_adjoint(y.to(device))
+    assert (y_there.device.type, y_there.dtype, y_there.shape) == (device, y.dtype, y.shape)
+    assert (back.device.type, back.dtype, back.shape) == (device, x.dtype, x.shape)
+    if device == "cuda":
+        torch.testing.assert_close(y_there.cpu(), y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(back.cpu(), operator.A_adjoint(y), rtol=1e-4, atol=1e-5)
 
 
 def test_adjoint_gap_sums_in_double_precision():

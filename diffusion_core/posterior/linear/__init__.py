@@ -1,19 +1,35 @@
 """The linear algebra of data steps: K r = Sigma A' (A Sigma A' + R)^-1 r for every operator.
 
-operators          form                                   module
-mask, identity     in image space, on a padded canvas     mask.py
-blur, pool, MRI    exact for S = 1, else dual CG          spectral.py
-projector          CG in image space                      projector.py
-anything else      dual CG                                base.py
+operators                form                                   module
+mask, identity, mosaic   in image space, on a padded canvas     mask.py
+blur, pool, downsample,
+MRI                      exact for S = 1, else dual CG          spectral.py
+varying blur             CG in image space                      varying.py
+multi-coil MRI           CG in image space                      multi_coil.py
+projector                CG in image space                      projector.py
+anything else            dual CG                                base.py
 """
 
 from __future__ import annotations
 
-from diffusion_core.operators import Blur, Fourier, Identity, Mask, Pool, Sparse
+from diffusion_core.operators import (
+    Blur,
+    Downsample,
+    Fourier,
+    Identity,
+    Mask,
+    Mosaic,
+    MultiCoil,
+    Pool,
+    Sparse,
+    VaryingBlur,
+)
 from diffusion_core.posterior.linear.base import Accuracy, DataStep, DualStep, Update
-from diffusion_core.posterior.linear.mask import MaskStep
+from diffusion_core.posterior.linear.mask import MaskStep, MosaicStep
+from diffusion_core.posterior.linear.multi_coil import MultiCoilStep
 from diffusion_core.posterior.linear.projector import ProjectorStep
 from diffusion_core.posterior.linear.spectral import BlurStep, FourierStep, PoolStep
+from diffusion_core.posterior.linear.varying import VaryingBlurStep
 from diffusion_core.protocols import LinearOperator
 
 __all__ = ["Accuracy", "DataStep", "Update", "data_step"]
@@ -30,9 +46,15 @@ def data_step(operator: LinearOperator, through: LinearOperator | None = None) -
     match operator:
         case Mask() | Identity():
             return MaskStep(operator)
+        case Mosaic():
+            return MosaicStep(operator)
         case Blur():
             return BlurStep(through, operator)
-        case Pool():
+        case VaryingBlur():
+            return VaryingBlurStep(through, operator)
+        case MultiCoil():
+            return MultiCoilStep(through, operator)
+        case Pool() | Downsample():
             return PoolStep(through, operator)
         case Fourier():
             return FourierStep(through, operator)

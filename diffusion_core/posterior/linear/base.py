@@ -5,11 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from diffusion_core.posterior.cg import Map, conjugate_gradient
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.protocols import Data, LinearOperator, Signal
+
+LEAST_BLUR_VARIANCE = 1e-6
+"""Half a step of an 8-bit image: deblurring with exact data would divide by zero."""
+_SPREAD = 1.5
+"""Two circulants stand at mean -+ this many standard deviations of the log gain."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,35 @@ class DualStep(DataStep):
         return Update(delta, solved.num_steps, solved.relative_residual)
 
 
+class PrimalStep(DualStep):
+    """CG in image space on (C^-1 + S A' R^-1 A S) u = S A' R^-1 r, K r = S u; R > 0.
+
+    It lowers the posterior energy at every step, so that even a solve stopped early is a good
+    estimate; the dual form's is not.
+    """
+
+    def solve_primal(
+        self,
+        covariance: Covariance,
+        weight: Tensor,
+        residual: Data,
+        accuracy: Accuracy,
+        precondition: Map | None,
+    ) -> Update:
+        """Solve with weight = 1 / R, broadcastable to the data."""
+        A, A_adjoint, std = self.operator.A, self.operator.A_adjoint, covariance.std
+        inverse = 1.0 / covariance.spectrum
+
+        def scaled(x: Signal) -> Signal:
+            return x if std is None else std * x
+
+        def matrix(u: Signal) -> Signal:
+            return covariance.filter(u, inverse) + scaled(A_adjoint(weight * A(scaled(u))))
+
+        solved = solve(matrix, scaled(A_adjoint(weight * residual)), precondition, accuracy)
+        return Update(scaled(solved.delta), solved.num_steps, solved.relative_residual)
+
+
 def solve(
     matrix: Map, b: Tensor, precondition: Map | None, accuracy: Accuracy, scalar_dims: int = 1
 ) -> Update:
@@ -121,3 +156,28 @@ def mean_square(covariance: Covariance) -> Tensor | float:
 def is_uniform(variance: Tensor) -> bool:
     """Whether R is a multiple of the identity for each batch element."""
     return variance.ndim == 0 or variance.numel() == variance.shape[0]
+
+
+def mean_weight(weight: Tensor) -> Tensor:
+    """Mean of 1 / R over the data of each batch element, (b|1 1 1 1)."""
+    if weight.ndim == 0:
+        return weight.reshape(1, 1, 1, 1)
+    return weight.flatten(1).mean(dim=1).reshape(-1, 1, 1, 1)
+
+
+def two_levels(gain: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A low and a high gain for each batch element, and the share of each at every pixel.
+
+    Args:
+        gain: (b 1 h w), > 0.
+
+    Returns:
+        (share (b 1 h w), level (b 1 1 1)) of the low and of the high one; the shares sum to 1, and
+        interpolate log gain between the levels.
+    """
+    log_gain = gain.log()
+    middle = log_gain.mean(dim=(1, 2, 3), keepdim=True)
+    spread = _SPREAD * log_gain.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
+    high = ((log_gain - middle) / (2.0 * spread) + 0.5).clamp(0.0, 1.0)
+    levels = torch.exp(middle - spread), torch.exp(middle + spread)
+    return [(1.0 - high, levels[0]), (high, levels[1])]

@@ -1,6 +1,7 @@
-"""Data steps of masks, in image space: missing pixels cost nothing, and the canvas may be padded.
+"""Data steps of masks and mosaics, in image space, where missing pixels cost nothing.
 
-The dual form converges badly here: a random mask aliases every frequency into every other.
+The canvas may be padded. The dual form converges badly here: a random mask aliases every frequency
+into every other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_core.operators import Identity, Mask
+from diffusion_core.operators import Identity, Mask, Mosaic
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear.base import Accuracy, DataStep, Update, solve
 from diffusion_core.protocols import Data
@@ -68,6 +69,23 @@ class MaskStep(DataStep):
         delta = std * solved.delta
         delta = covariance.from_opponent(delta) if apart else delta
         return Update(delta, solved.num_steps, solved.relative_residual)
+
+
+class MosaicStep(DataStep):
+    """One colour a pixel: to the solve, a mask for each channel."""
+
+    padding = _PADDING
+
+    def __init__(self, operator: Mosaic) -> None:
+        self.operator = operator
+
+    def __call__(
+        self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
+    ) -> Update:
+        """See DataStep."""
+        h, w = residual.shape[-2:]
+        masks = MaskStep(Mask(self.operator.mask(h, w, residual.device)))
+        return masks(covariance, variance, self.operator.A_adjoint(residual), accuracy)
 
 
 def _noisy(

@@ -3,8 +3,7 @@
 For parallel rays A' A is a convolution, |f|^-1 in Fourier. With ray weights and S the matrix
 C^-1 + S A' R^-1 A S is locally C^-1 + a(x) g(f), a = S^2 w, with w(x) the mean weight of the rays
 through x. Its approximate inverse interpolates between two circulants, at a low and a high a, pixel
-by pixel. CG in image space lowers the posterior energy at every step, so that even a solve stopped
-early is a good estimate; in sinogram space (the dual) it is not.
+by pixel.
 """
 
 from __future__ import annotations
@@ -16,15 +15,12 @@ from torch import Tensor
 from diffusion_core.operators import Sparse
 from diffusion_core.posterior.cg import Map
 from diffusion_core.posterior.gaussian import Covariance
-from diffusion_core.posterior.linear.base import Accuracy, DualStep, Update, solve
+from diffusion_core.posterior.linear.base import Accuracy, PrimalStep, Update, two_levels
 from diffusion_core.posterior.spectra import radial_mean
 from diffusion_core.protocols import Data, LinearOperator
 
-_SPREAD = 1.5
-"""The two circulants stand at mean -+ this many standard deviations of log a."""
 
-
-class ProjectorStep(DualStep):
+class ProjectorStep(PrimalStep):
     """CG on (C^-1 + S A' R^-1 A S) u = S A' R^-1 r, K r = S u; exact data go to the dual form."""
 
     def __init__(self, operator: LinearOperator, projector: Sparse) -> None:
@@ -42,22 +38,11 @@ class ProjectorStep(DualStep):
             self._measured = self._symbol(residual), self._coverage(residual)
         symbol, coverage = self._measured
         weight = (1.0 / variance).expand(residual.shape)
-        A, A_adjoint = self.operator.A, self.operator.A_adjoint
         std = torch.ones_like(coverage) if covariance.std is None else covariance.std
-        local = A_adjoint(weight).mean(dim=1, keepdim=True) / coverage
+        local = self.operator.A_adjoint(weight).mean(dim=1, keepdim=True) / coverage
         local = local.maximum(1e-4 * local.amax(dim=(1, 2, 3), keepdim=True))
-        inverse = 1.0 / covariance.spectrum
-
-        def matrix(u: Tensor) -> Tensor:
-            return covariance.filter(u, inverse) + std * A_adjoint(weight * A(std * u))
-
-        solved = solve(
-            matrix,
-            std * A_adjoint(weight * residual),
-            _preconditioner(covariance, symbol, std**2 * local),
-            accuracy,
-        )
-        return Update(std * solved.delta, solved.num_steps, solved.relative_residual)
+        precondition = _preconditioner(covariance, symbol, std**2 * local)
+        return self.solve_primal(covariance, weight, residual, accuracy, precondition)
 
     def _symbol(self, like: Data) -> Float[Tensor, "h w_half"]:
         """Radial mean of the spectrum of A' A's response to the central pixel."""
@@ -78,14 +63,10 @@ def _preconditioner(
     covariance: Covariance, symbol: Float[Tensor, "h w_half"], gain: Float[Tensor, "b 1 h w"]
 ) -> Map:
     """sum_j phi_j^(1/2) (C^-1 + a_j g)^-1 phi_j^(1/2), phi_low + phi_high = 1 everywhere."""
-    log_gain = gain.log()
-    middle = log_gain.mean(dim=(1, 2, 3), keepdim=True)
-    spread = _SPREAD * log_gain.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
-    high = ((log_gain - middle) / (2.0 * spread) + 0.5).clamp(0.0, 1.0)
     spectrum = covariance.spectrum
     parts = [
-        (share.sqrt(), spectrum / (1.0 + symbol * level.exp() * spectrum))
-        for share, level in ((1.0 - high, middle - spread), (high, middle + spread))
+        (share.sqrt(), spectrum / (1.0 + symbol * level * spectrum))
+        for share, level in two_levels(gain)
     ]
 
     def precondition(u: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_core.operators import Blur, Fourier, Pool
+from diffusion_core.operators import Blur, Downsample, Fourier, Pool
 from diffusion_core.operators.fourier import from_complex, to_complex
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear.base import (
+    LEAST_BLUR_VARIANCE,
     Accuracy,
     DualStep,
     Update,
@@ -20,10 +21,8 @@ from diffusion_core.posterior.linear.base import (
     mean_square,
     solve,
 )
+from diffusion_core.posterior.spectra import full_spectrum
 from diffusion_core.protocols import Data, LinearOperator, Signal
-
-_LEAST_BLUR_VARIANCE = 1e-6
-"""Half a step of an 8-bit image: deblurring with exact data would divide by zero."""
 
 
 class BlurStep(DualStep):
@@ -39,7 +38,7 @@ class BlurStep(DualStep):
         """See DataStep."""
         if not is_uniform(variance):
             return self.solve(covariance, variance, residual, accuracy, None)
-        level = variance.reshape(-1, 1, 1, 1).clamp_min(_LEAST_BLUR_VARIANCE)
+        level = variance.reshape(-1, 1, 1, 1).clamp_min(LEAST_BLUR_VARIANCE)
         blurred = self.power.to(covariance.spectrum) * covariance.spectrum
         inverse = 1.0 / (mean_square(covariance) * blurred + level)
 
@@ -53,9 +52,9 @@ class BlurStep(DualStep):
 
 
 class PoolStep(DualStep):
-    """Average pooling: A C A' is circulant on the coarse grid."""
+    """Pooling, or a filter before leaving pixels out: A C A' is circulant on the coarse grid."""
 
-    def __init__(self, operator: LinearOperator, pool: Pool) -> None:
+    def __init__(self, operator: LinearOperator, pool: Pool | Downsample) -> None:
         super().__init__(operator)
         self.pool = pool
 
@@ -118,7 +117,7 @@ class FourierStep(DualStep):
         share = share.clamp_min(0.5)
         noise = variance.reshape(-1, 1, 1, 1) / share
         datum = measured * _modes(self.operator.A_adjoint(residual)) / share
-        full = _full_spectrum(spectrum[:1], covariance.canvas[1])
+        full = full_spectrum(spectrum[:1], covariance.canvas[1])
         if covariance.std is None:
             return Update(_image(full / (full + noise) * datum, self.channels))
 
@@ -152,12 +151,3 @@ def _image(modes: Tensor, channels: int) -> Signal:
 def _mirrored(modes: Tensor) -> Tensor:
     """The value at -k, for every k."""
     return modes.flip((-2, -1)).roll((1, 1), (-2, -1))
-
-
-def _full_spectrum(half: Float[Tensor, "c h w_half"], width: int) -> Float[Tensor, "c h w"]:
-    """The spectrum of a real field at all modes from those that rfft2 keeps."""
-    columns = torch.arange(width, device=half.device)
-    kept = columns < half.shape[-1]
-    full = half[..., torch.where(kept, columns, width - columns)]
-    rows = (-torch.arange(half.shape[-2], device=half.device)) % half.shape[-2]
-    return torch.where(kept, full, full[..., rows, :])
