@@ -1,19 +1,20 @@
-"""Noise processes: linear forward SDEs as pairs (s, sigma) over one denoiser.
+"""Noise processes in closed form: linear forward SDEs as pairs (s, sigma) over one denoiser.
 
 dX = a(t) X dt + b(t) dW has X_t = s(t) (x0 + sigma(t) eps) with s = exp(int a) and
 sigma^2 = int b^2 / s^2 (Karras et al. 2022, arXiv:2206.00364, Appendix B). A denoiser D(x; sigma)
-trained at s = 1 therefore serves every such process: give it X_t / s(t).
+trained at s = 1 therefore serves every such process: give it X_t / s(t). Processes given by their
+a(t) and b(t) alone are in integrated.py, learned ones in learned.py, multiplicative noise in
+multiplicative.py.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from diffusion_core.protocols import Denoiser, Signal
@@ -36,7 +37,26 @@ class LinearProcess(ABC):
 
     @abstractmethod
     def sigma(self, t: float) -> float:
-        """Noise level of X_t / s(t)."""
+        """Noise level of X_t / s(t); never falls with t."""
+
+    @property
+    def t_end(self) -> float:
+        """Last time at which a, b, s and sigma are finite."""
+        return 1.0
+
+    def time(self, sigma: float) -> float:
+        """The time at which the noise level is sigma: the inverse of `sigma`, by bracketing.
+
+        Raises:
+            ValueError: if the process does not reach that level.
+        """
+        if not self.sigma(0.0) <= sigma <= self.sigma(self.t_end):
+            raise ValueError(
+                f"the noise level goes from {self.sigma(0.0):g} to {self.sigma(self.t_end):g}, "
+                f"so never through {sigma:g}"
+            )
+        root: float = brentq(lambda t: self.sigma(t) - sigma, 0.0, self.t_end, xtol=1e-18)
+        return root
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,38 @@ class VP(LinearProcess):
 
 
 @dataclass(frozen=True)
+class SubVP(LinearProcess):
+    """VP's drift, less noise than VP at any time. Source: Song et al. 2021, Equation 29.
+
+    Var(X_t | x0) = (1 - e^{-B})^2 with B = int beta, against VP's 1 - e^{-B}.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def drift(self, t: float) -> float:
+        """a = -beta / 2."""
+        return self._vp.drift(t)
+
+    def diffusion(self, t: float) -> float:
+        """b^2 = beta (1 - e^{-2 B})."""
+        s = self.scale(t)
+        return self._vp.diffusion(t) * math.sqrt(1.0 - s**4)
+
+    def scale(self, t: float) -> float:
+        """s = e^{-B / 2}."""
+        return self._vp.scale(t)
+
+    def sigma(self, t: float) -> float:
+        """sigma = (1 - e^{-B}) / e^{-B / 2} = 2 sinh(B / 2)."""
+        return -2.0 * math.sinh(math.log(self.scale(t)))
+
+    @property
+    def _vp(self) -> VP:
+        return VP(self.beta_min, self.beta_max)
+
+
+@dataclass(frozen=True)
 class CosineVP(LinearProcess):
     """Variance preserving, s = cos(pi t / 2). Source: Nichol and Dhariwal 2021 (2102.09672)."""
 
@@ -138,6 +190,11 @@ class CosineVP(LinearProcess):
     def sigma(self, t: float) -> float:
         """sigma = tan(pi t / 2)."""
         return math.tan(0.5 * math.pi * t)
+
+    @property
+    def t_end(self) -> float:
+        """Just before all signal is gone."""
+        return math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -160,66 +217,10 @@ class RectifiedFlow(LinearProcess):
         """sigma = t / (1 - t)."""
         return t / (1.0 - t)
 
-
-@dataclass(frozen=True)
-class Integrated(LinearProcess):
-    """A process given by its a(t) and b(t) alone; s and sigma by Gauss-Legendre quadrature.
-
-    Attributes:
-        drift_of: a(t), smooth on [0, 1].
-        diffusion_of: b(t), smooth on [0, 1].
-        num_nodes: of the quadrature on [0, t]; the error falls exponentially for analytic a, b.
-    """
-
-    drift_of: Callable[[float], float]
-    diffusion_of: Callable[[float], float]
-    num_nodes: int = 32
-
-    def drift(self, t: float) -> float:
-        """a(t)."""
-        return self.drift_of(t)
-
-    def diffusion(self, t: float) -> float:
-        """b(t)."""
-        return self.diffusion_of(t)
-
-    def scale(self, t: float) -> float:
-        """s = exp(int a)."""
-        return math.exp(self._quadrature(self.drift_of, t))
-
-    def sigma(self, t: float) -> float:
-        """sigma^2 = int b^2 / s^2."""
-        return math.sqrt(self._quadrature(lambda u: (self.diffusion_of(u) / self.scale(u)) ** 2, t))
-
-    def _quadrature(self, function: Callable[[float], float], t: float) -> float:
-        nodes, weights = np.polynomial.legendre.leggauss(self.num_nodes)
-        values = [function(0.5 * t * (node + 1.0)) for node in nodes]
-        return float(0.5 * t * np.dot(weights, values))
-
-
-@dataclass(frozen=True)
-class Multiplicative:
-    """dX = a(t) X dt + b(t) X dW (Ito) on positive images: a VE process on log intensities.
-
-    log X_t = log x0 + int (a - b^2 / 2) + (int b^2)^(1/2) eps: geometric Brownian motion, the right
-    process for speckle. Its denoiser must be a prior on *log* intensities.
-
-    Attributes:
-        drift: a(t).
-        diffusion: b(t).
-    """
-
-    drift: Callable[[float], float]
-    diffusion: Callable[[float], float]
-
-    def log_shift(self, t: float) -> float:
-        """E[log X_t - log x0]."""
-        process = Integrated(lambda u: self.drift(u) - 0.5 * self.diffusion(u) ** 2, self.diffusion)
-        return math.log(process.scale(t))
-
-    def sigma(self, t: float) -> float:
-        """Standard deviation of log X_t given x0."""
-        return Integrated(lambda _: 0.0, self.diffusion).sigma(t)
+    @property
+    def t_end(self) -> float:
+        """Just before all signal is gone."""
+        return math.nextafter(1.0, 0.0)
 
 
 def predict_x0(denoise: Denoiser, process: LinearProcess, X_t: Signal, t: float) -> Signal:

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.noise.integrated import Integrated
 from diffusion_core.noise.processes import (
     EDM,
     VE,
     VP,
     CosineVP,
-    Integrated,
-    Multiplicative,
     RectifiedFlow,
+    SubVP,
     euler_maruyama,
     predict_x0,
 )
@@ -23,11 +23,12 @@ PROCESSES = {
     "edm": (EDM(2.0), 1.0),
     "ve": (VE(0.05, 3.0), 1.0),
     "vp": (VP(0.1, 8.0), 1.0),
+    "sub-vp": (SubVP(0.1, 8.0), 1.0),
     "cosine": (CosineVP(), 0.8),
     "flow": (RectifiedFlow(), 0.8),
     "integrated": (Integrated(lambda t: -1.0 + t, lambda t: 0.5 + t**2), 1.0),
 }
-NUM_PATHS, NUM_STEPS = 20_000, 200
+NUM_PATHS, NUM_STEPS = 10_000, 200
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -51,26 +52,38 @@ def test_scale_and_sigma_solve_their_differential_equations(name, t):
     assert process.scale(t) ** 2 * dv == pytest.approx(process.diffusion(t) ** 2, rel=1e-6)
 
 
-def test_an_integrated_process_agrees_with_its_closed_form():
-    vp = VP()
-    numeric = Integrated(vp.drift, vp.diffusion)
-    for t in (0.1, 0.5, 1.0):
-        assert numeric.scale(t) == pytest.approx(vp.scale(t), rel=1e-10)
-        assert numeric.sigma(t) == pytest.approx(vp.sigma(t), rel=1e-6)
+@pytest.mark.parametrize("closed", [VP(), SubVP(), CosineVP(), RectifiedFlow()])
+def test_a_process_of_given_coefficients_reproduces_the_closed_form(closed):
+    numeric = Integrated(closed.drift, closed.diffusion, t_last=0.999)
+    for t in (0.001, 0.03, 0.2, 0.5, 0.8, 0.95, 0.999):
+        assert numeric.scale(t) == pytest.approx(closed.scale(t), rel=1e-8)
+        assert numeric.sigma(t) == pytest.approx(closed.sigma(t), rel=1e-6)
 
 
-def test_multiplicative_noise_is_geometric_brownian_motion():
-    process = Multiplicative(lambda t: 0.3 * t, lambda t: 0.4 + 0.2 * t)
-    noise = KeyedDraws(0, "gbm").normal(0, torch.empty(NUM_STEPS, NUM_PATHS, dtype=torch.float64))
-    X = torch.full((NUM_PATHS,), 2.0, dtype=torch.float64)
-    dt = 1.0 / NUM_STEPS
-    for i, eps in enumerate(noise):
-        t = (i + 0.5) * dt
-        X = X * (1 + process.drift(t) * dt + process.diffusion(t) * math.sqrt(dt) * eps)
-    logs = (X / 2.0).log()
-    std = process.sigma(1.0)
-    assert abs(logs.mean() - process.log_shift(1.0)) < 4 * std / math.sqrt(NUM_PATHS)
-    assert logs.std().item() == pytest.approx(std, rel=0.03)
+def test_a_burst_of_noise_is_not_stepped_over():
+    # b^2 = 1 on [0.4, 0.41] only: sigma^2 = 0.01 afterwards, and no drift.
+    process = Integrated(lambda t: 0.0, lambda t: float(0.4 <= t <= 0.41))
+    assert process.sigma(0.39) == 0.0
+    assert process.sigma(1.0) ** 2 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_coefficients_that_are_infinite_or_times_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="finite up to t_last"):
+        Integrated(lambda t: -math.inf if t == 1.0 else 0.0, abs).scale(0.5)
+    with pytest.raises(ValueError, match="times from 0"):
+        Integrated(abs, abs, 0.5).sigma(0.6)
+    for t_last in (0.0, 1.5):
+        with pytest.raises(ValueError, match="t_last"):
+            Integrated(abs, abs, t_last)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("t", [1e-4, 0.3, 0.79])
+def test_time_inverts_sigma(name, t):
+    process, _ = PROCESSES[name]
+    assert process.time(process.sigma(t)) == pytest.approx(t, rel=1e-8)
+    with pytest.raises(ValueError, match="never through"):
+        process.time(-0.1)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
