@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.networks.precond import Preconditioned, to_channels_last
+from diffusion_core.noise.densities import Histogram
 from diffusion_core.noise.streams import training_noise
 from diffusion_core.training.checkpoint import (
     TrainingState,
@@ -57,7 +58,7 @@ class Recipe:
     warmup_steps: int = 100
     decay_share: float = 0.4
     ema_decay: float = 0.999
-    density: SigmaDensity = field(default_factory=SigmaDensity)
+    density: SigmaDensity | Histogram = field(default_factory=SigmaDensity)
     bfloat16: bool = True
     seed: int = 0
     log_every_steps: int = 50

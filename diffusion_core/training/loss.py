@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_core.networks.precond import Preconditioned
+from diffusion_core.noise.densities import Histogram
 from diffusion_core.training.patches import GOLDEN, Batch
 
 
@@ -37,7 +38,7 @@ class SigmaDensity:
         )
 
 
-def levels_of(first: int, count: int, density: SigmaDensity) -> Float[Tensor, " count"]:
+def levels_of(first: int, count: int, density: SigmaDensity | Histogram) -> Float[Tensor, " count"]:
     """Noise levels of samples first .. first + count - 1: spread evenly over the density.
 
     Golden-ratio sequences fill the unit square evenly, so a small batch covers every level; the
@@ -45,6 +46,8 @@ def levels_of(first: int, count: int, density: SigmaDensity) -> Float[Tensor, " 
     """
     n = torch.arange(first, first + count, dtype=torch.float64)
     u = (n * 0.7548776662466927 + 0.5) % 1.0
+    if isinstance(density, Histogram):  # learned: see noise/densities.py
+        return density.quantile(u).exp().float()
     pick = (n * 0.5698402909980532 + GOLDEN) % 1.0
     return density.quantile(u, pick).float()
 
