@@ -82,6 +82,11 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
             "window": ("ramp", "shepp-logan", "cosine", "hann"),
             "cutoff": (1.0, 0.8, 0.65, 0.55, 0.45, 0.38, 0.32, 0.26, 0.2),
         },
+        "fbp-nlm": {
+            "window": ("hann",),
+            "cutoff": (1.0, 0.8, 0.65, 0.55, 0.45, 0.38, 0.32, 0.26),
+            "strength": (0.01, 0.015, 0.02, 0.03, 0.045, 0.06, 0.09),
+        },
         "sirt": {"num_iterations": (10, 15, 20, 25, 30, 40, 50, 70)},
         "tv": {"edge": (0.0125, 0.05), "strength": STRENGTHS, "num_iterations": (20, 30, 60)},
     },

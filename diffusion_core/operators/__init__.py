@@ -10,7 +10,7 @@ pool          Pool         factor: A A' = I / factor^2
 downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
 fourier       Fourier      mask, channels: diagonal in Fourier
 multi-coil    MultiCoil    mask, sensitivities
-sparse        Sparse       matrix, transpose
+sparse        Sparse       matrix, transpose; a Projector, as those of domains/ct
 compose       Compose      outer, inner
 stack         Stack        operators, split
 """
@@ -25,6 +25,7 @@ from diffusion_core.operators.mask import Mask
 from diffusion_core.operators.mosaic import Mosaic
 from diffusion_core.operators.multi_coil import MultiCoil
 from diffusion_core.operators.pool import Pool
+from diffusion_core.operators.projector import Projector
 from diffusion_core.operators.sparse import Sparse
 from diffusion_core.operators.varying_blur import VaryingBlur
 
@@ -39,6 +40,7 @@ __all__ = [
     "MultiCoil",
     "Operator",
     "Pool",
+    "Projector",
     "Sparse",
     "Stack",
     "VaryingBlur",

@@ -1,4 +1,4 @@
-"""Classical CT: filtered backprojection, SIRT, total variation.
+"""Classical CT: filtered backprojection (and non-local means after it), SIRT, total variation.
 
 All work on u = x + 1 = mu / (.03 per mm), which is 0 in air, so that the sinogram is that of the
 body alone: line integrals p = A u = y + A 1.
@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
+from diffusion_core.operators import Projector
 from diffusion_core.protocols import Data, Signal
 from domains.base import BadInputError, Baseline, Measurement, Problem
 from domains.classical import TVSettings, restore_tv, settings_from
-from domains.ct.operators import ParallelBeam, ParallelGeometry
+from domains.ct.geometry import Geometry
+from domains.ct.operators import ParallelBeam
 
 Window = Literal["ramp", "hann", "cosine", "shepp-logan"]
 
@@ -34,6 +37,25 @@ class FBPSettings:
 
     window: Window = "hann"
     cutoff: float = 1.0
+
+
+@dataclass(frozen=True)
+class FBPThenNLMSettings:
+    """Filtered backprojection, then non-local means.
+
+    Attributes:
+        window: over the ramp.
+        cutoff: as a share of the Nyquist frequency.
+        strength: cut-off of the patch distance, network units (1 is 1500 HU).
+        patch_size: pixels.
+        patch_distance: how far patches are looked for, pixels.
+    """
+
+    window: Window = "hann"
+    cutoff: float = 1.0
+    strength: float = 0.03
+    patch_size: int = 5
+    patch_distance: int = 6
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,26 @@ def fbp(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -
     return filtered_backprojection(operator, line_integrals(problem), settings) - 1
 
 
+def fbp_nlm(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Filtered backprojection cleaned by non-local means: FBPThenNLMSettings.
+
+    Source: Buades et al. 2005, doi:10.1109/CVPR.2005.38.
+    """
+    settings = settings_from(FBPThenNLMSettings, params, "fbp-nlm")
+    image = fbp(measurement, problem, {"window": settings.window, "cutoff": settings.cutoff})
+    cleaned = [
+        denoise_nl_means(
+            plane[0],
+            patch_size=settings.patch_size,
+            patch_distance=settings.patch_distance,
+            h=settings.strength,
+            fast_mode=True,
+        )
+        for plane in image.numpy()
+    ]
+    return torch.from_numpy(np.stack(cleaned))[:, None].to(image.dtype)
+
+
 def sirt(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
     """Simultaneous iterative reconstruction: {num_iterations, nonnegative, momentum}.
 
@@ -67,7 +109,7 @@ def sirt(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) 
     """
     del measurement
     settings = settings_from(SIRTSettings, params, "sirt")
-    operator, p = projector_of(problem), line_integrals(problem)
+    operator, p = any_projector_of(problem), line_integrals(problem)
     like = torch.ones(1, *problem.shape[1:])
     row_weights = _inverse(operator.A(like))
     column_weights = _inverse(operator.A_adjoint(torch.ones_like(row_weights)))
@@ -96,20 +138,34 @@ def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) ->
     return restore_tv(problem, start, settings)
 
 
-BASELINES: Mapping[str, Baseline] = {"fbp": fbp, "sirt": sirt, "tv": tv}
+BASELINES: Mapping[str, Baseline] = {"fbp": fbp, "fbp-nlm": fbp_nlm, "sirt": sirt, "tv": tv}
 
 
-def projector_of(problem: Problem) -> ParallelBeam:
+def any_projector_of(problem: Problem) -> Projector:
     """The projector of a sinogram problem.
 
     Raises:
         BadInputError: if the measurement is no sinogram.
     """
-    if not isinstance(problem.operator, ParallelBeam):
+    if not isinstance(problem.operator, Projector):
         raise BadInputError(
             "filtered backprojection and SIRT need a sinogram; for damaged slices choose tv"
         )
     return problem.operator
+
+
+def projector_of(problem: Problem) -> ParallelBeam:
+    """The parallel-beam projector of a sinogram problem.
+
+    Raises:
+        BadInputError: if the measurement is no sinogram, or a fan's.
+    """
+    operator = any_projector_of(problem)
+    if not isinstance(operator, ParallelBeam):
+        raise BadInputError(
+            "filtered backprojection is of parallel beams; for a fan choose sirt or tv"
+        )
+    return operator
 
 
 def line_integrals(problem: Problem) -> Data:
@@ -144,7 +200,7 @@ def filtered_backprojection(operator: ParallelBeam, p: Data, settings: FBPSettin
     return operator.A_adjoint(filtered) * factor
 
 
-def apply_filter(p: Data, geometry: ParallelGeometry, settings: FBPSettings) -> Data:
+def apply_filter(p: Data, geometry: Geometry, settings: FBPSettings) -> Data:
     """Convolve each view with the windowed ramp, per mm; views are padded to twice their length."""
     length = 2 ** math.ceil(math.log2(2 * geometry.num_bins))
     transfer = ramp_filter(length, geometry.bin_mm) * window_of(length, settings)

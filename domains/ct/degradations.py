@@ -9,18 +9,23 @@ view, without storing a matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from scipy import ndimage
 from scipy.sparse import csc_array
 
 from domains.base import Array
-from domains.ct.operators import ParallelGeometry
+from domains.ct.fold import fold_of
+from domains.ct.footprints import view_columns
+from domains.ct.geometry import FanGeometry, Geometry
 
 MU_WATER_PER_MM = 0.02
 SLICES_AT_ONCE = 8
-"""Finer scenes held in memory at a time: 32 MiB for slices of 512 x 512."""
+"""Finer scenes held in memory at a time: 32 MiB, and with their turned copies 128 MiB more, for
+slices of 512 x 512."""
 
 
 def attenuation(hu: Array) -> Array:
@@ -42,30 +47,53 @@ def finer_scene(image: Array, factors: tuple[int, int]) -> Array:
     return scene
 
 
-def scan(mu: Array, geometry: ParallelGeometry) -> Array:
+def scan(mu: Array, geometry: Geometry) -> Array:
     """Line integrals averaged over each bin, as a finer scene has them: (z, views, bins) float32.
 
     Args:
         mu: (z, h, w) per mm.
         geometry: of the image and the detector.
     """
+    at_centre_mm = geometry.bin_mm
+    if isinstance(geometry, FanGeometry):
+        at_centre_mm *= geometry.source_mm / geometry.detector_mm
     factors = (
-        math.ceil(2 * geometry.pixel_mm[0] / geometry.bin_mm - 1e-9),
-        math.ceil(2 * geometry.pixel_mm[1] / geometry.bin_mm - 1e-9),
+        math.ceil(2 * geometry.pixel_mm[0] / at_centre_mm - 1e-9),
+        math.ceil(2 * geometry.pixel_mm[1] / at_centre_mm - 1e-9),
     )
+    fold = fold_of(geometry)
     line_integrals = np.empty((len(mu), geometry.num_views, geometry.num_bins), np.float32)
     for start in range(0, len(mu), SLICES_AT_ONCE):
         scene = finer_scene(mu[start : start + SLICES_AT_ONCE], factors)
-        flat = scene.reshape(len(scene), -1)
-        for i, theta in enumerate(geometry.angles):
-            view = _fine_view(geometry, factors, float(theta))
-            for j, pixels in enumerate(flat):
-                # A bin more on either side takes the zero weights of pixels at the very edge.
-                line_integrals[start + j, i] = (view @ pixels)[1:-1]
+        copies = fold.copies(torch.from_numpy(scene)).flatten(2).numpy()
+        for place, number in enumerate(fold.stored):
+            look = _fine_view(geometry, factors, geometry.angle(number))
+            for view in [v for v in range(geometry.num_views) if fold.place[v] == place]:
+                for j, pixels in enumerate(copies[:, fold.copy[view]]):
+                    line_integrals[start + j, view] = look(pixels)
     return line_integrals
 
 
-def _fine_view(geometry: ParallelGeometry, factors: tuple[int, int], theta: float) -> csc_array:
+def _fine_view(
+    geometry: Geometry, factors: tuple[int, int], theta: float
+) -> Callable[[Array], Array]:
+    """One view of a finer scene: its pixels (n,) to bins."""
+    if isinstance(geometry, FanGeometry):
+        matrix = view_columns(_finer(geometry, factors), theta)
+        return lambda pixels: matrix @ pixels
+    wider = _narrow_view(geometry, factors, theta)
+    # A bin more on either side takes the zero weights of pixels at the very edge.
+    return lambda pixels: (wider @ pixels)[1:-1]
+
+
+def _finer(geometry: FanGeometry, factors: tuple[int, int]) -> FanGeometry:
+    """The same scan of subpixels."""
+    (f, g), (dy, dx) = factors, geometry.pixel_mm
+    size = {"height": geometry.height * f, "width": geometry.width * g}
+    return replace(geometry, **size, pixel_mm=(dy / f, dx / g))
+
+
+def _narrow_view(geometry: Geometry, factors: tuple[int, int], theta: float) -> csc_array:
     """One view of subpixels so small that each meets two bins at most: (bins + 2, subpixels)."""
     dy, dx = geometry.pixel_mm[0] / factors[0], geometry.pixel_mm[1] / factors[1]
     h, w = geometry.height * factors[0], geometry.width * factors[1]
@@ -102,11 +130,23 @@ def _tail(depth: Array, wide: float, narrow: float) -> Array:
 
 
 def photon_counts(
-    line_integrals: Array, counts_per_ray: float, rngs: Sequence[np.random.Generator]
+    line_integrals: Array,
+    counts_per_ray: float,
+    rngs: Sequence[np.random.Generator],
+    electronic_counts: float = 0.0,
 ) -> Array:
-    """Poisson counts n ~ Poisson(I0 exp(-p)), one generator a slice; shape of line_integrals."""
+    """Counts n ~ Poisson(I0 exp(-p)), one generator a slice; shape of line_integrals.
+
+    With read-out noise a Gaussian of `electronic_counts` standard deviation is added: such counts
+    are no whole numbers, and may be negative.
+    """
     expected = counts_per_ray * np.exp(-line_integrals.astype(np.float64))
-    return np.stack([rng.poisson(rates) for rng, rates in zip(rngs, expected, strict=True)])
+    counts = [rng.poisson(rates) for rng, rates in zip(rngs, expected, strict=True)]
+    if electronic_counts > 0:
+        shape = expected.shape[1:]
+        read_out = [electronic_counts * rng.standard_normal(shape) for rng in rngs]
+        counts = [n + e for n, e in zip(counts, read_out, strict=True)]
+    return np.stack(counts)
 
 
 def log_transform(counts: Array, counts_per_ray: float) -> Array:

@@ -33,10 +33,11 @@ from domains.imaging import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from domains.ct.operators import ParallelGeometry
+    from domains.ct.geometry import Geometry
 
 UNITS = Units(-1000.0, 2000.0)
 BODY_ABOVE_HU = -500.0
+SCANS = ("parallel-beam", "fan-beam")
 
 
 class CT(Domain):
@@ -63,32 +64,35 @@ class CT(Domain):
 
         Returns:
             y (z 1 views bins) float32: measured line integrals -log(max(n, 1/2) / I0), from a finer
-            projector than reconstructs; Poisson counts keyed by source, seed and slice.
+            projector than reconstructs; Poisson counts n, with Gaussian read-out noise if the task
+            states `electronic_counts`, keyed by source, seed and slice.
         """
         from domains.ct.degradations import attenuation, log_transform, photon_counts, scan
         from domains.keyed import pixel_digest, slice_rngs
 
-        require_task(task, self.name, ("parallel-beam",))
+        require_task(task, self.name, SCANS)
         if task.noise["kind"] != "poisson":
             raise BadInputError(
                 f"task '{task.name}': noise '{task.noise['kind']}' is not for CT; use 'poisson'"
             )
         counts_per_ray = float(task.noise["counts_per_ray"])
-        params = {
-            "num_views": int(task.operator_params["num_views"]),
-            "arc_degrees": float(task.operator_params["arc_degrees"]),
-        }
+        electronic_counts = float(task.noise.get("electronic_counts", 0.0))
+        params: dict[str, Any] = dict(task.operator_params)
         geometry = geometry_of(item.record, params)
         line_integrals = scan(attenuation(item.pixels[0]), geometry)
         rngs = slice_rngs(seed, item.record, "noise")
-        counts = photon_counts(line_integrals, counts_per_ray, rngs)
+        counts = photon_counts(line_integrals, counts_per_ray, rngs, electronic_counts)
         params |= {"num_bins": geometry.num_bins, "bin_mm": geometry.bin_mm}
         return Measurement(
             record=item.record,
             task=task.name,
             operator=task.operator,
             params=params,
-            noise={"kind": "poisson", "counts_per_ray": counts_per_ray},
+            noise={
+                "kind": "poisson",
+                "counts_per_ray": counts_per_ray,
+                "electronic_counts": electronic_counts,
+            },
             y=log_transform(counts, counts_per_ray)[:, None],
             truth_digest=pixel_digest(item.pixels),
             seed=seed,
@@ -145,13 +149,13 @@ class CT(Domain):
         return largest_piece(truth[0] > BODY_ABOVE_HU)
 
 
-def geometry_of(record: ItemRecord, params: Mapping[str, Any]) -> ParallelGeometry:
-    """The scanner of a task for an item.
+def geometry_of(record: ItemRecord, params: Mapping[str, Any]) -> Geometry:
+    """The scanner of a task for an item: a fan if it says where its source is.
 
     Raises:
-        BadInputError: if the item has several channels or no pixel size.
+        BadInputError: if the item has several channels or no pixel size, or there is no such scan.
     """
-    from domains.ct.operators import ParallelGeometry
+    from domains.ct.geometry import FanGeometry, ParallelGeometry
 
     require_one_channel(record)
     if record.spacing_mm is None:
@@ -164,7 +168,12 @@ def geometry_of(record: ItemRecord, params: Mapping[str, Any]) -> ParallelGeomet
     num_views, arc = int(params["num_views"]), float(params["arc_degrees"])
     if num_views < 1 or not 0 < arc <= 360:
         raise BadInputError(f"no scan has {num_views} views over {arc} degrees; use 1 or more")
-    geometry = ParallelGeometry.covering(h, w, (dy, dx), num_views, arc)
+    geometry: Geometry
+    if "source_mm" in params:
+        distances = float(params["source_mm"]), float(params["detector_mm"])
+        geometry = FanGeometry.covering(h, w, (dy, dx), num_views, arc, *distances)
+    else:
+        geometry = ParallelGeometry.covering(h, w, (dy, dx), num_views, arc)
     # A measurement says its detector itself; a task leaves it to cover the image.
     detector = {name: params[name] for name in ("num_bins", "bin_mm") if name in params}
     return replace(geometry, **detector)
@@ -180,17 +189,21 @@ def sinogram_problem(measurement: Measurement) -> Problem:
 
     from diffusion_core.noise.likelihood import PoissonTransmission
     from domains.ct.degradations import MU_WATER_PER_MM
-    from domains.ct.operators import ParallelBeam
+    from domains.ct.operators import beam_of
 
     _, z, h, w = measurement.record.shape
     slope = MU_WATER_PER_MM * (UNITS.high - UNITS.low) / 2 / 1000  # of mu against x, per mm
     constant = MU_WATER_PER_MM * (1 + (UNITS.high + UNITS.low) / 2 / 1000)  # mu at x = 0
-    operator = ParallelBeam(geometry_of(measurement.record, measurement.params), scale=slope)
+    operator = beam_of(geometry_of(measurement.record, measurement.params), slope)
     offset = operator.A(torch.ones(1, 1, h, w)) * (constant / slope)
     return Problem(
         operator=operator,
         y=torch.from_numpy(np.array(measurement.y, dtype=np.float32)) - offset,
-        noise=PoissonTransmission(float(measurement.noise["counts_per_ray"]), offset),
+        noise=PoissonTransmission(
+            float(measurement.noise["counts_per_ray"]),
+            offset,
+            float(measurement.noise.get("electronic_counts", 0.0)),
+        ),
         shape=(z, 1, h, w),
         reach="plane",
         condition="ct",

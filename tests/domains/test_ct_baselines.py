@@ -18,7 +18,9 @@ from diffusion_core.noise.likelihood import PoissonTransmission
 from diffusion_core.operators import Identity
 from domains.base import Array, BadInputError, Measurement, Problem
 from domains.ct.baselines import BASELINES, FBPSettings, filtered_backprojection, window_of
-from domains.ct.operators import ParallelBeam, ParallelGeometry, set_cache_dir
+from domains.ct.geometry import ParallelGeometry
+from domains.ct.matrices import matrix_pair, set_cache_dir
+from domains.ct.operators import ParallelBeam
 
 NOBODY = cast(Measurement, None)
 SCALE = 0.03  # attenuation per mm of one network unit
@@ -118,7 +120,7 @@ def test_sirt_explains_clean_data_and_momentum_gets_there_sooner() -> None:
 
 def test_first_step_of_sirt_is_the_weighted_backprojection() -> None:
     operator = beam(9, side=17)
-    dense = operator.matrix.toarray() * SCALE
+    dense = matrix_pair(operator.geometry, range(9))[0].toarray() * SCALE
     p = np.abs(np.random.default_rng(0).standard_normal((1, 1, *operator.data_shape))).astype("f4")
     x = BASELINES["sirt"](
         NOBODY, sinogram_problem(operator, torch.from_numpy(p)), {"num_iterations": 1}

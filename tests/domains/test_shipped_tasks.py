@@ -7,7 +7,7 @@ from flows.config import load_method, load_task, task_names
 
 OPERATORS = {
     "ct": {"parallel-beam"},
-    "mri": {"fourier"},
+    "mri": {"fourier", "multi-coil"},
     "city": {"identity", "mask", "blur", "pool"},
 }
 

@@ -21,7 +21,7 @@ from diffusion_core.operators import (
     Mosaic,
     MultiCoil,
     Pool,
-    Sparse,
+    Projector,
     VaryingBlur,
 )
 from diffusion_core.posterior.linear.base import Accuracy, DataStep, DualStep, Update
@@ -58,7 +58,7 @@ def data_step(operator: LinearOperator, through: LinearOperator | None = None) -
             return PoolStep(through, operator)
         case Fourier():
             return FourierStep(through, operator)
-        case Sparse() if len(operator.data_shape) == 2:
+        case Projector() if len(operator.data_shape) == 2:
             return ProjectorStep(through, operator)
         case _:
             return DualStep(through)

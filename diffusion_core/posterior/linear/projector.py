@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_core.operators import Sparse
+from diffusion_core.operators import Projector
 from diffusion_core.posterior.cg import Map
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear.base import Accuracy, PrimalStep, Update, two_levels
@@ -23,7 +23,7 @@ from diffusion_core.protocols import Data, LinearOperator
 class ProjectorStep(PrimalStep):
     """CG on (C^-1 + S A' R^-1 A S) u = S A' R^-1 r, K r = S u; exact data go to the dual form."""
 
-    def __init__(self, operator: LinearOperator, projector: Sparse) -> None:
+    def __init__(self, operator: LinearOperator, projector: Projector) -> None:
         super().__init__(operator)
         self.size = projector.image_shape
         self._measured: tuple[Tensor, Tensor] | None = None
