@@ -94,7 +94,7 @@ class Task:
         operator: kind of operator: "parallel-beam", "fourier", "mask", "blur", "pool", "identity".
         operator_params: of the operator (num_views, acceleration, missing_share, factor ...).
         noise: {"kind": "gaussian", "sigma_y": .05} | {"kind": "poisson", "counts_per_ray": 1e5}
-            | {"kind": "snr", "snr_db": 30}.
+            | {"kind": "snr", "snr_db": 30} | {"kind": "speckle", "num_looks": 4}.
         baselines: names of the classical methods that go with the task.
         region: "image", or "hole" where PSNR counts missing pixels only.
     """
@@ -153,7 +153,8 @@ class Problem:
         noise: likelihood for y.
         shape: (b, c, h, w) of the unknown.
         reach: "plane" if every datum sees the whole plane, else a radius in pixels.
-        condition: name of the network's condition: "ct", "mri", "mri-complex", "city", "city-grey".
+        condition: name of the network's condition: "ct", "mri", "mri-complex", "city", "city-grey",
+            "city-log".
         to_source: network units -> source units, as an image (b c' h w) (magnitude for complex).
         known: (b, 1|c, h, w) boolean, where pixels are measured exactly or directly; None if the
             operator is not a mask.

@@ -100,7 +100,7 @@ def new_network(settings: TrainSettings) -> Preconditioned:
     """The network before its first step: seeded, or with the weights of `init_from`.
 
     Raises:
-        BadInputError: if `init_from` is another network, or knows other conditions.
+        BadInputError: if `init_from` is another network, or lacks a condition to begin as.
     """
     from diffusion_core.networks.local_unet import LocalUNet
     from diffusion_core.networks.precond import Preconditioned
@@ -110,17 +110,25 @@ def new_network(settings: TrainSettings) -> Preconditioned:
         network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
         module = Preconditioned(network)
     if settings.init_from is not None:
-        from diffusion_core.model import Model
-
-        start = Model.load(settings.init_from)
-        same = start.config["network"] == network.config
-        if not same or list(start.conditions) != list(settings.conditions):
-            raise BadInputError(
-                f"{settings.init_from} is another network or knows other conditions than the "
-                "settings ask for: give it the same `network` and `conditions`"
-            )
-        module.load_state_dict(start.module.state_dict())
+        _begin_from(module, settings, settings.init_from)
     return module
+
+
+def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> None:
+    """Load a model's weights; every condition begins as itself or as `init_conditions` say."""
+    from diffusion_core.model import Model
+
+    start = Model.load(path)
+    asked = {**module.network.config, "num_conditions": None}
+    known = list(start.conditions)
+    begin_as = [settings.init_conditions.get(c, c) for c in settings.conditions]
+    missing = [c for c in begin_as if c not in known]
+    if {**start.config["network"], "num_conditions": None} != asked or missing:
+        raise BadInputError(
+            f"{path} is another network or knows other conditions than the "
+            "settings ask for: give it the same `network`, and `init_conditions` for what is new"
+        )
+    module.begin_from(start.module, [known.index(c) for c in begin_as])
 
 
 def condition_channels(settings: TrainSettings) -> dict[str, int]:

@@ -143,6 +143,10 @@ class TrainSettings(Settings):
     conditions: dict[str, float] = Field(description="network condition -> share of the batch")
     network: dict[str, Any]
     init_from: Path | None = Field(None, description="model directory whose weights to start from")
+    init_conditions: dict[str, str] = Field(
+        default_factory=dict,
+        description="condition that init_from lacks -> the one of its conditions to begin as",
+    )
     least_view_scale: float = Field(
         0.0, description="leave out views of an item narrower than this share of its first"
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_core.networks.local_unet import NUM_CHANNELS, LocalUNet, local_detail
+
+_CONDITION_WEIGHTS = "network.features.hidden.weight"
+"""Its last columns belong to the conditions, one each."""
 
 
 class Preconditioned(nn.Module):
@@ -43,6 +48,20 @@ class Preconditioned(nn.Module):
         )
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
+
+    def begin_from(self, other: Preconditioned, conditions: Sequence[int]) -> None:
+        """Take over the weights of a network that differs in its conditions at most.
+
+        Args:
+            other: same widths, depths and features.
+            conditions: for each of our conditions the index of the one in `other` to begin as.
+        """
+        weights = other.state_dict()
+        before = weights[_CONDITION_WEIGHTS]
+        num_phases = before.shape[1] - other.network.features.num_conditions
+        chosen = [num_phases + index for index in conditions]
+        weights[_CONDITION_WEIGHTS] = before[:, [*range(num_phases), *chosen]]
+        self.load_state_dict(weights)
 
     def uncertainty(self, sigma: Tensor, condition: Tensor) -> Float[Tensor, " b"]:
         """u(sigma, condition): the learned log of the expected weighted loss."""

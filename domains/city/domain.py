@@ -27,13 +27,14 @@ class City(Domain):
     """Network units: black..white of the values (the record's value_range) to [-1, 1].
 
     Three bands are a colour image ("city"), one a grey image ("city-grey"); of any other number
-    each band is a grey image of its own.
+    each band is a grey image of its own. Speckled images are restored as logarithms, band by band
+    ("city-log", see speckle.py).
     """
 
     name = "city"
     suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-    conditions = MappingProxyType({"city": 3, "city-grey": 1})
-    drawn_from = MappingProxyType({"city-grey": "city"})
+    conditions = MappingProxyType({"city": 3, "city-grey": 1, "city-log": 1})
+    drawn_from = MappingProxyType({"city-grey": "city", "city-log": "city"})
 
     def read(self, path: Path) -> Item:
         """Read a photograph, a TIFF of any bands, or the frames of a video."""
@@ -48,10 +49,13 @@ class City(Domain):
         return write(item, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
-        """Damage a clean image; y is in network units, (z c h' w')."""
+        """Damage a clean image; y is in network units, (z c h' w'), or speckled intensities."""
+        from domains.city import speckle
         from domains.city.degradations import simulate
 
         require_task(task, self.name, IMAGE_OPERATORS)
+        if task.noise["kind"] == "speckle":
+            return speckle.simulate(item, units_of(item.record), task, seed)
         return simulate(item, units_of(item.record), task, seed)
 
     def given(
@@ -69,6 +73,10 @@ class City(Domain):
 
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem; bands that are neither 1 nor 3 go into the batch."""
+        from domains.city import speckle
+
+        if speckle.is_speckled(measurement):
+            return speckle.problem_of(measurement, units_of(measurement.record))
         condition, fold = condition_of(measurement.record)
         return problem_of(measurement, units_of(measurement.record), condition, fold_bands=fold)
 
@@ -76,8 +84,13 @@ class City(Domain):
         """The clean item in the network units of a measurement of it, (b c h w)."""
         import torch
 
-        x = torch.from_numpy(slices_first(units_of(measurement.record).to_network(item.pixels)))
+        from domains.city import speckle
+
+        units: Units | speckle.LogUnits = units_of(measurement.record)
         _, fold = condition_of(measurement.record)
+        if speckle.is_speckled(measurement):
+            units, fold = speckle.log_units(measurement.record, units_of(measurement.record)), True
+        x = torch.from_numpy(slices_first(units.to_network(item.pixels)))
         return x.reshape(-1, 1, *x.shape[2:]) if fold else x
 
     def baselines(self) -> Mapping[str, Baseline]:
@@ -93,13 +106,13 @@ class City(Domain):
         return units.low, 1 / (units.high - units.low)
 
     def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
-        """Colour or grey views at several scales."""
+        """Colour or grey views at several scales, and the logarithms of grey ones."""
         from domains.city.training import training_windows
 
         return training_windows(item)
 
     def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
-        """Vary exposure; grey from colour."""
+        """Vary exposure; grey from colour; logarithms of either."""
         from domains.city.training import augment
 
         return augment(condition, patch, rng)

@@ -120,6 +120,8 @@ def noise_words(noise: Mapping[str, Any]) -> str:
         return f"Gaussian noise, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
     if kind == "poisson":
         return f"Poisson noise, {noise['counts_per_ray']:,.0f} photons a ray"
+    if kind == "speckle":
+        return f"speckle of {noise['num_looks']:g} looks (gamma noise that multiplies)"
     if kind == "snr":
         return f"complex Gaussian noise at {noise['snr_db']:g} dB"
     return f"noise {dict(noise)}"

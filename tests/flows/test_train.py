@@ -138,3 +138,33 @@ def test_two_ray_workers_give_the_curve_of_one(dataset, tmp_path):
     ]
     for name, value in ends[0].items():
         assert (value - ends[1][name]).abs().max() < 1e-4, name
+
+
+def test_a_new_condition_begins_as_one_that_the_model_knows(dataset, tmp_path):
+    import torch
+
+    from diffusion_core.model import Model, save_model
+    from diffusion_core.noise.draws import KeyedDraws
+    from flows.api_train import new_network
+
+    old = settings(dataset, tmp_path, conditions={"city-grey": 0.5, "city": 0.5})
+    module = new_network(old)
+    with torch.no_grad():  # a new network is the identity: let it depend on its condition
+        for parameter in module.parameters():
+            parameter.add_(0.3 * KeyedDraws(0, "weights").normal(0, parameter[None])[0])
+    start = tmp_path / "start"
+    save_model(start, module, {"city-grey": 1, "city": 3}, {}, "a card", {})
+    asked = settings(
+        dataset, tmp_path, conditions={"city": 0.3, "city-log": 0.7}, init_from=start,
+        init_conditions={"city-log": "city-grey"},
+    )  # fmt: skip
+    network, before = new_network(asked), Model.load(start).module
+    x, sigma = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8), torch.tensor([0.3])
+    with torch.no_grad():
+        now = [network(x, sigma, torch.tensor([i])) for i in (0, 1)]
+        then = [before(x, sigma, torch.tensor([i])) for i in (1, 0)]
+    for ours, theirs in zip(now, then, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert (now[0] - now[1]).abs().max() > 1e-3
+    with pytest.raises(BadInputError, match="init_conditions"):
+        new_network(asked.model_copy(update={"init_conditions": {}}))
