@@ -4,6 +4,8 @@
     config.json                    network, sigma_data, conditions in the order of their index
     covariance-CONDITION.safetensors   measured on validation (posterior/covariance.py)
     MODEL_CARD.md                  data, licences, recipe, figures, limits
+    solver.json                    settings fitted on validation images, by task, mode and number
+                                   of levels (`sashiko calibrate`); may be missing
     digests.json                   sha256 of every file above
 
 There is never a pickle: nothing in the directory can run.
@@ -27,12 +29,14 @@ if TYPE_CHECKING:  # a digest needs no torch: plans and the registry are to be q
     from diffusion_core.posterior.covariance import CovarianceTable
     from diffusion_core.protocols import Denoiser
 
-WEIGHTS, CONFIG, CARD, DIGESTS = (
+WEIGHTS, CONFIG, CARD, DIGESTS, SOLVER = (
     "weights.safetensors",
     "config.json",
     "MODEL_CARD.md",
     "digests.json",
+    "solver.json",
 )
+_SECTION = "## Solver settings"
 
 
 class BadModelError(ValueError):
@@ -62,9 +66,7 @@ def save_model(
     import torch
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    staging.chmod(0o755)
+    staging = _staging(path)
     weights = {k: v.to(torch.float16).contiguous() for k, v in module.state_dict().items()}
     save_file(weights, staging / WEIGHTS)
     config = {
@@ -78,6 +80,67 @@ def save_model(
     (staging / CARD).write_text(card)
     for condition, table in tables.items():
         table.save(staging / f"covariance-{condition}.safetensors")
+    return _publish(staging, path)
+
+
+def solver_settings(path: Path) -> dict[str, Any]:
+    """Settings of solvers fitted for a model: solver.json, {} if it has none. Needs no torch.
+
+    Raises:
+        BadModelError: if the file cannot be read.
+    """
+    file = Path(path) / SOLVER
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except ValueError as error:
+        raise BadModelError(f"{file} cannot be read ({error}): fetch the model again") from error
+
+
+def store_solver_settings(
+    path: Path, settings: Mapping[str, Any], section: str, output: Path | None = None
+) -> str:
+    """Give a model solver settings, instead of those it has; all else stays as it is.
+
+    Args:
+        path: of the model directory.
+        settings: of solvers, JSON-able.
+        section: of the model card that tells of them, Markdown without its heading.
+        output: directory to write; default: `path` itself.
+
+    Returns:
+        The digest of the model with its new settings.
+
+    Raises:
+        BadModelError: if `path` is not a whole model.
+    """
+    model_digest(path)
+    target = output or path
+    staging = _staging(target)
+    for name in json.loads((path / DIGESTS).read_text()):
+        shutil.copyfile(path / name, staging / name)
+    (staging / SOLVER).write_text(json.dumps(settings, indent=1) + "\n")
+    card = (path / CARD).read_text() if (path / CARD).is_file() else ""
+    (staging / CARD).write_text(_with_section(card, section))
+    return _publish(staging, target)
+
+
+def _with_section(card: str, section: str) -> str:
+    """A card whose last section is that of the solver settings."""
+    return f"{card.split(_SECTION)[0].rstrip()}\n\n{_SECTION}\n\n{section.strip()}\n"
+
+
+def _staging(path: Path) -> Path:
+    """A folder beside `path`, to be filled and published."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    staging.chmod(0o755)
+    return staging
+
+
+def _publish(staging: Path, path: Path) -> str:
+    """Digest the files, and put the folder in place of an older one by rename."""
     for file in staging.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     digests = {p.name: _sha256(p) for p in sorted(staging.iterdir())}

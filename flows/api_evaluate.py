@@ -24,6 +24,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from diffusion_core.model import solver_settings
 from diffusion_core.posterior import SOLVERS
 from domains.base import BadInputError, Task
 from domains.registry import load_domain
@@ -283,9 +284,11 @@ def _restore(
     from flows.engine.methods import resolve_method
     from flows.engine.plan import make_plan
 
+    calibrated = solver_settings(Path(model.path)) if model else {}
+
     def ways(entry: MeasurementEntry) -> list[MethodSettings]:
         asked = (MethodSettings(name=name) for name in methods[entry.task])
-        return [resolve_method(way, entry) for way in asked]
+        return [resolve_method(way, entry, calibrated) for way in asked]
 
     compute = settings.compute
     with make_executor(compute) as executor:

@@ -248,7 +248,10 @@ def shrunk(item: Item, factor: int) -> Item:
     if np.issubdtype(item.pixels.dtype, np.integer):
         means = np.rint(means)
     pixels = means.astype(item.pixels.dtype)
-    return Item(pixels, replace(item.record, shape=pixels.shape))
+    spacing = item.record.spacing_mm
+    if spacing is not None:
+        spacing = (spacing[0], spacing[1] * factor, spacing[2] * factor)
+    return Item(pixels, replace(item.record, shape=pixels.shape, spacing_mm=spacing))
 
 
 def case_of(task: Task, item: Item) -> Case:

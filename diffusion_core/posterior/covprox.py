@@ -17,6 +17,7 @@ a heavy ball, makes up for few levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,10 +43,12 @@ from diffusion_core.protocols import (
     NoiseModel,
     NormalDraws,
     Restoration,
+    Signal,
 )
 
 Ramp = float | Sequence[float]
-"""A constant, or its values at the first level and at the last."""
+"""A constant, or values at evenly spaced places of the chain: two are those at the first level and
+at the last, as many as there are levels one a level; between them it is interpolated."""
 
 _INFLATION: dict[str, Ramp] = {"mean": 4.0, "sample": 1.5}
 _ZETA: dict[str, Ramp] = {"mean": (0.7, 0.0), "sample": 1.0}
@@ -58,7 +61,8 @@ class CovProx:
     Attributes:
         prior: the covariance table of the denoiser's condition.
         mode: "mean" (best estimate) or "sample" (a draw of the posterior).
-        inflation: c, factor on Sigma, geometric along the levels; default 4 (mean), 1.5 (sample).
+        inflation: c > 0, factor on Sigma, geometric along the levels; default 4 (mean), 1.5
+            (sample). calibration.py fits it.
         renoise: "fresh" noise, or "deterministic" (the conditional probability-flow ODE).
         zeta: scale of the fresh noise that a level starts from, linear along the levels (the start
             has the whole noise of the first); default .7 to 0 (mean), 1 (sample).
@@ -86,8 +90,10 @@ class CovProx:
                 "covprox has the modes mean and sample, and renoises fresh or deterministic, "
                 f"not {self.mode!r} and {self.renoise!r}"
             )
-        for ramp in (self.inflation, self.zeta, self.momentum):
-            _ends(0.0 if ramp is None else ramp)
+        if not all(_values(ramp) for ramp in (self.inflation, self.zeta, self.momentum)):
+            raise ValueError("inflation, zeta and momentum take one value or more, not none")
+        if min(_values(self.inflation)) <= 0:
+            raise ValueError(f"inflation must be positive, not {self.inflation}")
 
     def __call__(
         self,
@@ -99,57 +105,127 @@ class CovProx:
         draws: NormalDraws,
     ) -> Restoration:
         """Restore a batch; the last data step's m is returned. See protocols.Solver."""
-        levels = positive_levels(sigmas)
-        calls = Counted(denoise, operator)
-        step = calls.data_step()
-        accuracy = Accuracy(self.tolerance, self.max_steps)
-        m = initial_estimate(self.start, self.prior, calls, step, y, noise, accuracy)
-        x = m + levels[0] * draws.normal(0, m, RENOISE)
-        inflation = _INFLATION[self.mode] if self.inflation is None else self.inflation
-        zeta = _ZETA[self.mode] if self.zeta is None else self.zeta
-        trace: list[dict[str, Any]] = []
-        last = max(1, len(levels) - 1)
-        for i, sigma in enumerate(levels):
-            mu = calls.denoise(x, sigma)
-            A_mu = calls.A(mu)
-            R = noise.variance(A_mu)
-            c = _geometric(inflation, i / last)
-            covariance = self.prior.at(sigma).on(mu, c, step.padding, local=self.local)
-            centre, residual = mu, y - A_mu
-            if self.mode == "sample":
-                xi = draws.normal(i, covariance.white_like(mu), STATE)
-                centre = mu + covariance.apply_root(xi, (mu.shape[-2], mu.shape[-1]))
-                residual = y - calls.A(centre) - measurement_noise(R, draws, i, y)
-            update = step(covariance, R, residual, accuracy)
-            before, m = m, centre + update.delta
-            trace.append(
-                {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
-            )
-            if i + 1 < len(levels):
-                sigma_next, progress = levels[i + 1], (i + 1) / last
-                if self.renoise == "deterministic":
-                    x = m + (sigma_next / sigma) * (x - m)
-                else:
-                    x = m + _linear(self.momentum, progress) * (m - before)
-                    scale = _linear(zeta, progress) * sigma_next
-                    x = x + scale * draws.normal(i + 1, m, RENOISE) if scale else x
-        return calls.restoration(m, levels=trace)
+        chain = Chain(self, denoise, operator, y, noise, sigmas, draws)
+        for level in range(len(chain.levels)):
+            mu = chain.denoise(level)
+            chain.advance(level, chain.condition(level, mu))
+        return chain.calls.restoration(chain.m, levels=chain.trace)
+
+    def inflation_at(self, progress: float) -> float:
+        """c at a place of the chain: 0 is the first level, 1 the last."""
+        default = _INFLATION[self.mode]
+        return _geometric(default if self.inflation is None else self.inflation, progress)
+
+    def zeta_at(self, progress: float) -> float:
+        """Zeta of the fresh noise that a level starts from."""
+        return _linear(_ZETA[self.mode] if self.zeta is None else self.zeta, progress)
+
+    def momentum_at(self, progress: float) -> float:
+        """Beta of the step that leads to a level."""
+        return _linear(self.momentum, progress)
 
 
-def _ends(ramp: Ramp) -> tuple[float, float]:
-    """First and last value."""
-    if isinstance(ramp, int | float):
-        return float(ramp), float(ramp)
-    if len(ramp) != 2:
-        raise ValueError(f"give one value, or the first and the last, not {list(ramp)}")
-    return float(ramp[0]), float(ramp[1])
+class Chain:
+    """A batch on its way along the levels, one level at a time (CovProx, and its calibration).
+
+    Attributes:
+        solver: its settings.
+        calls: what was called.
+        levels: noise levels > 0, decreasing.
+        x: state that the next level begins with.
+        m: estimate of the last level done, the start before the first.
+        trace: of each level, what its linear solve took.
+    """
+
+    def __init__(
+        self,
+        solver: CovProx,
+        denoise: Denoiser,
+        operator: LinearOperator,
+        y: Data,
+        noise: NoiseModel,
+        sigmas: Float[Tensor, " levels"],
+        draws: NormalDraws,
+    ) -> None:
+        self.solver = solver
+        self.levels = positive_levels(sigmas)
+        self.calls = Counted(denoise, operator)
+        self.trace: list[dict[str, Any]] = []
+        self._step = self.calls.data_step()
+        self._y, self._noise, self._draws = y, noise, draws
+        self._accuracy = Accuracy(solver.tolerance, solver.max_steps)
+        self.m = initial_estimate(
+            solver.start, solver.prior, self.calls, self._step, y, noise, self._accuracy
+        )
+        self.x = self.m + self.levels[0] * draws.normal(0, self.m, RENOISE)
+
+    def progress(self, level: int) -> float:
+        """Place of a level in the chain: 0 is the first, 1 the last."""
+        return level / max(1, len(self.levels) - 1)
+
+    def denoise(self, level: int) -> Signal:
+        """mu = D(x; sigma)."""
+        return self.calls.denoise(self.x, self.levels[level])
+
+    def condition(self, level: int, mu: Signal, inflation: float | None = None) -> Signal:
+        """m: what mu becomes, or a draw about it, once the data are heard.
+
+        Args:
+            level: at which.
+            mu: the denoiser's estimate.
+            inflation: c; default the solver's.
+        """
+        sigma, solver = self.levels[level], self.solver
+        c = solver.inflation_at(self.progress(level)) if inflation is None else inflation
+        A_mu = self.calls.A(mu)
+        R = self._noise.variance(A_mu)
+        covariance = solver.prior.at(sigma).on(mu, c, self._step.padding, local=solver.local)
+        centre, residual = mu, self._y - A_mu
+        if solver.mode == "sample":
+            xi = self._draws.normal(level, covariance.white_like(mu), STATE)
+            centre = mu + covariance.apply_root(xi, (mu.shape[-2], mu.shape[-1]))
+            n = measurement_noise(R, self._draws, level, self._y)
+            residual = self._y - self.calls.A(centre) - n
+        update = self._step(covariance, R, residual, self._accuracy)
+        self.trace.append(
+            {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
+        )
+        return centre + update.delta
+
+    def advance(self, level: int, m: Signal) -> None:
+        """Take m as the level's estimate, and bring x to the next level if there is one."""
+        before, self.m = self.m, m
+        if level + 1 == len(self.levels):
+            return
+        sigma, sigma_next = self.levels[level], self.levels[level + 1]
+        if self.solver.renoise == "deterministic":
+            self.x = m + (sigma_next / sigma) * (self.x - m)
+            return
+        progress = self.progress(level + 1)
+        self.x = m + self.solver.momentum_at(progress) * (m - before)
+        scale = self.solver.zeta_at(progress) * sigma_next
+        if scale:
+            self.x = self.x + scale * self._draws.normal(level + 1, m, RENOISE)
+
+
+def _values(ramp: Ramp | None) -> tuple[float, ...]:
+    """The values of a ramp; a default counts as 1."""
+    if ramp is None:
+        return (1.0,)
+    return (float(ramp),) if isinstance(ramp, int | float) else tuple(map(float, ramp))
 
 
 def _linear(ramp: Ramp, progress: float) -> float:
-    first, last = _ends(ramp)
-    return first + (last - first) * progress
+    """Value at a place in 0..1, linear between the places of the values."""
+    values = _values(ramp)
+    place = progress * (len(values) - 1)
+    left = min(int(place), max(0, len(values) - 2))
+    right = min(left + 1, len(values) - 1)
+    return values[left] + (values[right] - values[left]) * (place - left)
 
 
 def _geometric(ramp: Ramp, progress: float) -> float:
-    first, last = _ends(ramp)
-    return float(first * (last / first) ** progress)
+    """As _linear, in the logarithm."""
+    if isinstance(ramp, int | float):
+        return float(ramp)
+    return math.exp(_linear([math.log(value) for value in _values(ramp)], progress))

@@ -5,10 +5,14 @@ nothing                       the task's `solver`
 --levels 8                    the task's `solver` with 8 levels
 --method diffpir              diffpir on the task's noise levels
 --method tv                   the classical method with its parameters of configs/baselines
+
+A model that was calibrated (`sashiko calibrate`) knows better than the task's file: its noise
+levels and its options for the task, mode and nearest number of levels come before the file's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -36,28 +40,58 @@ def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | 
     return _LIKE.get(operator)
 
 
-def resolve_method(asked: MethodSettings | None, entry: MeasurementEntry) -> MethodSettings:
+def resolve_method(
+    asked: MethodSettings | None,
+    entry: MeasurementEntry,
+    calibrated: Mapping[str, Any] | None = None,
+) -> MethodSettings:
     """A method with every setting that its pixels depend on.
 
     Args:
         asked: what the user set; fields that were not set are open.
         entry: the measurement to be restored.
+        calibrated: the model's solver settings (diffusion_core.model.solver_settings).
     """
     like = reference_task(entry.task, entry.operator, entry.noise)
     own = _load_method(like) if like else MethodSettings()
-    if asked is None:
-        return own
-    given = {name: getattr(asked, name) for name in asked.model_fields_set}
+    given = {name: getattr(asked, name) for name in asked.model_fields_set} if asked else {}
     name = given.get("name", own.name)
     kind = given.get("kind", "solver" if name in SOLVERS else "baseline")
     options = dict(given.get("options", {}))
     if kind == "baseline":
         frozen = baseline_params(like, name) if like else {}
         return MethodSettings(name=name, kind="baseline", options={**frozen, **options})
+    own_mode = own.options.get("mode", "mean")
+    mode = options.get("mode", own_mode)
+    if mode != own_mode:  # what was tuned for one mode misleads the other
+        own = _without(own, "mode", "inflation", "zeta", "momentum")
+    if calibrated and like:
+        num_levels = given.get("num_levels", own.num_levels)
+        own = _calibrated(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
     if name == own.name:
         options = {**own.options, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
+
+
+def _without(own: MethodSettings, *names: str) -> MethodSettings:
+    """Settings less some options."""
+    options = {name: value for name, value in own.options.items() if name not in names}
+    return own.model_copy(update={"options": options})
+
+
+def _calibrated(
+    own: MethodSettings, fits: Mapping[str, Any], mode: str, num_levels: int
+) -> MethodSettings:
+    """The task's settings with what was fitted for the nearest number of levels, if anything."""
+    by_levels = fits.get(own.name, {}).get(mode, {})
+    if not by_levels:
+        return own
+    nearest = min(by_levels, key=lambda count: (abs(math.log(int(count) / num_levels)), int(count)))
+    fit = by_levels[nearest]
+    options = {**own.options, **fit["options"]}
+    levels = {name: fit[name] for name in ("sigma_max", "sigma_min", "rho")}
+    return own.model_copy(update={**levels, "options": options})
 
 
 def baseline_params(task: str, name: str) -> dict[str, Any]:

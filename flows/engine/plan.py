@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_core.model import solver_settings
 from domains.base import BadInputError, ItemRecord
 from domains.registry import domain_names
 from flows.config import MethodSettings
@@ -200,7 +201,7 @@ def make_plan(
         measurements: the store.
         output: root folder of the results; nothing is written now.
         method: one or several ways to restore every item; None: each task's own. What a method
-            leaves open comes from the task's file (methods.py).
+            leaves open comes from the model and the task's file (methods.py).
         model: the diffusion model; None if every method is a classical baseline.
         items: ids of the items to restore; None: all.
         tasks: names of the tasks to restore; None: all.
@@ -221,6 +222,7 @@ def make_plan(
     _require_domains(chosen)
     reference = _model_ref(model)
     model_bytes = _model_bytes(reference)
+    calibrated = solver_settings(Path(reference.path)) if reference else {}
     asked = [method] if method is None or isinstance(method, MethodSettings) else list(method)
     planned: dict[str, ItemPlan] = {}
     for entry in chosen:
@@ -231,7 +233,7 @@ def make_plan(
             block_size=block_size,
         )
         for way in methods_for(entry) if methods_for else asked:
-            full = resolve_method(way, entry)
+            full = resolve_method(way, entry, calibrated)
             item = _plan_item(entry, full, reference, model_bytes, grid, seed, dtype, device_class)
             planned[item.key] = item
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.

@@ -163,7 +163,58 @@ def test_the_deterministic_chain_tends_to_a_posterior_sample():
     assert float((variance / P).mean()) == pytest.approx(1.0, abs=0.08)
 
 
-@pytest.mark.parametrize("momentum", [0.4, (0.0, 0.8)])
+def test_zeta_of_each_level_enters_the_variance_law():
+    # One value a level: that of level i scales the noise that level i starts from.
+    sigmas, batch, zeta = power_sigmas(4, 5.0, 0.3, 3.0), 500, (0.3, 1.0, 0.2, 0.7)
+    result, mean, covariance = solve("dense", sigmas, batch, zeta=zeta)
+    variance, P = eigen_spread(result.x, mean, covariance)
+    law = torch.zeros_like(P)
+    for i, sigma in enumerate(sigmas.tolist()):
+        scale = 1.0 if i == 0 else zeta[i]
+        law = (P / (P + sigma**2)) ** 2 * (law + (scale * sigma) ** 2)
+    assert float((variance / law).mean()) == pytest.approx(1.0, abs=0.03)
+
+
+def test_inflation_of_each_level_enters_that_levels_gain():
+    # zeta = 0 and c along the levels: the error of an eigen-direction has a closed form, with
+    # Sigma = P_prior sigma^2 / (P_prior + sigma^2) and K of c Sigma, matrix by matrix.
+    sigmas, inflation = power_sigmas(4, 5.0, 0.3, 3.0), (0.5, 3.0, 1.0, 8.0)
+    result, _, _ = solve("dense", sigmas, zeta=0.0, inflation=inflation)
+    operator, prior, y, _, _ = problem("dense")
+    A, P, eye = operator.matrix, prior.matrix(), torch.eye(120, dtype=torch.float64)
+    x = flat(sigmas[0] * DRAWS.normal(0, torch.zeros(1, 1, *SIZE, dtype=torch.float64)))[0]
+    for sigma, c in zip(sigmas, inflation, strict=True):
+        D = P @ torch.linalg.inv(P + sigma**2 * eye)
+        mu = prior.mean + D @ (x - prior.mean)
+        Sigma = c * sigma**2 * D
+        G = A @ Sigma @ A.T + SIGMA_Y**2 * torch.eye(len(A), dtype=torch.float64)
+        x = mu + Sigma @ A.T @ torch.linalg.solve(G, y[0] - A @ mu)
+    torch.testing.assert_close(flat(result.x)[0], x, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "places", "linear", "geometric"),
+    [
+        (3.0, (0.0, 0.4, 1.0), (3.0, 3.0, 3.0), (3.0, 3.0, 3.0)),
+        ((1.0, 4.0), (0.0, 0.5, 1.0), (1.0, 2.5, 4.0), (1.0, 2.0, 4.0)),
+        ((1.0, 4.0, 1.0), (0.0, 0.25, 0.5, 1.0), (1.0, 2.5, 4.0, 1.0), (1.0, 2.0, 4.0, 1.0)),
+        ((7.0,), (0.0, 1.0), (7.0, 7.0), (7.0, 7.0)),
+        ((1.0, 2.0, 8.0, 4.0), (1 / 3, 2 / 3, 5 / 6), (2.0, 8.0, 6.0), (2.0, 8.0, 32**0.5)),
+    ],
+)
+def test_a_sequence_is_interpolated_along_the_chain(ramp, places, linear, geometric):
+    solver = make_solver(
+        "covprox",
+        GaussianPrior(SIZE).table([0.1]),
+        {"zeta": ramp, "momentum": ramp, "inflation": ramp},
+    )
+    for place, value, root in zip(places, linear, geometric, strict=True):
+        assert solver.zeta_at(place) == pytest.approx(value)
+        assert solver.momentum_at(place) == pytest.approx(value)
+        assert solver.inflation_at(place) == pytest.approx(root)
+
+
+@pytest.mark.parametrize("momentum", [0.4, (0.0, 0.8), (0.0, 0.9, 0.1)])
 def test_momentum_is_a_heavy_ball_in_every_eigen_direction(momentum):
     sigmas = power_sigmas(7, 5.0, 0.3, 3.0)
     result, mean, covariance = solve("dense", sigmas, zeta=0.0, momentum=momentum)
@@ -173,7 +224,8 @@ def test_momentum_is_a_heavy_ball_in_every_eigen_direction(momentum):
     state = flat(first - mean) @ vectors
     for i, sigma in enumerate(sigmas):
         error = P / (P + sigma**2) * state
-        beta = np.interp((i + 1) / 6, [0, 1], np.broadcast_to(momentum, 2))
+        values = np.atleast_1d(momentum)
+        beta = np.interp((i + 1) / 6, np.linspace(0, 1, len(values)), values)
         state, before = error + beta * (error - before), error
     torch.testing.assert_close(flat(result.x - mean) @ vectors, error, rtol=1e-5, atol=1e-7)
 
@@ -182,8 +234,10 @@ def test_bad_options_are_refused_in_a_sentence():
     table = GaussianPrior(SIZE).table([0.1])
     with pytest.raises(ValueError, match="modes mean and sample"):
         make_solver("covprox", table, {"mode": "median"})
-    with pytest.raises(ValueError, match="the first and the last"):
-        make_solver("covprox", table, {"zeta": [1, 2, 3]})
+    with pytest.raises(ValueError, match="one value or more"):
+        make_solver("covprox", table, {"zeta": []})
+    with pytest.raises(ValueError, match="inflation must be positive"):
+        make_solver("covprox", table, {"inflation": [1.0, 0.0]})
     operator, prior, y, _, _ = problem("blur")
     solver = make_solver("covprox", table, {"start": "zero"})
     with pytest.raises(ValueError, match="starts from kriging, adjoint or noise"):

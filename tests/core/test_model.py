@@ -6,7 +6,14 @@ import pickle
 import pytest
 import torch
 
-from diffusion_core.model import BadModelError, Model, model_digest, save_model
+from diffusion_core.model import (
+    BadModelError,
+    Model,
+    model_digest,
+    save_model,
+    solver_settings,
+    store_solver_settings,
+)
 from diffusion_core.networks.local_unet import LocalUNet
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.noise.streams import seeded_initialisation, training_noise
@@ -85,3 +92,42 @@ def test_a_planted_pickle_never_runs(saved):
     (path / "weights.safetensors").write_bytes(pickle.dumps(Canary()))
     with pytest.raises(BadModelError):
         Model.load(path)
+
+
+def test_solver_settings_are_stored_shown_and_covered_by_the_digests(saved):
+    path, _ = saved
+    before = model_digest(path)
+    assert solver_settings(path) == {}
+    fits = {"tasks": {"sr-x4": {"covprox": {"mean": {"8": {"sigma_max": 0.7}}}}}}
+    digest = store_solver_settings(path, fits, "| task | dB |\n|---|---|\n")
+    assert solver_settings(path) == fits
+    assert digest == model_digest(path) == Model.load(path).digest != before
+    assert "## Solver settings\n\n| task | dB |" in (path / "MODEL_CARD.md").read_text()
+    (path / "solver.json").write_text("{}")
+    with pytest.raises(BadModelError, match=r"solver.json is missing or not the file"):
+        Model.load(path)
+
+
+def test_new_solver_settings_replace_the_old_and_leave_the_rest(saved, tmp_path):
+    path, _ = saved
+    store_solver_settings(path, {"a": 1}, "old words")
+    card = (path / "MODEL_CARD.md").read_text()
+    other = tmp_path / "deeper" / "other"
+    store_solver_settings(path, {"b": 2}, "new words", other)
+    assert solver_settings(path) == {"a": 1}, "the model itself is not touched"
+    assert solver_settings(other) == {"b": 2}
+    text = (other / "MODEL_CARD.md").read_text()
+    assert "new words" in text
+    assert "old words" not in text
+    assert text.startswith("# card\n")
+    assert card.startswith("# card\n")
+    for name in ("weights.safetensors", "config.json"):
+        assert (other / name).read_bytes() == (path / name).read_bytes()
+    assert not list(path.parent.glob(".*.partial"))
+
+
+def test_an_altered_model_is_given_no_settings(saved):
+    path, _ = saved
+    (path / "config.json").write_text("{}")
+    with pytest.raises(BadModelError, match=r"config.json is missing or not the file"):
+        store_solver_settings(path, {}, "")

@@ -271,6 +271,89 @@ def test_a_damaged_image_is_treated_as_the_task_it_is_most_like():
     assert resolve_method(None, entry("given", "weird-operator")).name == "covprox"
 
 
+FITS = {
+    "tasks": {
+        "inpaint-random70": {
+            "covprox": {
+                "mean": {
+                    "8": {
+                        "sigma_max": 0.9,
+                        "sigma_min": 0.03,
+                        "rho": 5.0,
+                        "options": {"inflation": [2.0, 8.0]},
+                    },
+                    "12": {"sigma_max": 0.8, "sigma_min": 0.04, "rho": 3.0, "options": {}},
+                },
+                "sample": {
+                    "8": {
+                        "sigma_max": 0.6,
+                        "sigma_min": 0.02,
+                        "rho": 3.0,
+                        "options": {"mode": "sample", "inflation": [1.2]},
+                    }
+                },
+            }
+        }
+    }
+}
+
+
+def test_what_a_model_was_calibrated_to_comes_before_the_task_file():
+    own = load_method("inpaint-random70")
+    eight = resolve_method(MethodSettings(num_levels=8), entry(), FITS)
+    assert (eight.sigma_max, eight.sigma_min, eight.rho) == (0.9, 0.03, 5.0)
+    assert eight.num_levels == 8
+    assert eight.options == {**own.options, "inflation": [2.0, 8.0]}
+    # Nothing asked: the task's number of levels, 12. The nearest in ratio stands for others.
+    assert resolve_method(None, entry(), FITS).sigma_max == 0.8
+    assert resolve_method(MethodSettings(num_levels=100), entry(), FITS).sigma_max == 0.8
+    assert resolve_method(MethodSettings(num_levels=9), entry(), FITS).sigma_max == 0.9
+    assert resolve_method(eight, entry(), FITS) == eight, "what is resolved stays as it is"
+
+
+def test_what_the_user_sets_comes_before_the_model():
+    asked = MethodSettings(num_levels=8, sigma_max=0.33, options={"inflation": 1.0})
+    found = resolve_method(asked, entry(), FITS)
+    assert (found.sigma_max, found.sigma_min) == (0.33, 0.03)
+    assert found.options["inflation"] == 1.0
+
+
+def test_modes_do_not_share_what_was_tuned_for_one():
+    asked = MethodSettings(num_levels=8, options={"mode": "sample"})
+    own = load_method("inpaint-random70")
+    assert "momentum" in own.options
+    plain = resolve_method(asked, entry())
+    assert plain.options == {"mode": "sample", "local": False}
+    fitted = resolve_method(asked, entry(), FITS)
+    assert fitted.options == {"mode": "sample", "local": False, "inflation": [1.2]}
+    assert fitted.sigma_max == 0.6
+
+
+def test_other_solvers_get_the_levels_but_not_the_options_of_the_calibration():
+    found = resolve_method(MethodSettings(name="diffpir", num_levels=8), entry(), FITS)
+    assert (found.sigma_max, found.options) == (0.9, {})
+    assert resolve_method(MethodSettings(name="tv"), entry(), FITS).kind == "baseline"
+
+
+def test_a_task_that_was_not_calibrated_keeps_its_file():
+    assert resolve_method(None, entry("sr-x4", "pool"), FITS) == load_method("sr-x4")
+
+
+def test_a_damaged_image_gets_the_calibration_of_the_task_it_is_most_like():
+    assert resolve_method(None, entry("given"), FITS).sigma_max == 0.8
+
+
+def test_the_plan_reads_the_settings_of_the_model_in_use(store, tmp_path):
+    # The items of the store are noisy images with holes, most like those of inpaint-random70.
+    (tmp_path / "solver.json").write_text(json.dumps(FITS))
+    asked = MethodSettings(name="covprox")
+    plain = make_plan(store, Path("out"), asked, MODEL)
+    found = make_plan(store, Path("out"), asked, replace(MODEL, path=str(tmp_path)))
+    assert {item.method.sigma_max for item in found.items} == {0.8}
+    assert {item.method.sigma_max for item in plain.items} != {0.8}
+    assert found.campaign != plain.campaign
+
+
 # --- quick ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,142 @@
+"""On a Gaussian prior whose table is wrong by a known factor, calibration must find the factor."""
+
+import math
+
+import pytest
+import torch
+from dense import GaussianPrior
+
+from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.noise.likelihood import GaussianNoise
+from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.operators import Blur, Mask
+from diffusion_core.posterior.calibration import RollOut, fit_inflation
+from diffusion_core.posterior.covariance import CovarianceTable
+from diffusion_core.posterior.covprox import Chain, CovProx
+from diffusion_core.posterior.linear.mask import MaskStep
+from diffusion_core.uncertainty import Spread
+
+SIZE = (24, 20)
+SIGMA_Y = 0.1
+PRIOR = GaussianPrior(SIZE)
+FACTOR = 5.0
+"""By which the table understates Sigma."""
+
+
+@pytest.fixture(autouse=True)
+def _periodic_masks(monkeypatch):
+    monkeypatch.setattr(MaskStep, "padding", 0)  # the oracle's prior is periodic on the image
+
+
+def normal(*shape, key="calibration", stream=0):
+    return KeyedDraws(0, key).normal(0, torch.empty(shape, dtype=torch.float64), stream)
+
+
+def understated(sigmas, factor=FACTOR):
+    exact = PRIOR.table(sigmas)
+    fields = {name: getattr(exact, name) for name in exact.__dataclass_fields__}
+    fields["log_spectrum"] = exact.log_spectrum - math.log(factor)
+    return CovarianceTable(**fields)
+
+
+def image(number):
+    """A draw of the prior."""
+    root = PRIOR.grid_power().sqrt()
+    xi = normal(1, 1, *SIZE, key=f"truth-{number}")
+    return PRIOR.mean + torch.fft.irfft2(torch.fft.rfft2(xi) * root, s=SIZE)
+
+
+def roll_out(number, sigmas, operator, num_chains=1, **options):
+    truth = image(number)
+    y = operator.A(truth) + SIGMA_Y * normal(*operator.A(truth).shape, key=f"noise-{number}")
+    given = {"start": "noise", "local": False, "tolerance": 1e-8, "max_steps": 500, **options}
+    chains = [
+        Chain(
+            CovProx(understated(sigmas), **given),
+            PRIOR.denoise,
+            operator,
+            y,
+            GaussianNoise(SIGMA_Y),
+            sigmas,
+            KeyedDraws(seed, f"chain-{number}"),
+        )
+        for seed in range(num_chains)
+    ]
+    return RollOut(chains, truth)
+
+
+def mask():
+    return Mask(normal(1, 1, *SIZE, key="mask") > 0.3)
+
+
+def blur():
+    taps = torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64)
+    return Blur(torch.outer(taps, taps) / 25.0, SIZE)
+
+
+@pytest.mark.parametrize("operator", [mask, blur])
+def test_mean_mode_finds_the_factor_where_the_state_is_a_fresh_one(operator):
+    # x = x0 + sigma eps: there Sigma itself, so c = FACTOR, gives the least expected error.
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    rollouts = [roll_out(k, sigmas, operator()) for k in range(12)]
+    for k, rollout in enumerate(rollouts):
+        (chain,) = rollout.chains
+        chain.x = rollout.truth + 0.4 * normal(1, 1, *SIZE, key=f"fresh-{k}")
+    (c,) = fit_inflation(rollouts)
+    assert c == pytest.approx(FACTOR, rel=0.15)
+
+
+def test_the_fitted_inflation_is_where_the_error_is_least():
+    sigmas = power_sigmas(3, 0.6, 0.2, 3.0)
+    found = fit_inflation([roll_out(k, sigmas, blur(), zeta=0.5) for k in range(4)])
+
+    def loss(inflation):
+        rollouts = [roll_out(k, sigmas, blur(), zeta=0.5) for k in range(4)]
+        for r in rollouts:
+            (chain,) = r.chains
+            for level in range(3):
+                mu = chain.denoise(level)
+                chain.advance(level, chain.condition(level, mu, inflation[level]))
+        return sum(r.log_error([r.chains[0].m]) for r in rollouts)
+
+    at_best = loss(found)
+    for factor in (0.6, 1.7):
+        assert loss([*found[:2], found[2] * factor]) > at_best
+
+
+@pytest.mark.parametrize("operator", [mask, blur])
+def test_sample_mode_is_calibrated_at_the_last_level_and_finds_the_factor(operator):
+    # With c = FACTOR every level of the chain from pure noise draws from the posterior.
+    sigmas = power_sigmas(4, 20.0, 0.3, 3.0)
+    rollouts = [
+        roll_out(k, sigmas, operator(), num_chains=8, mode="sample", zeta=1.0) for k in range(6)
+    ]
+    found = fit_inflation(rollouts)
+    pooled = sum((r.spread([c.m for c in r.chains]) for r in rollouts), Spread())
+    assert pooled.ratio == pytest.approx(1.0, abs=0.03)
+    assert found == pytest.approx([FACTOR] * 4, rel=0.25)
+
+
+def test_the_denoiser_is_called_once_a_level():
+    sigmas = power_sigmas(3, 0.6, 0.2, 3.0)
+    rollouts = [roll_out(k, sigmas, blur()) for k in range(2)]
+    fit_inflation(rollouts)
+    assert [r.chains[0].calls.num_denoiser_calls for r in rollouts] == [3, 3]
+
+
+def test_errors_count_in_the_units_of_the_view_and_where_it_is_unknown():
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    rollout = roll_out(0, sigmas, blur())
+    unknown = torch.zeros(1, 1, *SIZE, dtype=torch.bool)
+    unknown[..., :3] = True
+    seen = RollOut(rollout.chains, 10 * rollout.truth, lambda x: 10 * x, unknown)
+    wrong = rollout.truth + 0.2
+    wrong[..., 3:] += 7.0
+    assert seen.log_error([wrong]) == pytest.approx(math.log(100 * 0.04))
+    samples = [rollout.truth + s for s in (0.3, -0.1)]
+    assert seen.spread(samples).ratio == pytest.approx(1.5 * 0.08 / 0.01)
+
+
+def test_nothing_to_fit_on_is_refused():
+    with pytest.raises(ValueError, match="at least one image"):
+        fit_inflation([])
