@@ -171,6 +171,23 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Generated:
+    """Images that a model made up, on a scale of the field.
+
+    Attributes:
+        pixels: (n c h w) float32, c = 1 or 3.
+        units: of the pixels.
+        low: shown black.
+        high: shown white.
+    """
+
+    pixels: Array
+    units: str
+    low: float
+    high: float
+
+
 Baseline = Callable[[Measurement, Problem, Mapping[str, Any]], "Tensor"]
 """(measurement, its problem, frozen parameters) -> restored batch (b c h w) in network units."""
 
@@ -231,6 +248,13 @@ class Domain(ABC):
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where the body is (z h w), for metrics inside it; None where that has no meaning."""
         return None
+
+    def generated(self, condition: str, x: Array) -> Generated:
+        """Images (n c h w) in network units that have no source, as people of the field read them.
+
+        The scale is a usual one of the condition; as they are by default.
+        """
+        return Generated(x, "network units", -1.0, 1.0)
 
     def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
         """Vary a training patch (c h w) as real images of the condition vary; the same by default.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flows.api_data import ingest, samples, simulate
     from flows.api_evaluate import evaluate
+    from flows.api_generate import generate
     from flows.api_nightly import nightly
     from flows.api_restore import restore
     from flows.api_review import review
@@ -28,6 +29,7 @@ _HOMES = {
     "train": "flows.api_train",
     "evaluate": "flows.api_evaluate",
     "restore": "flows.api_restore",
+    "generate": "flows.api_generate",
     "review": "flows.api_review",
     "nightly": "flows.api_nightly",
     "demo": "flows.demo",
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "demo",
     "evaluate",
+    "generate",
     "ingest",
     "models",
     "nightly",

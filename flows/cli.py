@@ -229,6 +229,27 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
 
 
 @cli.command()
+@click.option("--domain", required=True, help="ct, mri, city or a plug-in's name.")
+@click.option("--output", type=PATH, required=True, help="A new folder.")
+@click.option("--condition", help="Of the network, such as city-grey.  [default: domain's first]")
+@click.option("--num", type=int, help="Images.  [default: 4]")
+@click.option("--size", type=int, help="Side in pixels.  [default: 256]")
+@click.option("--sampler", help="ancestral, ddim, euler, heun, dpm-solver, churn.  [default: heun]")
+@click.option("--levels", "num_levels", type=int, help="Noise levels.  [default: 40]")
+@model_option
+@seed_option
+@json_flag
+def generate(as_json: bool, **options: Any) -> int:
+    """Draw images from a model, measured from nothing."""
+    from flows.api_generate import generated_text
+    from flows.config import GenerateSettings
+
+    result = _run("generate", GenerateSettings(**_given(options)), prefect=False)
+    _answer(result, generated_text(result), as_json=as_json)
+    return OK
+
+
+@cli.command()
 @click.argument("name")
 @click.option("--candidate", help="Version.  [default: the newest]")
 @click.option("--input", type=PATH, help="Clean dataset.  [default: the demo's items]")

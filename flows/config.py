@@ -177,6 +177,24 @@ class TrainSettings(Settings):
     compute: ComputeSettings = ComputeSettings(num_workers=1)
 
 
+class GenerateSettings(Settings):
+    """`sashiko generate`: images drawn from a model's prior."""
+
+    domain: str
+    output: Path = Field(description="a new folder")
+    condition: str | None = Field(None, description="of the network; default: the domain's first")
+    num: int = Field(4, ge=1, le=10_000)
+    size: int = Field(256, ge=16, le=1024, description="side in pixels")
+    model: str = "starter"
+    sampler: Literal["ancestral", "ddim", "euler", "heun", "dpm-solver", "churn"] = "heun"
+    num_levels: int = Field(40, ge=2, le=1000)
+    sigma_max: float = Field(4.0, gt=0, description="the greatest level of the starter's training")
+    sigma_min: float = Field(0.02, gt=0)
+    rho: float = Field(5.0, gt=0)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 class ReviewSettings(Settings):
     """`sashiko review NAME`: shall a registered model become champion?"""
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from domains.base import Array, Baseline, Domain, Item, ItemRecord, Measurement, Problem, Task
+from domains.base import (
+    Array,
+    Baseline,
+    Domain,
+    Generated,
+    Item,
+    ItemRecord,
+    Measurement,
+    Problem,
+    Task,
+)
 from domains.imaging import (
     IMAGE_OPERATORS,
     Units,
@@ -110,6 +120,15 @@ class City(Domain):
         from domains.city.training import training_windows
 
         return training_windows(item)
+
+    def generated(self, condition: str, x: Array) -> Generated:
+        """Grey levels of 8 bits, not rounded."""
+        from domains.city import speckle
+
+        relative = (x + 1) / 2
+        if condition == speckle.CONDITION:
+            relative = np.exp((x - 1) * speckle.NATS_PER_UNIT)
+        return Generated((255 * relative).astype(np.float32), "grey levels of 8 bits", 0.0, 255.0)
 
     def augment(self, condition: str, patch: Array, rng: np.random.Generator) -> Array:
         """Vary exposure; grey from colour; logarithms of either."""

@@ -15,6 +15,7 @@ from domains.base import (
     BadInputError,
     Baseline,
     Domain,
+    Generated,
     Item,
     ItemRecord,
     Measurement,
@@ -140,6 +141,12 @@ class CT(Domain):
         from domains.ct.training import training_windows
 
         return training_windows(item)
+
+    def generated(self, condition: str, x: Array) -> Generated:
+        """HU, shown from air to dense bone."""
+        del condition
+        hu = (x + 1) * ((UNITS.high - UNITS.low) / 2) + UNITS.low
+        return Generated(hu.astype(np.float32), "HU", -1000.0, 1000.0)
 
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Above -500 HU, the largest piece of each slice, lungs filled."""

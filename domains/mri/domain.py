@@ -14,6 +14,7 @@ from domains.base import (
     BadInputError,
     Baseline,
     Domain,
+    Generated,
     Item,
     ItemRecord,
     Measurement,
@@ -144,6 +145,14 @@ class MRI(Domain):
         from domains.mri.training import augment
 
         return augment(condition, patch, rng)
+
+    def generated(self, condition: str, x: Array) -> Generated:
+        """Magnitudes as shares of q, the brightest tissue's."""
+        if condition == "mri-complex":
+            magnitude = np.linalg.norm(x, axis=1, keepdims=True)
+        else:
+            magnitude = np.maximum((x + 1) / 2, 0.0)
+        return Generated(magnitude.astype(np.float32), "share of the brightest", 0.0, 1.0)
 
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where there is tissue: above 10% of the 99.9th percentile, the largest piece, filled."""
