@@ -95,6 +95,10 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
         "wavelet": {"wavelet": ("db4", "db2", "haar"), "strength": STRENGTHS, "num_levels": (4, 3)},
         "tv": {"edge": (0.1,), "num_iterations": (30, 60), "strength": STRENGTHS},
     },
+    "multi-coil": {
+        "zero-filled": {},
+        "wavelet": {"wavelet": ("db4", "db2", "haar"), "strength": STRENGTHS, "num_levels": (4,)},
+    },
     "mask": {
         "biharmonic": {"smoothing": (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)},
         "telea": {"radius_px": RADII},

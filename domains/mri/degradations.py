@@ -3,6 +3,8 @@
     k = M (F m + n),   m = magnitude e^{i phi},   F = fft2, norm "ortho", zero frequency at [0, 0]
 
 all in the source's intensity units. n is complex white noise, of the same strength in all slices.
+With several coils each measures k_j = M (F s_j m + n_j), s_j its sensitivity; n_j is as strong in
+every coil.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 from domains.base import Array, BadInputError, Item, Measurement, Task
 from domains.imaging import slices_first
 from domains.keyed import pixel_digest, slice_rngs
+from domains.mri.coils import simulated_maps
 
 SCALE_PERCENTILE = 99.9
 PHASE_STD_RAD = 1.0
@@ -24,13 +27,15 @@ MAX_HALF_TURNS = 2
 def simulate(item: Item, task: Task, seed: int) -> Measurement:
     """Measure a clean magnitude volume as the task says.
 
-    Operator parameters: acceleration (>= 1), centre_share (0..1), phase "smooth" or "zero".
+    Operator parameters: acceleration (>= 1), centre_share (0..1), phase "smooth" or "zero";
+    "multi-coil" has num_coils too.
     Noise: {"kind": "snr", "snr_db": 10 log10(mean |F m|^2 / E |n|^2) over all of k-space}, means
-    over all slices of the item.
+    over all slices and coils of the item.
 
     Returns:
-        y (z 1 h w) complex64, zeros where not measured; arrays["mask"] (z 1 1 w); noise "gaussian"
-        with sigma_y of the real (and of the imaginary) part; params["scale_q"], the network scale.
+        y (z 1|coils h w) complex64, zeros where not measured; arrays["mask"] (z 1 1 w); noise
+        "gaussian" with sigma_y of the real (and of the imaginary) part; params["scale_q"], the
+        network scale.
     """
     params = dict(task.operator_params)
     if task.noise["kind"] != "snr":
@@ -39,7 +44,10 @@ def simulate(item: Item, task: Task, seed: int) -> Measurement:
         )
     magnitude = slices_first(item.pixels).astype(np.float32)
     phase = image_phase(item, params["phase"], seed)
-    k = np.fft.fft2(magnitude * np.exp(1j * phase), norm="ortho")
+    image = magnitude * np.exp(1j * phase)
+    if task.operator == "multi-coil":
+        image = image * simulated_maps(item.record, int(params["num_coils"]), seed)
+    k = np.fft.fft2(image, norm="ortho")
     sigma_y = float(np.sqrt(np.mean(np.abs(k) ** 2) / 10 ** (task.noise["snr_db"] / 10) / 2))
     rngs = slice_rngs(seed, item.record, "noise")
     noise = np.stack([rng.standard_normal((2, *k.shape[1:])) for rng in rngs])
@@ -62,10 +70,13 @@ def simulate(item: Item, task: Task, seed: int) -> Measurement:
 def scale_of(y: Array) -> float:
     """The network scale q: the 99.9th percentile of the zero-filled magnitude over all slices.
 
+    Of several coils it is the root of the sum of squares, which unit sensitivities make the image's
+    own magnitude.
+
     Raises:
         BadInputError: if nothing was measured.
     """
-    zero_filled = np.abs(np.fft.ifft2(y, norm="ortho"))
+    zero_filled = np.linalg.norm(np.fft.ifft2(y, norm="ortho"), axis=1)
     return positive_scale(float(np.percentile(zero_filled, SCALE_PERCENTILE)))
 
 

@@ -34,6 +34,7 @@ from domains.imaging import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+KSPACE_OPERATORS = ("fourier", "multi-coil")
 BODY_SHARE = 0.1
 """Of the 99.9th percentile: fainter is background."""
 
@@ -66,7 +67,7 @@ class MRI(Domain):
         """Undersampled k-space of a clean volume; y in the source's intensity units."""
         from domains.mri.degradations import simulate
 
-        require_task(task, self.name, ("fourier",))
+        require_task(task, self.name, KSPACE_OPERATORS)
         require_one_channel(item.record)
         return simulate(item, task, seed)
 
@@ -119,6 +120,8 @@ class MRI(Domain):
         if not is_complex(measurement):
             return torch.from_numpy(Units(0.0, q).to_network(magnitude))
         phase = image_phase(item, measurement.params["phase"], measurement.seed)
+        if measurement.operator == "multi-coil":
+            phase = phase + phase_of_maps(measurement, item.record)
         parts = magnitude * np.cos(phase), magnitude * np.sin(phase)
         return torch.from_numpy(np.concatenate(parts, axis=1) / np.float32(q))
 
@@ -166,18 +169,21 @@ class MRI(Domain):
 def kspace_problem(measurement: Measurement) -> Problem:
     """k-space as a linear inverse problem in network units.
 
-    complex:  y / q           = M F u + n / q
-    real:     (2 / q) y - M F 1 = M F x + (2 / q) n,   for m = q (x + 1) / 2
+    complex:     y / q           = M F u + n / q
+    multi-coil:  y_j / q         = M F s_j u + n_j / q,  s_j estimated from the data themselves
+    real:        (2 / q) y - M F 1 = M F x + (2 / q) n,  for m = q (x + 1) / 2
     """
     import torch
 
     from diffusion_core.noise.likelihood import GaussianNoise
-    from diffusion_core.operators import Fourier, to_complex
+    from diffusion_core.operators import Fourier, MultiCoil, Operator, to_complex
 
     _, z, h, w = measurement.record.shape
     q, complex_image = float(measurement.params["scale_q"]), is_complex(measurement)
     mask = torch.from_numpy(np.array(measurement.arrays["mask"], dtype=bool))
-    operator = Fourier(mask, channels=2 if complex_image else 1)
+    operator: Operator = Fourier(mask, channels=2 if complex_image else 1)
+    if measurement.operator == "multi-coil":
+        operator = MultiCoil(mask, torch.from_numpy(maps_of(measurement)))
     gain = (1.0 if complex_image else 2.0) / q
     y = torch.from_numpy(np.array(measurement.y, dtype=np.complex64)) * gain
     if not complex_image:
@@ -198,8 +204,29 @@ def kspace_problem(measurement: Measurement) -> Problem:
 
 
 def is_complex(measurement: Measurement) -> bool:
-    """Whether the unknown has a phase."""
-    return bool(measurement.params.get("phase", "zero") != "zero")
+    """Whether the unknown has a phase; several coils always leave it one."""
+    several = measurement.operator == "multi-coil"
+    return several or bool(measurement.params.get("phase", "zero") != "zero")
+
+
+def maps_of(measurement: Measurement) -> Array:
+    """Sensitivities estimated from the measurement itself, (z coils h w)."""
+    from domains.mri.coils import estimated_maps
+
+    sigma_y = float(measurement.noise["sigma_y"])
+    return estimated_maps(measurement.y, measurement.arrays["mask"], sigma_y)
+
+
+def phase_of_maps(measurement: Measurement, record: ItemRecord) -> Array:
+    """The phase that estimated sensitivities leave to the image, (z 1 h w), of true coils.
+
+    Their common phase is free: where the estimate is t_j = s_j e^(-i p), the image is m e^(i p).
+    """
+    from domains.mri.coils import simulated_maps
+
+    true = simulated_maps(record, int(measurement.params["num_coils"]), measurement.seed)
+    estimate = maps_of(measurement)
+    return np.angle((estimate.conj() * true).sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def units_of(measurement: Measurement) -> Units:
