@@ -11,6 +11,7 @@ Pixels are in network units: an affine map of the physical units to about [-1, 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -49,6 +50,51 @@ class LinearOperator(Protocol):
     def A_adjoint(self, y: Data) -> Signal:
         """Apply the adjoint of the forward map."""
         ...
+
+
+@runtime_checkable
+class NonlinearOperator(Protocol):
+    """y = A(x), any map that autograd can follow, acting on each batch element alone."""
+
+    def A(self, x: Signal) -> Data:
+        """Apply the forward map, differentiably."""
+        ...
+
+    def initial(self, y: Data) -> Signal:
+        """A crude image of the unknown's shape to start from: the data seen as an image, or 0."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralForm:
+    """A = U S V' with V orthogonal and U'U = I: what exact spectral solvers need of an operator.
+
+    Coefficients may be complex (Fourier): then their real and imaginary parts are two directions.
+
+    Attributes:
+        singular_values: S >= 0, real, broadcastable to coefficients; 0 where nothing was measured.
+        coefficients: V' x of an image; white noise becomes white noise.
+        image: V z.
+        data: U' y, laid out as coefficients; anything where S is 0.
+    """
+
+    singular_values: Tensor
+    coefficients: Callable[[Signal], Tensor]
+    image: Callable[[Tensor], Signal]
+    data: Callable[[Data], Tensor]
+
+
+@runtime_checkable
+class HasSpectralForm(Protocol):
+    """An operator that knows its singular value decomposition."""
+
+    def spectral_form(self, like: Signal) -> SpectralForm:
+        """A = U S V' for images of the shape, dtype and device of `like`."""
+        ...
+
+
+class UnsuitedError(ValueError):
+    """The solver cannot take this operator or noise; another solver can."""
 
 
 class NoiseModel(Protocol):

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from diffusion_core.model import solver_settings
-from diffusion_core.posterior import SOLVERS
+from diffusion_core.posterior import SOLVERS, STANDARD
 from domains.base import BadInputError, Task
 from domains.registry import load_domain
 from flows.config import (
@@ -170,13 +170,13 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
 
 
 def choose_methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Methods:
-    """The methods of each task: the solvers and its baselines, or those of `names` that fit it.
+    """The methods of each task: standard solvers and its baselines, or those of `names` that fit.
 
     Raises:
         BadInputError: if a name fits none of the tasks.
     """
     if names is None:
-        return {name: [*SOLVERS, *task.baselines] for name, task in tasks.items()}
+        return {name: [*STANDARD, *task.baselines] for name, task in tasks.items()}
     known = {
         name: [*SOLVERS, *load_domain(task.domain).baselines()] for name, task in tasks.items()
     }

@@ -9,7 +9,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from diffusion_core.operators.base import Operator
-from diffusion_core.protocols import Data, Signal
+from diffusion_core.protocols import Data, Signal, SpectralForm
 
 
 def transfer_function(
@@ -57,6 +57,21 @@ class Blur(Operator):
     def A_adjoint(self, y: Data) -> Signal:
         """Correlate."""
         return self._multiply(y, self.transfer.conj())
+
+    def spectral_form(self, like: Signal) -> SpectralForm:
+        """V' is the unitary Fourier transform, S = |transfer|, and U holds the phases."""
+        transfer = self.transfer.to(like.dtype.to_complex())
+
+        def coefficients(x: Signal) -> Tensor:
+            return torch.fft.rfft2(x, norm="ortho")
+
+        def image(z: Tensor) -> Signal:
+            return torch.fft.irfft2(z, s=self.shape, norm="ortho")
+
+        def data(y: Data) -> Tensor:
+            return transfer.sgn().conj() * coefficients(y)
+
+        return SpectralForm(transfer.abs(), coefficients, image, data)
 
     def _multiply(self, x: Tensor, transfer: Tensor) -> Tensor:
         if tuple(x.shape[-2:]) != self.shape:

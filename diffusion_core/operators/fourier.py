@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusion_core.operators.base import Operator
-from diffusion_core.protocols import Data, Signal
+from diffusion_core.protocols import Data, Signal, SpectralForm
 
 
 def to_complex(x: Signal) -> Tensor:
@@ -56,3 +56,29 @@ class Fourier(Operator):
         """Zero-filled reconstruction; its real part if the image is known to be real."""
         image = torch.fft.ifft2(y * self.mask, norm="ortho")
         return image.real if self.channels == 1 else from_complex(image)
+
+    def spectral_form(self, like: Signal) -> SpectralForm:
+        """V' is the unitary Fourier transform and S the mask.
+
+        A real image is measured at k by what the mask keeps of k and of -k: S^2 is their mean, and
+        U' y the part of y that a Hermitian spectrum can explain.
+        """
+        mask = self.mask.to(like).expand(-1, -1, *like.shape[-2:])
+
+        def coefficients(x: Signal) -> Tensor:
+            return torch.fft.fft2(x if self.channels == 1 else to_complex(x), norm="ortho")
+
+        def image(z: Tensor) -> Signal:
+            values = torch.fft.ifft2(z, norm="ortho")
+            return values.real if self.channels == 1 else from_complex(values)
+
+        if self.channels == 2:
+            return SpectralForm(mask, coefficients, image, lambda y: y)
+        share = 0.5 * (mask + mask.flip((-2, -1)).roll((1, 1), (-2, -1)))
+        root = share.sqrt()
+        safe = root.clamp_min(0.5)
+
+        def data(y: Data) -> Tensor:
+            return coefficients(self.A_adjoint(y)) / safe
+
+        return SpectralForm(root, coefficients, image, data)

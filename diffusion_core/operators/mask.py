@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusion_core.operators.base import Operator
-from diffusion_core.protocols import Data, Reach, Signal
+from diffusion_core.protocols import Data, Reach, Signal, SpectralForm
 
 
 @final
@@ -39,3 +39,7 @@ class Mask(Operator):
     def A_adjoint(self, y: Data) -> Signal:
         """Keep the measured pixels: a mask is its own adjoint."""
         return y * self.mask
+
+    def spectral_form(self, like: Signal) -> SpectralForm:
+        """U = V = I, and S is the mask."""
+        return SpectralForm(self.mask.to(like), lambda x: x, lambda z: z, lambda y: y)

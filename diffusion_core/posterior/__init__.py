@@ -1,4 +1,17 @@
-"""Posterior solvers, one a file, all with the signature of protocols.Solver."""
+"""Posterior solvers, one a file, all with the signature of protocols.Solver.
+
+name            what it is                                            operators   NFE a level
+covprox         ours: mean or sample by the measured covariance       linear      1
+diffpir, dds    an isotropic weight; a few CG steps                   linear      1
+kriging         the Gaussian prior alone                              linear      0 in all
+ddrm, ddnm      exact along singular directions                       spectral    1
+pigdm           a Gaussian likelihood of x, through the network       linear      3
+dps             the yardstick of many levels                          any         3
+red-diff        one image, descended by Adam                          any         1
+daps            ODE, draw by the data, fresh noise                    any         5
+split-gibbs     exact conditionals in turn: the reference             any         10
+repaint         known pixels pasted, levels repeated                  masks       5
+"""
 
 from __future__ import annotations
 
@@ -9,7 +22,13 @@ if TYPE_CHECKING:
     from diffusion_core.posterior.covariance import CovarianceTable
     from diffusion_core.protocols import Solver
 
-SOLVERS = ("covprox", "diffpir", "dds", "kriging")
+STANDARD = ("covprox", "diffpir", "dds", "kriging")
+"""What an evaluation compares unless it is told otherwise: solvers of every linear task."""
+
+SOLVERS = (
+    *STANDARD,
+    *("ddrm", "ddnm", "pigdm", "dps", "red-diff", "daps", "split-gibbs", "repaint"),
+)
 """Names that `make_solver` knows."""
 
 
@@ -26,13 +45,7 @@ def make_solver(name: str, prior: CovarianceTable | None, options: Mapping[str, 
     """
     from dataclasses import fields
 
-    from diffusion_core.posterior.covprox import CovProx
-    from diffusion_core.posterior.dds import DDS
-    from diffusion_core.posterior.diffpir import DiffPIR
-    from diffusion_core.posterior.kriging import Kriging
-
-    classes: dict[str, Any] = {"covprox": CovProx, "diffpir": DiffPIR, "dds": DDS}
-    classes["kriging"] = Kriging
+    classes = _classes()
     if name not in classes:
         raise ValueError(f"unknown solver '{name}': choose one of {', '.join(SOLVERS)}")
     solver = classes[name]
@@ -47,3 +60,25 @@ def make_solver(name: str, prior: CovarianceTable | None, options: Mapping[str, 
         )
     made: Solver = solver(prior=prior, **options)
     return made
+
+
+def _classes() -> dict[str, Any]:
+    """Every solver's class, by name; imported late, that the command answers at once."""
+    from diffusion_core.posterior.covprox import CovProx
+    from diffusion_core.posterior.daps import DAPS
+    from diffusion_core.posterior.ddnm import DDNM
+    from diffusion_core.posterior.ddrm import DDRM
+    from diffusion_core.posterior.dds import DDS
+    from diffusion_core.posterior.diffpir import DiffPIR
+    from diffusion_core.posterior.dps import DPS
+    from diffusion_core.posterior.kriging import Kriging
+    from diffusion_core.posterior.pigdm import PiGDM
+    from diffusion_core.posterior.red_diff import REDDiff
+    from diffusion_core.posterior.repaint import RePaint
+    from diffusion_core.posterior.split_gibbs import SplitGibbs
+
+    standard = dict(zip(STANDARD, (CovProx, DiffPIR, DDS, Kriging), strict=True))
+    spectral = {"ddrm": DDRM, "ddnm": DDNM}
+    guided = {"pigdm": PiGDM, "dps": DPS, "red-diff": REDDiff}
+    sampled = {"daps": DAPS, "split-gibbs": SplitGibbs, "repaint": RePaint}
+    return {**standard, **spectral, **guided, **sampled}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,21 +18,24 @@ from diffusion_core.protocols import (
     Denoiser,
     LinearOperator,
     NoiseModel,
+    NonlinearOperator,
     NormalDraws,
     Restoration,
+    Sigma,
     Signal,
+    UnsuitedError,
 )
 
 Start = Literal["kriging", "adjoint", "noise"]
 
-RENOISE, STATE, DATA_RE, DATA_IM = 0, 1, 2, 3
+RENOISE, STATE, DATA_RE, DATA_IM, LANGEVIN, PRIOR, PROBE = range(7)
 """Streams of the keyed noise: what a level's fresh noise is for."""
 
 
 class Counted:
     """An operator and a denoiser that count their calls; both act as the originals do."""
 
-    def __init__(self, denoise: Denoiser, operator: LinearOperator) -> None:
+    def __init__(self, denoise: Denoiser, operator: LinearOperator | NonlinearOperator) -> None:
         self._denoise = denoise
         self._operator = operator
         self.num_denoiser_calls = 0
@@ -42,19 +47,90 @@ class Counted:
         return self._operator.A(x)
 
     def A_adjoint(self, y: Data) -> Signal:
-        """Adjoint, counted."""
+        """Adjoint, counted.
+
+        Raises:
+            UnsuitedError: if the operator has none, being nonlinear.
+        """
         self.num_operator_calls += 1
-        return self._operator.A_adjoint(y)
+        return self._linear.A_adjoint(y)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the operator has an adjoint."""
+        return isinstance(self._operator, LinearOperator)
+
+    @property
+    def _linear(self) -> LinearOperator:
+        if not isinstance(self._operator, LinearOperator):
+            raise UnsuitedError(
+                f"{type(self._operator).__name__} has no adjoint: nonlinear operators are for "
+                "daps, split-gibbs, red-diff and dps"
+            )
+        return self._operator
+
+    def pullback(self, x: Signal) -> tuple[Data, Callable[[Data], Signal]]:
+        """A(x), and u -> J(x)' u: the adjoint, or by autograd (a call each way, both counted).
+
+        The pullback may be called once.
+        """
+        if self.is_linear:
+            return self.A(x), self.A_adjoint
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            Ax = self.A(leaf)
+
+        def pull(u: Data) -> Signal:
+            self.num_operator_calls += 1
+            return torch.autograd.grad(Ax, leaf, u)[0]
+
+        return Ax.detach(), pull
+
+    def initial(self, y: Data) -> Signal:
+        """The data as an image: A' y, or what a nonlinear operator offers.
+
+        Raises:
+            UnsuitedError: if the operator has neither.
+        """
+        if isinstance(self._operator, LinearOperator):
+            return self.A_adjoint(y)
+        if isinstance(self._operator, NonlinearOperator):
+            return self._operator.initial(y)
+        raise UnsuitedError(
+            f"{type(self._operator).__name__} needs A and A_adjoint, or A and initial(y)"
+        )
 
     def denoise(self, x: Signal, sigma: float) -> Signal:
         """D(x; sigma) for one level of the whole batch, counted."""
-        self.num_denoiser_calls += 1
         levels = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
-        return self._denoise(x, levels).to(x.dtype)
+        return self.denoiser(x, levels)
+
+    def denoiser(self, x: Signal, sigma: Sigma) -> Signal:
+        """D(x; sigma) as protocols.Denoiser has it, counted."""
+        self.num_denoiser_calls += 1
+        return self._denoise(x, sigma).to(x.dtype)
+
+    def denoise_pullback(
+        self, x: Signal, sigma: float
+    ) -> tuple[Signal, Callable[[Signal], Signal]]:
+        """D(x; sigma), and u -> (dD/dx)' u, which counts 2 more evaluations and works once."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            D_x = self.denoise(leaf, sigma)
+
+        def pull(u: Signal) -> Signal:
+            self.num_denoiser_calls += 2
+            return torch.autograd.grad(D_x, leaf, u)[0]
+
+        return D_x.detach(), pull
 
     def data_step(self) -> DataStep:
-        """The data step of the operator, its calls counted."""
-        return data_step(self._operator, self)
+        """The data step of the operator, its calls counted.
+
+        Raises:
+            UnsuitedError: if the operator is nonlinear.
+        """
+        return data_step(self._linear, self)
 
     def restoration(self, x: Signal, **trace: Any) -> Restoration:
         """The account of the run."""
@@ -96,22 +172,40 @@ def initial_estimate(
     start: Start,
     prior: CovarianceTable | None,
     calls: Counted,
-    step: DataStep,
+    step: DataStep | None,
     y: Data,
     noise: NoiseModel,
     accuracy: Accuracy,
 ) -> Signal:
     """Where the chain starts, before noise: kriging, A'y, or 0 ("noise": nothing but noise).
 
+    There is no kriging without a prior or a data step (nonlinear operators): A'y, or their initial.
+
     Raises:
         ValueError: if the start is none of these.
     """
     if start not in {"kriging", "adjoint", "noise"}:
         raise ValueError(f"a chain starts from kriging, adjoint or noise, not {start!r}")
-    if start == "kriging" and prior is not None:
+    if start == "kriging" and prior is not None and step is not None:
         return kriging_estimate(prior, calls, step, y, noise, accuracy)[0]
-    adjoint = calls.A_adjoint(y)
-    return torch.zeros_like(adjoint) if start == "noise" else adjoint
+    image = calls.initial(y)
+    return torch.zeros_like(image) if start == "noise" else image
+
+
+def posterior_std(sigma: float, sigma_data: float) -> float:
+    """Standard deviation of x0 given x, for pixels N(0, sigma_data^2) apart from each other."""
+    return sigma * sigma_data / math.hypot(sigma, sigma_data)
+
+
+def relative_precision(variance: Tensor) -> Tensor:
+    """R^-1 of each element, times its mean variance: 1 where all data are alike, or exact.
+
+    Data with less than a millionth of the mean variance count as if they had that.
+    """
+    axes = tuple(range(1, variance.ndim))
+    mean = variance.mean(dim=axes, keepdim=True) if axes else variance
+    weight = mean / variance.maximum(1e-6 * mean).clamp_min(torch.finfo(variance.dtype).tiny)
+    return torch.where(mean > 0, weight, 1.0)
 
 
 def measurement_noise(variance: Tensor, draws: NormalDraws, level: int, like: Data) -> Data:

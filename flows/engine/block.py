@@ -24,7 +24,7 @@ from diffusion_core.model import BadModelError, Model
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
-from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver
+from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver, UnsuitedError
 from diffusion_core.tiles import tiled_denoiser
 from domains.base import Array, BadInputError, Domain, Measurement, Problem
 from domains.metrics import EXACT_VARIANCE, reached, residual
@@ -129,14 +129,17 @@ class Restorer:
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
-        result = solver(
-            _bounded(model.denoiser(problem.condition), item.device_class, origin[1:]),
-            problem.operator,
-            problem.y,
-            problem.noise,
-            sigmas,
-            KeyedDraws(item.seed, item.record.source_digest, origin),
-        )
+        try:
+            result = solver(
+                _bounded(model.denoiser(problem.condition), item.device_class, origin[1:]),
+                problem.operator,
+                problem.y,
+                problem.noise,
+                sigmas,
+                KeyedDraws(item.seed, item.record.source_digest, origin),
+            )
+        except UnsuitedError as error:
+            raise BadInputError(str(error)) from error
         return Solved(result.x, result.num_denoiser_calls, result.num_operator_calls)
 
     def _model(self, ref: ModelRef, dtype: str, device: str) -> Model:

@@ -14,7 +14,7 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise, PoissonTransmission
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Blur, Fourier, Mask, Pool
-from diffusion_core.posterior import SOLVERS, make_solver
+from diffusion_core.posterior import STANDARD, make_solver
 from diffusion_core.posterior.linear.mask import MaskStep
 from diffusion_core.posterior.run import measurement_noise
 from diffusion_core.protocols import Restoration
@@ -344,7 +344,7 @@ class Tally:
         return self._denoise(x, sigma)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", STANDARD)
 @pytest.mark.parametrize("name", ["dense", "mask", "blur"])
 def test_calls_are_counted(name, solver, monkeypatch):
     operator, prior, y, _, _ = problem(name)
