@@ -39,7 +39,8 @@ class DAPS(DataDraws):
     """A posterior solver (protocols.Solver) for any operator; see DataDraws for more attributes.
 
     Attributes:
-        num_ode_steps: Euler steps, hence evaluations, a level; 1 is x0_hat = D(x; sigma).
+        num_ode_steps: Euler steps, hence evaluations, a level; 1 is x0_hat = D(x; sigma), whose law
+            is nearer the posterior's on Gaussians and their mixtures.
         ode_sigma_min: level of the ODE's last evaluation.
         spread: r: "sigma", as the paper has it, or "posterior", sigma sigma_data / (sigma^2 +
             sigma_data^2)^(1/2): with one ODE step that is exact where images are white.

@@ -163,7 +163,9 @@ def test_red_diff_settles_where_misfit_and_denoiser_balance():
     # Without noise the pull is lam (I - J) (v - mean): a linear system.
     sigmas = torch.linspace(0.5001, 0.5, 1500, dtype=torch.float64)
     options = {"lam": 2.0, "learning_rate": 0.005}
-    got = run("red-diff", prior.denoise, operator, y, GaussianNoise(0.1), sigmas, Silent(), **options)
+    got = run(
+        "red-diff", prior.denoise, operator, y, GaussianNoise(0.1), sigmas, Silent(), **options
+    )
     Q = 2.0 * (np.eye(A.shape[1]) - jacobian(0.5))
     rhs = y_flat @ A + prior.mean * Q.sum(axis=1)
     expected = np.linalg.solve(A.T @ A + Q, rhs.T).T

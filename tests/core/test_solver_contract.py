@@ -1,4 +1,4 @@
-"""What every solver owes, whatever its algorithm: counts, batches apart, foreign operators, names."""
+"""What every solver owes: counted calls, batches apart, foreign operators, names in sentences."""
 
 import pytest
 import torch
@@ -209,7 +209,7 @@ def test_names_and_options():
     for name in set(SOLVERS) - {"covprox", "kriging"}:
         make_solver(name, None, {})
     for bad in ({"data_draw": "guess"}, {"langevin_step": 2.0}, {"langevin_steps": 0}):
-        with pytest.raises(ValueError, match="langevin|Langevin"):
+        with pytest.raises(ValueError, match=r"langevin|Langevin"):
             make_solver("daps", None, bad)
     with pytest.raises(ValueError, match="goes down at least once"):
         make_solver("repaint", None, {"num_resamples": 0})
