@@ -14,7 +14,7 @@ help:
 	@echo "make test      style, types, import directions, and the tests that are not slow"
 	@echo "make test-all  the slow tests too"
 	@echo "make check     style, types and import directions alone"
-	@echo "make bench     times on this machine"
+	@echo "make bench     times on this machine; our solvers beside deepinv's (hours when new)"
 
 install: $(STAMP)
 
@@ -39,5 +39,10 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest
 
+# deepinv gets an environment of its own in .venv-bench; rows that are in results/ are not run again.
 bench: $(STAMP)
 	$(BIN)/python -m pytest -q tests/benchmarks/bench_times.py
+	$(BIN)/python -m tests.benchmarks.unet_vs_monai speed
+	$(BIN)/python -m tests.benchmarks.core run
+	$(BIN)/python -m tests.benchmarks.core time
+	$(BIN)/python -m tests.benchmarks.core report
