@@ -1,10 +1,11 @@
 """Measurements in image space, which every field has: noise, holes, blur, a coarser camera.
 
-    y = A x + n,   A one of identity, mask, blur, pool;   x in network units, so y is too
+    y = A x + n,   A one of IMAGE_OPERATORS;   x in network units, so y is too
 
 A Measurement of these kinds holds `y` (z c h' w') float32, and in `arrays`
     mask    (z 1|c h w) boolean, True where *measured* (users' masks mark what is missing)
     kernel  (kh kw) float32, shared by all slices
+    kernels (gh gw kh kw) float32, of a blur that varies over the image, shared by all slices
 Bands that are not one image to the network (a satellite's four, say) are folded into the batch:
 b = z c, one channel each.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from diffusion_core.operators import Operator
 
-IMAGE_OPERATORS = ("identity", "mask", "blur", "pool")
+IMAGE_OPERATORS = ("identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic")
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,22 @@ def operator_of(
     """
     import torch
 
-    from diffusion_core.operators import Blur, Identity, Mask, Pool
+    from diffusion_core import operators
 
-    if kind == "identity":
-        return Identity()
-    if kind == "mask":
-        return Mask(torch.from_numpy(np.array(arrays["mask"], dtype=bool)))
-    if kind == "blur":
-        return Blur(torch.from_numpy(np.array(arrays["kernel"], dtype=np.float32)), shape)
-    if kind == "pool":
-        return Pool(int(params["factor"]))
+    def array(name: str, dtype: type) -> Tensor:
+        return torch.from_numpy(np.array(arrays[name], dtype=dtype))
+
+    makers: dict[str, Callable[[], Operator]] = {
+        "identity": operators.Identity,
+        "mask": lambda: operators.Mask(array("mask", bool)),
+        "blur": lambda: operators.Blur(array("kernel", np.float32), shape),
+        "varying-blur": lambda: operators.VaryingBlur(array("kernels", np.float32), shape),
+        "pool": lambda: operators.Pool(int(params["factor"])),
+        "downsample": lambda: operators.Downsample.bicubic(int(params["factor"]), shape),
+        "mosaic": lambda: operators.Mosaic(str(params["pattern"])),
+    }
+    if kind in makers:
+        return makers[kind]()
     known = ", ".join(IMAGE_OPERATORS)
     raise BadInputError(f"unknown operator '{kind}' of an image: choose one of {known}")
 
@@ -100,6 +107,10 @@ def measure(
     import torch
 
     require_divisible(item.record, task.operator, params)
+    if task.operator == "mosaic" and item.record.shape[0] != 3:
+        raise BadInputError(
+            f"{item.record.item_id}: {item.record.shape[0]} bands; a colour filter mosaic needs 3"
+        )
     if task.noise["kind"] != "gaussian":
         raise BadInputError(
             f"task '{task.name}': noise '{task.noise['kind']}' is not for images; use 'gaussian'"
@@ -128,12 +139,12 @@ def measure(
 
 
 def require_divisible(record: ItemRecord, operator: str, params: Mapping[str, Any]) -> None:
-    """Refuse to pool an image into squares that do not tile it.
+    """Refuse to make an image coarser by squares that do not tile it.
 
     Raises:
         BadInputError: saying to which size the image can be cropped.
     """
-    if operator != "pool":
+    if operator not in {"pool", "downsample"}:
         return
     factor, (_, _, h, w) = int(params["factor"]), record.shape
     if h % factor or w % factor or h < factor or w < factor:

@@ -114,6 +114,18 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
         "richardson-lucy": {"num_iterations": (5, 10, 15, 20, 30, 45)},
         "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
     },
+    "varying-blur": {
+        "richardson-lucy": {"num_iterations": (5, 10, 15, 20, 30, 45)},
+        "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
+    },
+    "downsample": {
+        "bicubic": {},
+        "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
+    },
+    "mosaic": {
+        "bilinear": {},
+        "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
+    },
     "identity": {
         "nlm": {"patch_size": (5, 7), "patch_distance": (6, 9), "strength": (0.5, 0.7, 0.9, 1.1)},
         "tv": {"num_iterations": (50, 100), "strength": STRENGTHS},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from diffusion_core.operators import Blur, Mask, Operator, Pool
+from diffusion_core.operators import Blur, Downsample, Mask, Mosaic, Operator, Pool, VaryingBlur
 from diffusion_core.protocols import Signal
 from domains.base import Array, BadInputError, Baseline, Measurement, Problem
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.inpainting import biharmonic, smoothing_spline
 
-Kind = TypeVar("Kind", bound=Operator)
+Kinds = type[Operator] | tuple[type[Operator], ...]
 Fill = Callable[[Array, Array], Array]
 
 
@@ -113,7 +113,14 @@ def navier_stokes(measurement: Measurement, problem: Problem, params: Mapping[st
 def bicubic(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
     """Bicubic interpolation of a coarser image. No parameters."""
     del measurement, params
-    return _enlarge(problem, _operator(problem, Pool, "bicubic").factor)
+    operator: Pool | Downsample = _operator(problem, (Pool, Downsample), "bicubic")
+    return _enlarge(problem, operator.factor)
+
+
+def bilinear(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Bilinear demosaicing: the mean of a colour's nearest neighbours. No parameters."""
+    del measurement, params
+    return _demosaic(problem)
 
 
 def wiener(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
@@ -134,13 +141,14 @@ def richardson_lucy(
     """Richardson-Lucy on intensities (x + 1) / 2, kept positive: {num_iterations}."""
     del measurement
     settings = settings_from(RichardsonLucySettings, params, "richardson-lucy")
-    operator = _operator(problem, Blur, "richardson-lucy")
+    operator = _operator(problem, (Blur, VaryingBlur), "richardson-lucy")
     darkest = 1e-3
     data = ((problem.y + 1) / 2).clamp_min(darkest)
+    shares = operator.A_adjoint(torch.ones_like(data)).clamp_min(darkest)
     estimate = data
     for _ in range(settings.num_iterations):
         ratio = data / operator.A(estimate).clamp_min(darkest)
-        estimate = (estimate * operator.A_adjoint(ratio)).clamp_min(0.0)
+        estimate = (estimate * operator.A_adjoint(ratio) / shares).clamp_min(0.0)
     return 2 * estimate - 1
 
 
@@ -177,6 +185,7 @@ BASELINES: Mapping[str, Baseline] = {
     "telea": telea,
     "navier-stokes": navier_stokes,
     "bicubic": bicubic,
+    "bilinear": bilinear,
     "wiener": wiener,
     "richardson-lucy": richardson_lucy,
     "nlm": nlm,
@@ -188,7 +197,9 @@ def _first_estimate(problem: Problem) -> Signal:
     """Something smooth near the data, from which total variation starts."""
     if isinstance(problem.operator, Mask):
         return _fill_holes(problem, biharmonic)
-    if isinstance(problem.operator, Pool):
+    if isinstance(problem.operator, Mosaic):
+        return _demosaic(problem)
+    if isinstance(problem.operator, Pool | Downsample):
         return _enlarge(problem, problem.operator.factor)
     return problem.y
 
@@ -198,6 +209,20 @@ def _enlarge(problem: Problem, factor: int) -> Signal:
     return torch.nn.functional.interpolate(
         problem.y, scale_factor=factor, mode="bicubic", align_corners=False, antialias=True
     )
+
+
+def _demosaic(problem: Problem) -> Signal:
+    """Each colour's measured pixels, averaged by tents two pixels wide elsewhere."""
+    operator = _operator(problem, Mosaic, "bilinear")
+    h, w = problem.shape[-2:]
+    tent = torch.tensor([0.5, 1.0, 0.5])
+    weight = torch.outer(tent, tent).expand(3, 1, 3, 3)
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, weight, padding=1, groups=3)
+
+    known = operator.mask(h, w).to(problem.y.dtype)
+    return spread(operator.A_adjoint(problem.y)) / spread(known)
 
 
 def _fill_holes(problem: Problem, fill: Fill) -> Signal:
@@ -233,14 +258,14 @@ def _marching_fill(flags: int, settings: MarchingSettings) -> Fill:
     return fill
 
 
-def _operator(problem: Problem, kind: type[Kind], method: str) -> Kind:
-    """The problem's operator, if it is of the kind that the method needs.
+def _operator(problem: Problem, kinds: Kinds, method: str) -> Any:
+    """The problem's operator, if it is of a kind that the method takes.
 
     Raises:
         BadInputError: if it is not.
     """
-    if not isinstance(problem.operator, kind):
-        raise BadInputError(
-            f"{method} needs a measurement of kind '{kind.kind}'; choose another method"
-        )
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(problem.operator, kinds):
+        names = " or ".join(f"'{kind.kind}'" for kind in kinds)
+        raise BadInputError(f"{method} needs a measurement of kind {names}; choose another method")
     return problem.operator

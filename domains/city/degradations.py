@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, Measurement, Task
+from domains.city.kernels import gaussian_kernel, lens_kernels, motion_kernel
 from domains.imaging import Units, measure
-from domains.keyed import slice_rngs
+from domains.keyed import keyed_rng, slice_rngs
 
 Missing = Callable[[int, int, float, np.random.Generator], Array]
-
-KERNEL_REACH_STD = 4
-"""Half-width of a Gaussian kernel in standard deviations: 6e-5 of it lies outside."""
 
 
 def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
@@ -23,8 +21,10 @@ def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
 
     Operator parameters:
         mask: pattern "random", "strokes" or "box"; missing_share of the pixels (box: of the area).
-        blur: kernel "gaussian", std_px.
-        pool: factor.
+        blur: kernel "gaussian", std_px; or "motion", size_px, intensity: keyed, one an item.
+        varying-blur: kernel "lens", std_px (in the middle, in the corners), grid (rows, columns).
+        pool, downsample: factor.
+        mosaic: pattern.
 
     Raises:
         BadInputError: if the task asks for what there is not, or the image does not suit it.
@@ -33,8 +33,11 @@ def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
     if task.operator == "mask":
         arrays["mask"] = ~missing_pixels(item, params, seed)
     elif task.operator == "blur":
-        arrays["kernel"] = blur_kernel(params)
+        arrays["kernel"] = blur_kernel(item, params, seed)
         params["shared_arrays"] = ["kernel"]
+    elif task.operator == "varying-blur":
+        arrays["kernels"] = varying_kernels(params)
+        params["shared_arrays"] = ["kernels"]
     return measure(item, units, task, seed, params, arrays)
 
 
@@ -105,23 +108,30 @@ def _draw_segment(missing: Array, start: Array, end: Array, radius: float) -> No
     missing[low[0] : high[0], low[1] : high[1]] |= distance2 <= radius**2
 
 
-def blur_kernel(params: Mapping[str, Any]) -> Array:
-    """The kernel that a task names, float32, sum 1."""
-    kernel = _choose({"gaussian": gaussian_kernel}, params["kernel"], "blur kernel")
-    return kernel(float(params["std_px"]))
+def blur_kernel(item: Item, params: Mapping[str, Any], seed: int) -> Array:
+    """The kernel that a task names, one for all frames: float32, sum 1."""
+
+    def gaussian() -> Array:
+        return gaussian_kernel(float(params["std_px"]))
+
+    def motion() -> Array:
+        rng = keyed_rng(seed, item.record.source_digest, "motion", 0)
+        return motion_kernel(int(params["size_px"]), float(params["intensity"]), rng)
+
+    make = _choose({"gaussian": gaussian, "motion": motion}, params["kernel"], "blur kernel")
+    kernel: Array = make()
+    return kernel
 
 
-def gaussian_kernel(std_px: float) -> Array:
-    """A Gaussian sampled at pixel centres out to 4 standard deviations, sum 1."""
-    if not std_px > 0:
-        raise BadInputError(f"std_px must be above 0, not {std_px}")
-    reach = math.ceil(KERNEL_REACH_STD * std_px)
-    profile = np.exp(-0.5 * (np.arange(-reach, reach + 1) / std_px) ** 2)
-    kernel = np.outer(profile, profile)
-    return (kernel / kernel.sum()).astype(np.float32)
+def varying_kernels(params: Mapping[str, Any]) -> Array:
+    """The grid of kernels that a task names, (gh gw kh kw)."""
+    _choose({"lens": lens_kernels}, params["kernel"], "varying blur")
+    centre, corner = params["std_px"]
+    rows, columns = params["grid"]
+    return lens_kernels((float(centre), float(corner)), (int(rows), int(columns)))
 
 
-def _choose(known: Mapping[str, Callable[..., Array]], name: str, what: str) -> Any:
+def _choose(known: Mapping[str, Callable[..., Any]], name: str, what: str) -> Any:
     if name not in known:
         raise BadInputError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
     return known[name]

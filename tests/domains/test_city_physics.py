@@ -12,12 +12,13 @@ from diffusion_core.operators import Blur, Mask, Pool
 from diffusion_core.testing import DomainContract
 from domains import imaging
 from domains.base import BadInputError, Item, ItemRecord
-from domains.city import degradations
+from domains.city import degradations, kernels
 from domains.city.domain import City
 from flows.config import load_task
 
 SIZE = (64, 88)
 TASKS = ("inpaint-random70", "inpaint-strokes", "sr-x4", "deblur-gauss", "denoise-25")
+TASKS += ("deblur-lens", "sr-x4-bicubic")
 
 
 def picture(
@@ -49,6 +50,22 @@ class CityContract(DomainContract):
 class TestColour(CityContract):
     def make_item(self):
         return picture(3)
+
+
+class TestColourFilters(CityContract):
+    def make_item(self):
+        return picture(3)
+
+    def make_tasks(self):
+        return [load_task("demosaic")]
+
+
+class TestMotion(CityContract):
+    def make_item(self):
+        return picture(3)
+
+    def make_tasks(self):
+        return [load_task("deblur-motion")]
 
 
 class TestGrey(CityContract):
@@ -139,12 +156,107 @@ def test_a_box_task_knows_what_is_around_the_box():
 
 def test_the_gaussian_kernel_has_the_transfer_of_a_gaussian():
     """exp(-2 pi^2 s^2 f^2) by Poisson summation, cut at 4 standard deviations."""
-    kernel = torch.from_numpy(degradations.gaussian_kernel(3.0)).double()
+    kernel = torch.from_numpy(kernels.gaussian_kernel(3.0)).double()
     assert abs(float(kernel.sum()) - 1) < 1e-6
     transfer = Blur(kernel, (64, 88)).transfer
     fy, fx = np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(88)
     expected = np.exp(-2 * np.pi**2 * 9 * (fy**2 + fx**2))
     assert np.abs(transfer.numpy() - expected).max() < 2e-4
+
+
+@pytest.mark.parametrize("intensity", [0.0, 0.5, 1.0])
+def test_a_motion_kernel_is_a_path_about_the_middle(intensity):
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        kernel = kernels.motion_kernel(61, intensity, rng).astype(float)
+        assert kernel.shape == (61, 61)
+        assert abs(kernel.sum() - 1) < 1e-6
+        assert kernel.min() >= 0
+        assert np.abs(np.array(ndimage.center_of_mass(kernel)) - 30).max() < 0.05
+        assert ndimage.label(kernel > 0, np.ones((3, 3)))[1] == 1
+        assert 15 < (kernel > 0).sum() < 61 * 61 / 8
+
+
+def test_a_calm_hand_moves_straight():
+    """Without intensity the path is a line: a kernel of rank two by its principal axes."""
+    rng = np.random.default_rng(0)
+    widths = {}
+    for intensity in (0.0, 1.0):
+        across = []
+        for _ in range(20):
+            kernel = kernels.motion_kernel(61, intensity, rng).astype(float)
+            y, x = np.mgrid[-30:31, -30:31]
+            moments = [(kernel * a * b).sum() for a, b in ((y, y), (y, x), (x, x))]
+            values = np.linalg.eigvalsh(np.array([moments[:2], moments[1:]]))
+            across.append(math.sqrt(values[0]))
+            length = math.sqrt(12 * values[1])
+            assert intensity > 0 or 29 < length < 62
+        widths[intensity] = np.mean(across)
+    assert widths[0.0] < 0.5  # what sharing points out among pixels adds
+    assert widths[1.0] > 1.5
+
+
+def test_motion_is_of_the_item_and_the_seed():
+    domain, task, item = City(), load_task("deblur-motion"), picture(3, depth=2)
+    first = domain.simulate(item, task, seed=0)
+    assert first.arrays["kernel"].shape == (61, 61)
+    assert np.array_equal(first.arrays["kernel"], domain.simulate(item, task, 0).arrays["kernel"])
+    other = domain.simulate(item, task, seed=1)
+    assert not np.array_equal(first.arrays["kernel"], other.arrays["kernel"])
+
+
+def test_a_lens_is_sharp_in_the_middle_and_smears_outwards():
+    grid = kernels.lens_kernels((1.0, 4.0), (3, 5))
+    assert np.allclose(grid.sum(axis=(-2, -1)), 1, atol=1e-5)
+    y, x = np.mgrid[-16:17, -16:17]
+    variance = [(k * x**2).sum() for k in grid[1]], [(k * y**2).sum() for k in grid[1]]
+    out = 1 + 3 / math.sqrt(2)  # the middle of an edge is 1 / sqrt 2 as far out as a corner
+    half = 1 + 1.5 / math.sqrt(2)
+    assert np.allclose(variance[0], np.array([out, half, 1, half, out]) ** 2, rtol=0.02)
+    assert np.allclose(variance[1], 1, rtol=0.01)
+    corner = (grid[0, 0] * (x + y) ** 2 / 2).sum(), (grid[0, 0] * (x - y) ** 2 / 2).sum()
+    assert np.allclose(corner, (16, 1), rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("task", "better", "worse"),
+    [("deblur-lens", "richardson-lucy", None), ("demosaic", "tv", "bilinear")],
+)
+def test_classical_methods_restore_the_new_measurements(task, better, worse):
+    domain, item = City(), picture(3, depth=1)
+    measurement = domain.simulate(item, load_task(task), 0)
+    problem, truth = domain.problem(measurement), domain.truth_signal(item, measurement)
+    params = {"tv": {"strength": 2.0, "edge": 0.1}, "richardson-lucy": {"num_iterations": 10}}
+
+    def error(name):
+        x = domain.baselines()[name](measurement, problem, params.get(name, {}))
+        return float((x - truth).square().mean())
+
+    reference = error(worse) if worse else float((problem.y - truth).square().mean())
+    assert error(better) < 0.98 * reference
+
+
+def test_bilinear_demosaicing_keeps_a_flat_colour_and_a_ramp():
+    domain, item = City(), picture(3, depth=1)
+    ramp = np.arange(88) + np.zeros((3, 1, 64, 1)) + 40 * np.arange(3)[:, None, None, None]
+    item = Item(ramp.astype(np.uint8), replace(item.record, shape=(3, 1, 64, 88)))
+    task = replace(load_task("demosaic"), noise={"kind": "gaussian", "sigma_y": 0.0})
+    measurement = domain.simulate(item, task, 0)
+    problem = domain.problem(measurement)
+    x = domain.baselines()["bilinear"](measurement, problem, {})
+    gap = (x - domain.truth_signal(item, measurement))[..., 1:-1, 1:-1]
+    assert float(gap.abs().max()) < 1e-5
+
+
+def test_a_mosaic_wants_three_bands():
+    with pytest.raises(BadInputError, match="needs 3"):
+        City().simulate(picture(1), load_task("demosaic"), 0)
+
+
+@pytest.mark.parametrize(("size", "intensity"), [(60, 0.5), (1, 0.5), (61, 1.5)])
+def test_kernels_that_are_none_are_refused(size, intensity):
+    with pytest.raises(BadInputError, match="odd size"):
+        kernels.motion_kernel(size, intensity, np.random.default_rng(0))
 
 
 def test_noise_of_denoise_25_is_25_of_255():
@@ -255,7 +367,7 @@ def test_damage_that_does_not_fit_is_refused(given, message):
             {"operator_params": {"pattern": "random", "missing_share": 1.0}},
             "between 0 and 1",
         ),
-        ("deblur-gauss", {"operator_params": {"kernel": "motion"}}, "unknown blur kernel"),
+        ("deblur-gauss", {"operator_params": {"kernel": "disk"}}, "unknown blur kernel"),
         (
             "deblur-gauss",
             {"operator_params": {"kernel": "gaussian", "std_px": 0}},

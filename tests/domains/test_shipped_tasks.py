@@ -8,7 +8,7 @@ from flows.config import load_method, load_task, task_names
 OPERATORS = {
     "ct": {"parallel-beam"},
     "mri": {"fourier", "multi-coil"},
-    "city": {"identity", "mask", "blur", "pool"},
+    "city": {"identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic"},
 }
 
 
