@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flows.api_calibrate import calibrate
     from flows.api_data import ingest, samples, simulate
     from flows.api_evaluate import evaluate
     from flows.api_generate import generate
@@ -27,6 +28,7 @@ _HOMES = {
     "ingest": "flows.api_data",
     "simulate": "flows.api_data",
     "train": "flows.api_train",
+    "calibrate": "flows.api_calibrate",
     "evaluate": "flows.api_evaluate",
     "restore": "flows.api_restore",
     "generate": "flows.api_generate",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "calibrate",
     "demo",
     "evaluate",
     "generate",

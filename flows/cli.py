@@ -164,6 +164,28 @@ def train(config: Path, changes: Sequence[str], prefect: bool, as_json: bool) ->
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--data", type=PATH, required=True, help="Dataset that holds validation images.")
+@click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
+@click.option("--mode", "modes", multiple=True, help="mean or sample.  [default: both]")
+@click.option("--parts", type=PATH, help="YAML of the images.  [default: the validation items]")
+@click.option("--output", type=PATH, help="[default: the model's own directory]")
+@click.option("--again", is_flag=True, help="Fit anew what the model holds already.")
+@json_flag
+def calibrate(as_json: bool, **options: Any) -> int:
+    """Fit the solver's settings on validation images, and keep them with the model.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    from flows.config import CalibrateSettings
+
+    result = _run("calibrate", CalibrateSettings(**_given(options)), prefect=False)
+    text = f"{result.table()}\nmodel: {result.model_path}  (digest {result.digest[:12]})"
+    _answer(result, text, as_json=as_json)
+    return OK
+
+
+@cli.command()
 @click.option("--input", type=PATH, required=True, help="A dataset, or a folder of clean images.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
 @click.option("--domain", help="Needed for a folder.")

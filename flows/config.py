@@ -131,6 +131,25 @@ class EvaluateSettings(Settings):
     compute: ComputeSettings = ComputeSettings()
 
 
+class CalibrateSettings(Settings):
+    """`sashiko calibrate MODEL`: fit the solver's settings on images whose truth is known."""
+
+    model: str = Field(description="a directory, starter, or models:/NAME@ALIAS")
+    data: Path = Field(description="dataset that holds validation images")
+    tasks: list[str]
+    modes: list[Literal["mean", "sample"]] = ["mean", "sample"]
+    levels: dict[str, list[int]] = Field(
+        {"mean": [8, 12], "sample": [8, 20]}, description="evaluations to fit for, by mode"
+    )
+    parts: Path | None = Field(
+        None, description="YAML of the images by domain; default: the validation items"
+    )
+    output: Path | None = Field(None, description="default: the model's own directory")
+    again: bool = Field(False, description="fit anew what the model holds already")
+    num_samples: int = Field(6, ge=2, description="chains an image, in sample mode")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
 class TrainSettings(Settings):
     """`sashiko train configs/train-*.yaml`."""
 
