@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy import special
 
+from diffusion_core.noise.draws import KeyedDraws
+from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.posterior import make_solver
+from diffusion_core.posterior.covariance import fit_covariance
 from diffusion_core.testing import DomainContract
 from domains.base import BadInputError, Item, ItemRecord
 from domains.city.domain import City
 from domains.city.speckle import FLOOR, NATS_PER_UNIT
 from domains.city.training import augment, training_windows
-from flows.config import load_task
+from flows.config import load_method, load_task
 
 TASK = load_task("despeckle-l4")
 CITY = City()
@@ -108,6 +113,25 @@ def test_the_baselines_work_on_logarithms(method):
     truth = CITY.truth_signal(clean, measurement)
     before, after = ((t - truth).square().mean().item() for t in (problem.y, x))
     assert after < 0.35 * before
+
+
+def test_the_preset_is_the_denoiser_at_the_level_of_the_speckle():
+    # Under white noise on every pixel E[x0 | y] = D(y; sigma_y): the solver adds nothing to it.
+    def shrink(x, sigma):
+        return 0.2 / (0.2 + sigma.view(-1, 1, 1, 1) ** 2) * x
+
+    measurement = CITY.simulate(item(side=(48, 56)), TASK, 0)
+    problem, method = CITY.problem(measurement), load_method("despeckle-l4")
+    sigma_y = float(problem.noise.variance(problem.y)) ** 0.5
+    assert method.sigma_min == pytest.approx(sigma_y, rel=1e-4)
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.standard_normal((1, 1, 48, 56)))
+    prior = fit_covariance(shrink, [image], sigmas=(0.1, 0.3))
+    sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
+    solver = make_solver(method.name, prior, method.options)
+    draws = KeyedDraws(0, "speckle")
+    x = solver(shrink, problem.operator, problem.y, problem.noise, sigmas, draws).x
+    torch.testing.assert_close(x, shrink(problem.y, torch.tensor([sigma_y])), rtol=0, atol=1e-3)
 
 
 def test_what_is_no_speckle_is_refused():
