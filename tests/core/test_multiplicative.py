@@ -45,6 +45,14 @@ def test_paths_have_the_closed_form_mean_and_variance():
     assert X.std().item() == pytest.approx(float(std), rel=0.06)
 
 
+def test_the_moments_are_those_of_the_log_normal_distribution():
+    x0 = torch.tensor(2.0, dtype=torch.float64)
+    median = 2.0 * math.exp(PROCESS.log_shift(1.0))
+    law = stats.lognorm(PROCESS.sigma(1.0), scale=median)
+    assert PROCESS.mean(x0, 1.0).item() == pytest.approx(law.mean(), rel=1e-7)
+    assert PROCESS.variance(x0, 1.0).item() == pytest.approx(law.var(), rel=1e-7)
+
+
 def test_the_integrals_are_exact():
     # int (0.3 t - 0.1) = 0.15 t^2 - 0.1 t; int (0.4 + 0.2 t)^2 = ((0.4 + 0.2 t)^3 - 0.4^3) / 0.6.
     for t in (0.2, 1.0):

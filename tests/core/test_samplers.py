@@ -83,6 +83,15 @@ def test_dpm_solver_is_exact_where_the_denoised_image_does_not_change():
     torch.testing.assert_close(out, torch.full_like(x, 0.2 + (1.7 - 0.2) * 0.1 / 2.0))
 
 
+def test_dpm_solver_extrapolates_in_log_sigma_over_uneven_levels():
+    # D = -ln sigma rises by h a step: half-way it is -ln sigma + h / 2, however long the last step.
+    x, sigmas = torch.full((1, 1, 1, 1), 0.7, dtype=torch.float64), [2.0, 1.5, 0.5]
+    expected = 1.5 / 2.0 * 0.7 - (1 - 1.5 / 2.0) * math.log(2.0)
+    expected = 0.5 / 1.5 * expected + (1 - 0.5 / 1.5) * (-math.log(1.5) + 0.5 * math.log(3.0))
+    out = dpm_solver_2m(lambda x, s: -s.log().view(-1, 1, 1, 1), x, torch.tensor(sigmas).double())
+    assert out.item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_dpm_solver_calls_the_denoiser_once_an_interval():
     calls = []
 
@@ -130,13 +139,13 @@ def heun_gain(s, t):
 
 def test_churned_heun_follows_its_variance_law():
     sigmas = power_sigmas(9, 2.0, 0.1, 3.0)
-    churn = Churn(amount=2.0, sigma_low=0.3, sigma_high=1.5, noise_scale=1.01)
+    churn = Churn(amount=2.0, sigma_low=0.3, sigma_high=1.5, noise_scale=1.2)
     draws = KeyedDraws(0, "churn")
     x = math.sqrt(P + 4.0) * draws.normal(0, torch.empty(1, 1, 300, 300, dtype=torch.float64))
     variance = P + 4.0
     for s, t in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False):
         raised = s * (1 + (2.0 / 8 if 0.3 <= s <= 1.5 else 0.0))
-        variance += 1.01**2 * (raised**2 - s**2)
+        variance += 1.2**2 * (raised**2 - s**2)
         variance *= heun_gain(raised, t) ** 2
     out = churned_heun(gaussian, x, sigmas, draws, churn)
     assert out.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / out.numel()))
@@ -154,6 +163,18 @@ def test_churn_keeps_the_marginals_and_forgets_the_start():
     assert abs(torch.corrcoef(together)[0, 1].item()) < 0.05
     still = churned_heun(gaussian, x, sigmas, draws, Churn(amount=0.0))
     torch.testing.assert_close(still, heun(gaussian, x, sigmas))
+
+
+def test_churn_is_spread_over_the_intervals():
+    calls = []
+
+    def counted(x, sigma):
+        calls.append(float(sigma[0]))
+        return gaussian(x, sigma)
+
+    levels = torch.tensor([1.0, 0.5, 0.2], dtype=torch.float64)
+    churned_heun(counted, torch.zeros(1, 1, 2, 2).double(), levels, KeyedDraws(0, ""), Churn(0.3))
+    np.testing.assert_allclose(calls, [1.15, 0.5, 0.575, 0.2])
 
 
 def test_churn_never_raises_a_level_by_more_than_a_factor_of_root_two():
