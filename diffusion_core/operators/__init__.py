@@ -13,6 +13,9 @@ multi-coil    MultiCoil    mask, sensitivities
 sparse        Sparse       matrix, transpose; a Projector, as those of domains/ct
 compose       Compose      outer, inner
 stack         Stack        operators, split
+
+Nonlinear, with A and initial(y) only (protocols.NonlinearOperator; daps, split-gibbs, red-diff,
+dps take them): Saturation, PhaseRetrieval, JPEG.
 """
 
 from diffusion_core.operators.base import Operator, inner
@@ -21,15 +24,19 @@ from diffusion_core.operators.compose import Compose, Stack
 from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
 from diffusion_core.operators.identity import Identity
+from diffusion_core.operators.jpeg import JPEG
 from diffusion_core.operators.mask import Mask
 from diffusion_core.operators.mosaic import Mosaic
 from diffusion_core.operators.multi_coil import MultiCoil
+from diffusion_core.operators.phase_retrieval import PhaseRetrieval
 from diffusion_core.operators.pool import Pool
 from diffusion_core.operators.projector import Projector
+from diffusion_core.operators.saturation import Saturation
 from diffusion_core.operators.sparse import Sparse
 from diffusion_core.operators.varying_blur import VaryingBlur
 
 __all__ = [
+    "JPEG",
     "Blur",
     "Compose",
     "Downsample",
@@ -39,8 +46,10 @@ __all__ = [
     "Mosaic",
     "MultiCoil",
     "Operator",
+    "PhaseRetrieval",
     "Pool",
     "Projector",
+    "Saturation",
     "Sparse",
     "Stack",
     "VaryingBlur",
