@@ -2,7 +2,7 @@
 
     mean mode     inflation level by level (diffusion_core.posterior.calibration), reduced to a few
                   knots; from there knob by knob, keeping what raises the mean PSNR of whole chains
-    sample mode   inflation level by level to V/B = 1, the other settings as they are
+    sample mode   inflation level by level to V/B = 1, with S or without; levels as they are
 
 The keyed noise is the same in every trial, so that settings differ by what they do, not by luck.
 """
@@ -157,26 +157,31 @@ def fit_mean(
 def fit_sample(
     bench: Bench, own: MethodSettings, num_levels: int, num_samples: int = NUM_SAMPLES
 ) -> Fit:
-    """Settings whose samples have V/B = 1 at every level."""
-    options = {k: v for k, v in own.options.items() if k not in _MEAN_ONLY}
-    base = own.model_copy(
-        update={
-            "num_levels": num_levels,
-            "options": {**options, "mode": "sample", "zeta": 1.0, "momentum": 0.0},
-        }
-    )
+    """Settings whose samples have V/B = 1 at every level.
+
+    S (`local`) is taken or left, whichever lets the variance of blocks follow their error better.
+    """
+    fits = [_fit_sample(bench, own, num_levels, num_samples, local) for local in (True, False)]
+    return max(fits, key=lambda fit: fit.figures["log_correlation"])
+
+
+def _fit_sample(
+    bench: Bench, own: MethodSettings, num_levels: int, num_samples: int, local: bool
+) -> Fit:
+    accuracy = {k: v for k, v in own.options.items() if k in _ACCURACY}
+    options = {**accuracy, "mode": "sample", "zeta": 1.0, "momentum": 0.0, "local": local}
+    base = own.model_copy(update={"num_levels": num_levels, "options": options})
     rollouts = bench.roll_outs(base, num_samples)
-    inflation = fit_inflation(rollouts)
+    inflation = [short(c) for c in fit_inflation(rollouts)]
     spreads = [spread_of(rollout) for rollout in rollouts]
     each = [part.ratio for part in spreads]
-    settings = base.model_copy(
-        update={"options": {**base.options, "inflation": [short(c) for c in inflation]}}
-    )
     figures = {
         "v_over_b": sum(spreads, Spread()).ratio,
         "least_v_over_b": min(each),
         "greatest_v_over_b": max(each),
+        "log_correlation": float(np.mean([log_correlation_of(r) for r in rollouts])),
     }
+    settings = base.model_copy(update={"options": {**options, "inflation": inflation}})
     return Fit(settings, {name: round(value, 3) for name, value in figures.items()})
 
 
@@ -190,7 +195,6 @@ def prototype(own: MethodSettings, num_levels: int, mode: str) -> MethodSettings
 _FULL_AT_FIRST = (1.0, 0.5, 0.0)
 """Zeta while the inflation is fitted level by level."""
 _ACCURACY = frozenset({"tolerance", "max_steps"})
-_MEAN_ONLY = frozenset({"zeta", "inflation", "momentum"})
 
 
 def _first(bench: Bench, own: MethodSettings, num_levels: int) -> Knobs:
@@ -208,6 +212,12 @@ def psnr_of(rollout: RollOut) -> float:
 def spread_of(rollout: RollOut) -> Spread:
     """V and B of an image's chains."""
     return rollout.spread([chain.m for chain in rollout.chains])
+
+
+def log_correlation_of(rollout: RollOut) -> float:
+    """Log-correlation of the variance of an image's blocks with their error; nan counts as 0."""
+    value = rollout.log_correlation([chain.m for chain in rollout.chains])
+    return value if math.isfinite(value) else 0.0
 
 
 def _run(chain: Chain) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusion_core.posterior.covprox import Chain
 from diffusion_core.protocols import Signal
-from diffusion_core.uncertainty import Spread, spread
+from diffusion_core.uncertainty import Spread, block_log_correlation, spread
 
 _LN_LEAST, _LN_MOST = math.log(0.1), math.log(100.0)
 """Bounds of ln c."""
@@ -59,6 +59,11 @@ class RollOut:
         """V and B of the chains' estimates."""
         samples = torch.stack([self.view(m) for m in estimates])
         return spread(samples, self.truth, self.unknown)
+
+    def log_correlation(self, estimates: Sequence[Signal]) -> float:
+        """Of the chains' variance with their error, over blocks (uncertainty.py)."""
+        samples = torch.stack([self.view(m) for m in estimates])
+        return block_log_correlation(samples, self.truth, self.unknown)
 
     def _error(self, m: Signal) -> float:
         error = (self.view(m).double() - self.truth.double()).square()

@@ -67,7 +67,7 @@ def resolve_method(
         own = _without(own, "mode", "inflation", "zeta", "momentum")
     if calibrated and like:
         num_levels = given.get("num_levels", own.num_levels)
-        own = _calibrated(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
+        own = calibrated_method(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
     if name == own.name:
         options = {**own.options, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
@@ -80,10 +80,17 @@ def _without(own: MethodSettings, *names: str) -> MethodSettings:
     return own.model_copy(update={"options": options})
 
 
-def _calibrated(
+def calibrated_method(
     own: MethodSettings, fits: Mapping[str, Any], mode: str, num_levels: int
 ) -> MethodSettings:
-    """The task's settings with what was fitted for the nearest number of levels, if anything."""
+    """A task's settings with what was fitted for the nearest number of levels, if anything.
+
+    Args:
+        own: of the task's file.
+        fits: of the task in solver.json, by solver, mode and number of levels.
+        mode: "mean" or "sample".
+        num_levels: that will be taken.
+    """
     by_levels = fits.get(own.name, {}).get(mode, {})
     if not by_levels:
         return own
@@ -91,7 +98,7 @@ def _calibrated(
     fit = by_levels[nearest]
     options = {**own.options, **fit["options"]}
     levels = {name: fit[name] for name in ("sigma_max", "sigma_min", "rho")}
-    return own.model_copy(update={**levels, "options": options})
+    return own.model_copy(update={**levels, "num_levels": num_levels, "options": options})
 
 
 def baseline_params(task: str, name: str) -> dict[str, Any]:

@@ -14,7 +14,15 @@ from diffusion_core.model import model_digest, solver_settings
 from domains.base import BadInputError, Item, ItemRecord
 from flows import api_calibrate
 from flows.api_calibrate import calibrate, figures_table
-from flows.calibration import Bench, fit_mean, fit_sample, prototype, psnr_of, spread_of
+from flows.calibration import (
+    Bench,
+    fit_mean,
+    fit_sample,
+    log_correlation_of,
+    prototype,
+    psnr_of,
+    spread_of,
+)
 from flows.config import CalibrateSettings, MethodSettings, load_method, load_task
 from flows.engine.methods import resolve_method
 from flows.knobs import Knobs, climb, knots_of
@@ -165,9 +173,13 @@ def test_a_sample_fit_has_one_inflation_a_level_and_none_of_the_mean_modes_optio
     own = load_method(TASK)
     fit = fit_sample(bench, own, 3, num_samples=4)
     assert len(fit.settings.options["inflation"]) == 3
-    kept = {k: fit.settings.options[k] for k in ("mode", "zeta", "momentum", "local")}
-    assert kept == {"mode": "sample", "zeta": 1.0, "momentum": 0.0, "local": False}
+    kept = {k: fit.settings.options[k] for k in ("mode", "zeta", "momentum")}
+    assert kept == {"mode": "sample", "zeta": 1.0, "momentum": 0.0}
     (rollout,) = bench.run(fit.settings, 4)
+    other = {**fit.settings.options, "local": not fit.settings.options["local"]}
+    (second,) = bench.run(fit.settings.model_copy(update={"options": other}), 4)
+    assert fit.figures["log_correlation"] == pytest.approx(log_correlation_of(rollout), abs=1e-2)
+    assert log_correlation_of(rollout) >= log_correlation_of(second) - 0.1
     assert fit.figures["v_over_b"] == pytest.approx(spread_of(rollout).ratio, rel=0.02)
 
 
