@@ -191,6 +191,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--domain", help="Needed for a folder.")
 @click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
 @click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
+@click.option("--num-samples", type=int, help="Posterior samples an image, for V/B.  [default: 0]")
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
 @click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
 @click.option("--report", type=PATH, help="Write a page with pictures into this folder.")

@@ -125,6 +125,7 @@ class EvaluateSettings(Settings):
     output: Path
     methods: list[str] | None = Field(None, description="default: all that the task names")
     items: list[str] | None = None
+    num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
     json_path: Path | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -52,7 +52,7 @@ def score_entries(
                 f"{dataset.path}; remove the measurements and evaluate again"
             )
         domain = load_domain(truth.record.domain)
-        region = _hole(domain, measurements, item_id, task, truth)
+        region = hole(domain, measurements, item_id, task, truth)
         for entry in group:
             pixels = restored.read(entry)
             yield from _score_entry(entry, pixels, domain, truth, region, tasks[task])
@@ -67,29 +67,35 @@ def _score_entry(
     task: Task,
 ) -> Iterator[Row]:
     """One row a slice of one published item."""
-    num_slices = pixels.shape[1]
-    residuals = entry.facts.get("residuals", ())
     for z, figures in enumerate(score(domain, truth, pixels, region=region)):
-        known = residuals[z] if len(residuals) == num_slices else entry.residual
-        values: dict[str, Any] = {**figures, "residual": known}
-        yield {
-            "domain": domain.name,
-            "task": entry.task,
-            "item": entry.item_id,
-            "slice": z,
-            "group": truth.record.group or entry.item_id,
-            "region": task.region,
-            "method": entry.method,
-            "nfe": entry.nfe,
-            "num_operator_calls": entry.num_operator_calls,
-            "model_digest": entry.model_digest,
-            "seconds": entry.seconds / num_slices,
-            "peak_bytes": entry.peak_bytes,
-            **{key: _finite(values.get(key)) for key in FIGURES},
-        }
+        row = figures_row(entry, z, pixels.shape[1], domain, truth, task)
+        values: dict[str, Any] = {**figures, "residual": row["residual"]}
+        yield {**row, **{key: finite(values.get(key)) for key in FIGURES}}
 
 
-def _hole(
+def figures_row(
+    entry: RestoredEntry, z: int, num_slices: int, domain: Domain, truth: Item, task: Task
+) -> Row:
+    """A row of slice z before its figures: what was restored how, at which cost, its residual."""
+    residuals = entry.facts.get("residuals", ())
+    return {
+        "domain": domain.name,
+        "task": entry.task,
+        "item": entry.item_id,
+        "slice": z,
+        "group": truth.record.group or entry.item_id,
+        "region": task.region,
+        "method": entry.method,
+        "nfe": entry.nfe,
+        "num_operator_calls": entry.num_operator_calls,
+        "model_digest": entry.model_digest,
+        "seconds": entry.seconds / num_slices,
+        "peak_bytes": entry.peak_bytes,
+        "residual": finite(residuals[z] if len(residuals) == num_slices else entry.residual),
+    }
+
+
+def hole(
     domain: Domain, measurements: Measurements, item_id: str, task: str, truth: Item
 ) -> Array | None:
     """(c|1 z h w) True where a mask knows nothing; None for other operators."""
@@ -102,6 +108,6 @@ def _hole(
     return hole
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON knows no infinity: an exact restoration has no PSNR."""
     return value if value is not None and math.isfinite(value) else None

@@ -18,6 +18,8 @@ DOMAINS = {
 # name -> (short label, what it is)
 METHODS = {
     "covprox": ("CovProx", "network and covariance-weighted data step"),
+    "covprox-sample": ("CovProx, one sample", "one draw of the posterior"),
+    "covprox-samples": ("CovProx, mean of samples", "mean of several draws of the posterior"),
     "diffpir": ("DiffPIR", "plug-and-play diffusion, our start and levels"),
     "dds": ("DDS", "diffusion with CG steps, our start and levels"),
     "kriging": ("Kriging", "best linear estimate, no network"),

@@ -1,0 +1,95 @@
+"""Samples in an evaluation: other seeds, the rows of one and of their mean, V/B as defined."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_kit import INLINE, make_dataset, make_model, settings
+
+from domains.base import BadInputError
+from domains.metrics import psnr
+from flows.api_evaluate import EvaluateResult, evaluate
+from flows.engine.restored import open_restored
+from flows.sampling import pooled, pooled_text
+from flows.store import Dataset, Measurements
+
+TASK = "inpaint-strokes"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sampling")
+    make_dataset(root / "clean.zarr")
+    make_model(root / "model")
+    return root
+
+
+@pytest.fixture(scope="module")
+def result(root) -> EvaluateResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SASHIKO_HOME", str(root / "home"))
+        return evaluate(
+            settings(root, tasks=[TASK], methods=["covprox"], items=["still"], num_samples=3)
+        )
+
+
+def row_of(result, method):
+    (row,) = [row for row in result.rows if row["method"] == method]
+    return row
+
+
+def sampled_pixels(result):
+    entries = open_restored(result.output).items()
+    samples = [e for e in entries if e.key not in result.keys]
+    return np.stack([open_restored(result.output).read(e)[:, 0] for e in samples]) / 255.0
+
+
+def test_one_sample_the_mean_of_samples_and_the_mean_mode_are_rows_of_their_own(result):
+    assert {row["method"] for row in result.rows} == {
+        "covprox",
+        "covprox-sample",
+        "covprox-samples",
+    }
+    pixels = sampled_pixels(result)
+    assert len(pixels) == 3
+    assert not np.array_equal(pixels[0], pixels[1])
+    truth = Dataset(result.dataset).read("still").pixels[:, 0] / 255.0
+    mean = np.clip(pixels.mean(axis=0), 0, 1)
+    one, many = row_of(result, "covprox-sample"), row_of(result, "covprox-samples")
+    assert many["psnr"] == pytest.approx(psnr(truth, mean), abs=0.05)
+    alone = [psnr(truth, np.clip(sample, 0, 1)) for sample in pixels]
+    assert min(abs(one["psnr"] - value) for value in alone) < 1e-3
+    assert many["nfe"] == 3 * one["nfe"] == 3 * row_of(result, "covprox")["nfe"]
+    assert many["residual"] is None
+
+
+def test_v_over_b_is_that_of_the_definition_on_the_hole(result):
+    pixels = sampled_pixels(result)
+    truth = Dataset(result.dataset).read("still").pixels[:, 0] / 255.0
+    measurement = Measurements(result.measurements).read("still", TASK)
+    hole = ~measurement.arrays["mask"][0].astype(bool)
+    variance = (1 + 1 / 3) * pixels.var(axis=0, ddof=1)[hole].sum()
+    error = ((truth - pixels.mean(axis=0)) ** 2)[hole].sum()
+    row = row_of(result, "covprox-samples")
+    assert row["v_over_b"] == pytest.approx(variance / error, rel=1e-4)
+    assert row["sample_variance"] == pytest.approx(variance, rel=1e-4)
+    assert row["num_samples"] == 3
+    assert f"{TASK}: V/B {row['v_over_b']:.2f}" in result.table()
+
+
+def test_pooling_weighs_slices_by_their_error():
+    common = {"method": "covprox-samples", "task": "t"}
+    rows = [
+        common | {"sample_variance": 1.0, "sample_error": 2.0, "v_over_b": 0.5},
+        common | {"sample_variance": 3.0, "sample_error": 2.0, "v_over_b": 1.5},
+        {"method": "covprox", "task": "t"},
+    ]
+    rows[0]["log_correlation"], rows[1]["log_correlation"] = 0.8, None
+    assert pooled(rows) == {"t": {"v_over_b": 1.0, "v_over_b_std": 0.5, "log_correlation": 0.8}}
+    assert pooled_text(rows).startswith("t: V/B 1.00 (over slices +-0.50)")
+    assert pooled_text(rows[2:]) == ""
+
+
+def test_one_sample_is_refused(root):
+    with pytest.raises(BadInputError, match="two or more"):
+        evaluate(settings(root, compute=INLINE, num_samples=1))
