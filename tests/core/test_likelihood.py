@@ -244,6 +244,8 @@ def test_the_learned_process_lowers_the_variance_of_the_bound_by_a_fifth_at_leas
         found[name] = ((bound.error**2).mean().item(), table.variance(density))
         z = (bound.diffusion / 256 - known) / (bound.error / 256)
         assert z.abs().max() < 6  # unbiased; images differ a little from their mean
+        # The table foretells the variance of a draw, a dimension, that sampling then has.
+        assert found[name][1] == pytest.approx(found[name][0] * 200 / 256**2, rel=0.5)
     for name in ("uniform", "normal"):
         assert found["learned"][0] < 0.8 * found[name][0]
         assert found["learned"][1] < 0.8 * found[name][1]
@@ -296,6 +298,10 @@ def test_a_density_needs_values_and_fills_bins_it_has_not_seen():
     mass = Histogram.of_integrand(where, h, (-1.0, 1.0), num_bins=4).mass
     assert mass.sum().item() == pytest.approx(1.0)
     assert mass[0] < mass[1] == mass[2] < mass[3]
+    # How often a level was seen says nothing of how large the integrand is there.
+    often = torch.tensor([-0.9, -0.8, -0.7, -0.6, 0.9])
+    mass = Histogram.of_integrand(often, torch.ones(5), (-1.0, 1.0), num_bins=2).mass
+    assert mass[0] == pytest.approx(mass[1])
 
 
 def test_training_draws_its_levels_from_a_learned_density():
