@@ -109,23 +109,25 @@ def ddnm_law(s, P, mean, y_bar, levels, sigma_y):
     return m, v
 
 
+ONE_LEVEL = torch.tensor([0.8], dtype=torch.float64)  # what the first draw is shows here alone
 CASES = [
-    ("ddrm", {"eta": 0.85, "eta_b": 1.0}),
-    ("ddrm", {"eta": 0.4, "eta_b": 0.6}),
-    ("ddnm", {}),
+    ("ddrm", {"eta": 0.85, "eta_b": 1.0}, SIGMAS),
+    ("ddrm", {"eta": 0.4, "eta_b": 0.6}, SIGMAS),
+    ("ddrm", {"eta": 0.85, "eta_b": 1.0}, ONE_LEVEL),
+    ("ddnm", {}, SIGMAS),
 ]
 
 
-@pytest.mark.parametrize(("solver", "options"), CASES)
+@pytest.mark.parametrize(("solver", "options", "sigmas"), CASES)
 @pytest.mark.parametrize("name", SPECTRAL)
-def test_each_direction_has_the_mean_and_variance_of_the_algorithm(name, solver, options):
-    batch, levels = 300, SIGMAS.tolist()
+def test_each_direction_has_the_mean_and_variance_of_the_algorithm(name, solver, options, sigmas):
+    batch, levels = 300, sigmas.tolist()
     operator, prior, y, form, s, P, mean, y_bar = problem(name)
     y = y.expand(batch, *y.shape[1:])
     law = ddrm_law if solver == "ddrm" else ddnm_law
     arrays = [t.numpy() for t in (s, P, mean, y_bar)]
     expected_mean, expected_variance = law(*arrays, levels, SIGMA_Y, **options)
-    got = run(solver, prior.denoise, operator, y, GaussianNoise(SIGMA_Y), SIGMAS, **options)
+    got = run(solver, prior.denoise, operator, y, GaussianNoise(SIGMA_Y), sigmas, **options)
     z = form.coefficients(got.x).numpy()
     drift = np.abs(z.mean(axis=0) - expected_mean[0])
     spread = np.sqrt(expected_variance[0])

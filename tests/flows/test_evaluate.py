@@ -106,6 +106,15 @@ def test_again_with_one_method_more_computes_that_method_alone(site):
     assert again.measurements != first.measurements
 
 
+def test_solvers_that_are_not_standard_can_be_asked_for_by_name(site):
+    root, first = site
+    nfe = {"ddrm": 12, "pigdm": 36, "red-diff": 12}  # one with a product through the network
+    assert not nfe.keys() & {row["method"] for row in first.rows}
+    result = evaluate(settings(root, tasks=["inpaint-random70"], methods=list(nfe)))
+    assert {row["method"]: row["nfe"] for row in result.rows} == nfe
+    assert not result.quarantined
+
+
 def test_another_seed_is_another_measurement(site):
     root, first = site
     changes = {"tasks": ["inpaint-random70"], "methods": ["biharmonic"], "seed": 7}
