@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,13 @@ def test_the_start_has_the_prior_s_mean_and_spectrum_under_the_noise(model):
     assert x.var().item() + (x.mean().item() - mean) ** 2 == pytest.approx(
         whole.mean().item() + 0.25, rel=0.15
     )
+    flat = replace(
+        prior,
+        prior_mean=torch.tensor([0.37]),
+        prior_log_spectrum=power.new_full((1, len(prior.log_frequencies)), -20.0),
+    )
+    bright = gaussian_start(flat, like, 0.5, KeyedDraws(0, "start"))
+    assert bright.mean().item() == pytest.approx(0.37, abs=4 * 0.5 / math.sqrt(like.numel()))
     bare = gaussian_start(None, like, 0.5, KeyedDraws(0, "start"))
     assert bare.std().item() == pytest.approx(0.5, rel=0.02)
 
