@@ -138,7 +138,8 @@ def variance_reduction(
     """Variance of one draw of the bound, of the learned and of fixed densities, on other images.
 
     Returns:
-        "learned", "log-uniform", "log-normal" (that of training), in (nats a dimension)^2, all on
+        "learned", "log-uniform", "log-normal" (of training, without its uniform share), in
+        (nats a dimension)^2, each the mean over the crops, all on
         the learned endpoints.
     """
     table = measure(model, crops, fitted.ends, num_levels, seed)
