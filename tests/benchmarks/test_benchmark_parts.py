@@ -9,6 +9,9 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from domains.base import Item, ItemRecord
+from domains.registry import load_domain
+from flows.config import load_task
+from tests.benchmarks import linear_convergence, projector_parts
 from tests.benchmarks.cases import SIDE_PX, TEST, VALIDATION, Part, shrunk
 from tests.benchmarks.ours import published_sigmas
 from tests.benchmarks.rows import Rows, paired, summary
@@ -83,3 +86,22 @@ def test_parts_have_names_of_their_own():
     names = [part.name for parts in TEST.values() for part in parts]
     assert len(set(names)) == len(names)
     assert Part("china", corner=(1, 2)).name == "china/0/1,2"
+
+
+@pytest.mark.parametrize("name", ["sr-x4", "kspace-x4-8coil"])
+def test_residuals_of_the_solves_fall_with_the_steps(name):
+    task = load_task(name)
+    domain, item = load_domain(task.domain), linear_convergence.picture(task.domain, 64)
+    measurement = domain.simulate(item, task, 0)
+    problem = domain.problem(measurement)
+    row = linear_convergence.convergence(problem, domain.truth_signal(item, measurement), 0.2)
+    assert list(row["relative_residual"]) == sorted(row["relative_residual"], reverse=True)
+    assert row["relative_residual"][1] < 0.1 * row["plain"][1]
+    assert row["steps"] == linear_convergence.STEPS[-1]
+
+
+def test_a_projectors_adjoint_error_is_measured():
+    right = projector_parts.measured(lambda x: 2 * x, lambda y: 2 * y)
+    wrong = projector_parts.measured(lambda x: 2 * x, lambda y: 2.1 * y)
+    assert right["adjoint_error"] < 1e-9 < 1e-6 < wrong["adjoint_error"]
+    assert right["A_seconds"] > 0
