@@ -53,9 +53,12 @@ class VaryingBlurStep(PrimalStep):
         ]
 
         def precondition(u: Tensor) -> Tensor:
+            # Shares are the same for all channels: they commute with the opponent basis.
+            opponent, size = covariance.to_opponent(u), u.shape[-2:]
             mixed = torch.zeros_like(u)
             for root, circulant in parts:
-                mixed += root * covariance.filter(root * u, circulant)
-            return mixed
+                modes = torch.fft.rfft2(root * opponent) * circulant
+                mixed += root * torch.fft.irfft2(modes, s=size)
+            return covariance.from_opponent(mixed)
 
         return precondition
