@@ -318,6 +318,12 @@ def test_a_mosaic_is_bayers():
     assert torch.equal(Mosaic().A(Mosaic().A_adjoint(y)), y)
 
 
+def test_a_mosaics_letters_run_row_by_row():
+    x, y = normal(1, 3, 4, 4), Mosaic("GRBG").A(normal(1, 3, 4, 4))
+    assert torch.equal(y[:, 0, 0::2, 1::2], x[:, 0, 0::2, 1::2])
+    assert torch.equal(y[:, 0, 1::2, 0::2], x[:, 2, 1::2, 0::2])
+
+
 def test_each_coil_is_a_fourier_measurement_of_what_it_sees():
     mask, maps, x = coin(2, 1, 1, 23), coil_maps(), normal(2, 2, 17, 23)
     y = MultiCoil(mask, maps).A(x)
