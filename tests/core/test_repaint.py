@@ -1,8 +1,10 @@
 """RePaint on a Gaussian prior: known pixels kept, and the hole's law nears the posterior's."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from dense import GaussianPrior
+from dense import GaussianPrior, matrix_of
 from solver_kit import SIZE, Dense, normal, run
 
 from diffusion_core.noise.likelihood import GaussianNoise
@@ -63,13 +65,51 @@ def test_resampling_brings_the_hole_to_its_posterior_mean(jump_length):
     assert bias[-1] < 0.3 * bias[0]
 
 
-def test_the_hole_is_filled_by_draws_not_by_its_mean():
-    prior, mask, y, _, covariance = problem(150)
-    got = run("repaint", prior.denoise, Mask(mask), y, GaussianNoise(0.0), SIGMAS)
+def test_the_hole_follows_the_algorithms_law():
+    # Algorithm 1 of Lugmayr et al. on a Gaussian prior, by matrices: r = 2, j = 1, and levels so
+    # near that each remembers those before.
+    batch, n, levels, sigma_y = 1200, SIZE[0] * SIZE[1], [0.6, 0.45, 0.25, 0.0], 0.2
+    prior, mask, y, _, _ = problem(batch)
+    known = mask.flatten().double()
+    m, C = torch.zeros(n).double(), levels[0] ** 2 * torch.eye(n).double()
+    for i, j in pairwise([0, 1, 0, 1, 2, 1, 2, 3, 2, 3]):
+        s, after = levels[i], levels[j]
+        if after > s:
+            C = C + (after**2 - s**2) * torch.eye(n)
+            continue
+        level = torch.tensor([s], dtype=torch.float64)
+        zero = prior.denoise(torch.zeros(1, 1, *SIZE, dtype=torch.float64), level)
+        G = matrix_of(lambda e, z=zero, s=level: prior.denoise(e, s.expand(len(e))) - z, (1, *SIZE))
+        share = after**2 / s**2
+        H = (1 - known)[:, None] * ((1 - share) * G + share * torch.eye(n))
+        m = H @ m + (1 - known) * (1 - share) * zero.flatten() + known * y[0].flatten()
+        pasted = max(after**2 - sigma_y**2, 0.0)
+        C = H @ C @ H.T + torch.diag((1 - known) * after**2 * (1 - share) + known * pasted)
+    options = {"num_resamples": 2, "jump_length": 1}
+    sigmas, noise = torch.tensor(levels), GaussianNoise(sigma_y)
+    got = run("repaint", prior.denoise, Mask(mask), y, noise, sigmas, **options)
     hole = ~mask.flatten()
-    spread = got.x.flatten(1)[:, hole].var(dim=0).mean() / covariance.diagonal()[hole].mean()
-    # Twelve ancestral steps fall short of the posterior's variance, as they do without data.
-    assert 0.4 < float(spread) < 1.0
+    values, vectors = torch.linalg.eigh(C[hole][:, hole])
+    z = (got.x.flatten(1)[:, hole] - m[hole]) @ vectors
+    bound = 4 * (2 / len(values)) ** 0.5
+    assert float((z.mean(dim=0) ** 2 * batch / values).mean()) == pytest.approx(1.0, abs=bound)
+    ratio = z.square().mean(dim=0) / values
+    assert float(ratio.mean()) == pytest.approx(1.0, abs=bound / batch**0.5)
+
+
+def test_known_pixels_are_as_noisy_as_their_level():
+    # y is noisy itself, so that less is added; below its own noise nothing is.
+    prior, mask, y, _, _ = problem(60)
+    seen = []
+
+    def denoise(x, sigma):
+        seen.append((x - y).masked_select(mask).std())
+        return prior.denoise(x, sigma)
+
+    sigmas, noise = torch.tensor([1.0, 0.8, 0.3]), GaussianNoise(0.5)
+    run("repaint", denoise, Mask(mask), y, noise, sigmas, num_resamples=1)
+    assert float(seen[1]) == pytest.approx((0.8**2 - 0.5**2) ** 0.5, rel=0.05)
+    assert float(seen[2]) == 0.0
 
 
 @pytest.mark.parametrize(
