@@ -7,7 +7,8 @@ nothing                       the task's `solver`
 --method tv                   the classical method with its parameters of configs/baselines
 
 A model that was calibrated (`sashiko calibrate`) knows better than the task's file: its noise
-levels and its options for the task, mode and nearest number of levels come before the file's.
+levels and its options for the task, the mode and a number of levels near the one asked for come
+before the file's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from flows.config import MethodSettings, config_path, load_method, task_names
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
 
+_NEAR = 1.4
+"""Ratio of numbers of levels below which what was fitted for one serves the other: what suits
+8 levels (little fresh noise, few small levels) does not suit 20."""
 _LIKE = {"blur": "deblur-gauss", "pool": "sr-x4", "identity": "inpaint-random70"}
 
 
@@ -83,7 +87,7 @@ def _without(own: MethodSettings, *names: str) -> MethodSettings:
 def calibrated_method(
     own: MethodSettings, fits: Mapping[str, Any], mode: str, num_levels: int
 ) -> MethodSettings:
-    """A task's settings with what was fitted for the nearest number of levels, if anything.
+    """A task's settings with what was fitted for the nearest number of levels, if it is near.
 
     Args:
         own: of the task's file.
@@ -92,10 +96,11 @@ def calibrated_method(
         num_levels: that will be taken.
     """
     by_levels = fits.get(own.name, {}).get(mode, {})
-    if not by_levels:
+    apart = {count: abs(math.log(int(count) / num_levels)) for count in by_levels}
+    near = [count for count in apart if apart[count] < math.log(_NEAR)]
+    if not near:
         return own
-    nearest = min(by_levels, key=lambda count: (abs(math.log(int(count) / num_levels)), int(count)))
-    fit = by_levels[nearest]
+    fit = by_levels[min(near, key=lambda count: (apart[count], int(count)))]
     options = {**own.options, **fit["options"]}
     levels = {name: fit[name] for name in ("sigma_max", "sigma_min", "rho")}
     return own.model_copy(update={**levels, "num_levels": num_levels, "options": options})

@@ -39,6 +39,8 @@ def test_pixels_that_are_known_do_not_count():
     samples[..., 32:] = 100.0  # no spread there, and a great error
     assert spread(samples, truth, unknown).ratio == pytest.approx(1.0, abs=0.05)
     assert spread(samples, truth).ratio < 0.01
+    samples[..., 32:] = 100.0 * normal(8, 2, 3, 64, 32, stream=8)  # and a great spread
+    assert spread(samples, truth, unknown).ratio == pytest.approx(1.0, abs=0.05)
 
 
 def test_pooling_adds_sums_not_ratios():

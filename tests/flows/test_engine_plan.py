@@ -304,9 +304,13 @@ def test_what_a_model_was_calibrated_to_comes_before_the_task_file():
     assert (eight.sigma_max, eight.sigma_min, eight.rho) == (0.9, 0.03, 5.0)
     assert eight.num_levels == 8
     assert eight.options == {**own.options, "inflation": [2.0, 8.0]}
-    # Nothing asked: the task's number of levels, 12. The nearest in ratio stands for others.
+    # Nothing asked: the task's number of levels, 12. The nearest in ratio stands for
+    # others, if it is near.
     assert resolve_method(None, entry(), FITS).sigma_max == 0.8
-    assert resolve_method(MethodSettings(num_levels=100), entry(), FITS).sigma_max == 0.8
+    far = MethodSettings(num_levels=17)
+    assert resolve_method(far, entry(), FITS) == resolve_method(far, entry()), (
+        "1.4 times 12 or more"
+    )
     assert resolve_method(MethodSettings(num_levels=9), entry(), FITS).sigma_max == 0.9
     assert resolve_method(eight, entry(), FITS) == eight, "what is resolved stays as it is"
 
