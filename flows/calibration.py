@@ -25,7 +25,7 @@ from diffusion_core.posterior.calibration import RollOut, fit_inflation
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.uncertainty import Spread
 from flows.config import MethodSettings
-from flows.knobs import NUM_KNOTS, Knobs, climb, knots_of, short
+from flows.knobs import LEAST_INFLATION, MOST_INFLATION, NUM_KNOTS, Knobs, climb, knots_of, short
 
 if TYPE_CHECKING:
     from diffusion_core.model import Model
@@ -201,7 +201,8 @@ def _first(bench: Bench, own: MethodSettings, num_levels: int) -> Knobs:
     """The task's own settings with the inflation fitted level by level."""
     begun = replace(Knobs.of(own), inflation=(1.0,) * NUM_KNOTS, zeta=_FULL_AT_FIRST)
     inflation = fit_inflation(bench.roll_outs(begun.settings(own, num_levels)))
-    return replace(begun, inflation=tuple(np.exp(knots_of(np.log(inflation))).tolist()))
+    bounded = np.clip(inflation, LEAST_INFLATION, MOST_INFLATION)
+    return replace(begun, inflation=tuple(np.exp(knots_of(np.log(bounded))).tolist()))
 
 
 def psnr_of(rollout: RollOut) -> float:

@@ -11,8 +11,12 @@ import numpy as np
 from flows.config import MethodSettings
 
 NUM_KNOTS = 3
-MIN_GAIN_DB = 0.005
-"""A change of one knob must gain so much to be kept."""
+MIN_GAIN_DB = 0.02
+"""A change of one knob must gain so much to be kept: fewer steps away from what is usual."""
+
+LEAST_INFLATION, MOST_INFLATION = 0.2, 10.0
+"""With more the data step is nearly a pseudo-inverse, and its CG comes to the end of its steps
+(infra/decisions/0006)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Knobs:
         options = settings.options
         given: dict[str, Any] = {}
         if "inflation" in options:
-            given["inflation"] = knots_of(options["inflation"])
+            given["inflation"] = tuple(map(_bounded, knots_of(options["inflation"])))
         if "zeta" in options:
             given["zeta"] = knots_of(options["zeta"])
         return cls(
@@ -93,9 +97,13 @@ def _moves(step: float) -> Iterator[tuple[Move, Move]]:
 def _scaled(places: Sequence[int], factor: float) -> Move:
     def move(knobs: Knobs) -> Knobs:
         values = [c * factor if k in places else c for k, c in enumerate(knobs.inflation)]
-        return replace(knobs, inflation=tuple(min(max(c, 0.1), 100.0) for c in values))
+        return replace(knobs, inflation=tuple(map(_bounded, values)))
 
     return move
+
+
+def _bounded(inflation: float) -> float:
+    return min(max(inflation, LEAST_INFLATION), MOST_INFLATION)
 
 
 def _times(name: str, factor: float, bound: float) -> Move:

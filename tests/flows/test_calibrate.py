@@ -106,7 +106,7 @@ def test_a_trifle_is_not_taken():
 
 def test_knobs_stay_in_their_bounds():
     def size(k: Knobs) -> float:
-        return k.sigma_max + k.sigma_min + sum(k.zeta) + k.momentum
+        return k.sigma_max + k.sigma_min + sum(k.zeta) + k.momentum + sum(k.inflation)
 
     for figure in (size, lambda k: -size(k)):
         knobs = Knobs(0.5, 0.05)
@@ -114,6 +114,7 @@ def test_knobs_stay_in_their_bounds():
             knobs = climb(knobs, figure, 1.0)
         assert 0.004 <= knobs.sigma_min <= 0.15 < 0.2 <= knobs.sigma_max <= 3.0
         assert all(0 <= z <= 1.3 for z in knobs.zeta)
+        assert all(0.2 <= c <= 10.0 for c in knobs.inflation)
         assert 0 <= knobs.momentum <= 0.9
 
 

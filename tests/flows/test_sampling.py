@@ -13,7 +13,7 @@ from flows.engine.restored import open_restored
 from flows.sampling import pooled, pooled_text
 from flows.store import Dataset, Measurements
 
-TASK = "inpaint-strokes"
+TASK = "inpaint-random70"
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def test_one_sample_the_mean_of_samples_and_the_mean_mode_are_rows_of_their_own(
     assert min(abs(one["psnr"] - value) for value in alone) < 1e-3
     assert many["nfe"] == 3 * one["nfe"] == 3 * row_of(result, "covprox")["nfe"]
     assert many["residual"] is None
+    assert one["residual"] > 0
 
 
 def test_v_over_b_is_that_of_the_definition_on_the_hole(result):
