@@ -4,12 +4,14 @@ Volumes are turned so that slices (row = y, column = x) show the patient as a ra
 film: axial ones have array axes (x, y, z) running to the patient's Left, Posterior and Superior.
 Volumes of thick coronal or sagittal slices keep those as their slices. Turning is a permutation
 and flips of axes, never an interpolation, and the affine moves with it; the codes of the source
-are kept, so that writing returns to them exactly.
+are kept, so that writing returns to them exactly. So are the number of its dimensions and what a
+NIfTI file says its two affines lead to (scanner, atlas ...).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,27 @@ PLANES = {"S": AXIAL, "I": AXIAL, "A": CORONAL, "P": CORONAL, "L": SAGITTAL, "R"
 THICK = 1.3
 """A volume is cut across the axis whose spacing is this much above the others', else axially."""
 
+SINGULAR = 1e-12
+"""Determinant (mm^3) under which an affine says nothing."""
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a medical file says of itself before its pixels are read."""
+    """What a medical file says of itself before its pixels are read.
+
+    Attributes:
+        shape: as stored.
+        dtype: as stored.
+        scaled: whether the values are those stored times a slope, plus an intercept.
+        source_format: "nifti" or "nrrd".
+        worlds: of a NIfTI file, where its affines lead to; see worlds_of.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     scaled: bool
     source_format: str
+    worlds: Mapping[str, Any] = field(default_factory=dict)
 
 
 def suffix_of(path: Path) -> str:
@@ -82,7 +96,24 @@ def _nifti_header(path: Path) -> Header:
     image = nibabel.load(path)
     # nibabel clears the scale in the loaded header; the data proxy has it.
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
-    return Header(tuple(image.shape), image.get_data_dtype(), scaled, "nifti")
+    worlds = worlds_of(image.header)
+    return Header(tuple(image.shape), image.get_data_dtype(), scaled, "nifti", worlds)
+
+
+def worlds_of(header: Any) -> dict[str, Any]:
+    """The codes of a NIfTI header's two affines: 0 unset, 1 scanner, 2 aligned, 3 and 4 atlases.
+
+    Where both are set and differ, `qform_of_sform` (4x4) leads from the world of the first to that
+    of the second: it stays true of any cut or finer grid of the volume.
+    """
+    sform, sform_code = header.get_sform(coded=True)
+    qform, qform_code = header.get_qform(coded=True)
+    worlds = {"sform_code": int(sform_code), "qform_code": int(qform_code)}
+    if sform is None or qform is None or np.allclose(sform, qform, rtol=1e-5, atol=1e-5):
+        return worlds
+    if abs(np.linalg.det(sform[:3, :3])) < SINGULAR:
+        return worlds
+    return {**worlds, "qform_of_sform": (qform @ np.linalg.inv(sform)).tolist()}
 
 
 def _nrrd_header(path: Path) -> Header:
@@ -138,7 +169,11 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
         source_format=header.source_format,
         spacing_mm=spacing_of(affine),
         affine=tuple(tuple(float(v) for v in row) for row in affine),
-        meta={"orientation": codes, "num_source_dims": len(header.shape)},
+        meta={
+            "orientation": codes,
+            "num_source_dims": len(header.shape),
+            **({"nifti_worlds": dict(header.worlds)} if header.worlds else {}),
+        },
     )
     return Item(pixels, record)
 
@@ -172,7 +207,7 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
     reader = NibabelReader() if source_format == "nifti" else NrrdReader(dtype=None)
     image = LoadImage(reader=reader, image_only=True, dtype=None)(str(path))
     affine = np.asarray(image.affine, dtype=np.float64)
-    if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+    if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular; export it again")
     volume = MetaTensor(image.as_tensor().reshape(1, *shape), affine=torch.tensor(affine))
     codes = "".join(nibabel.aff2axcodes(affine))
@@ -237,14 +272,36 @@ def write_volume(item: Item, stem: Path, dtype: np.dtype[Any]) -> Path:
     )
     affine = affine @ orientations.inv_ornt_aff(transform, volume.shape)
     volume = np.ascontiguousarray(orientations.apply_orientation(volume, transform), dtype=dtype)
+    volume = volume.reshape(_source_shape(volume.shape, record.meta.get("num_source_dims", 3)))
     image = nibabel.Nifti1Image(volume, affine, dtype=volume.dtype)
-    # sform holds the affine as it is; the qform cannot hold shears and is left unset.
-    image.set_sform(affine, code=1)
-    image.set_qform(None, code=0)
+    _set_worlds(image, affine, record.meta.get("nifti_worlds", {}))
     image.header.set_xyzt_units("mm")
     path = stem.with_name(stem.name + ".nii.gz")
     nibabel.save(image, path)
     return path
+
+
+def _source_shape(shape: tuple[int, ...], num_dims: int) -> tuple[int, ...]:
+    """(x, y, z) as the source had it: without a z of 1, or with further dimensions of 1."""
+    if num_dims == 2 and shape[2] == 1:
+        return shape[:2]
+    return (*shape, *(1 for _ in range(num_dims - 3)))
+
+
+def _set_worlds(image: Any, affine: Array, worlds: Mapping[str, Any]) -> None:
+    """Give a NIfTI image its affine, under the codes that the source had for it.
+
+    An sform holds the affine as it is. A qform cannot hold shears: it is set only where the source
+    had one. Where the source had neither, an affine that a reader would not guess is an sform.
+    """
+    sform_code, qform_code = worlds.get("sform_code", 1), worlds.get("qform_code", 0)
+    image.set_qform(None, code=0)
+    image.set_sform(affine, code=0)
+    if not (sform_code or qform_code):
+        sform_code = int(not np.allclose(image.header.get_base_affine(), affine, atol=1e-4))
+    image.set_sform(affine, code=sform_code)
+    if qform_code:
+        image.set_qform(np.array(worlds.get("qform_of_sform", np.eye(4))) @ affine, code=qform_code)
 
 
 def _affine_of_spacing(record: ItemRecord) -> Array:

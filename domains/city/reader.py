@@ -1,8 +1,8 @@
 """Reads city images: photographs through scikit-image, TIFF by tifffile, video frames by OpenCV.
 
 EXIF orientation is left as it is: pixels come as the sensor wrote them. `meta` of the record
-tells the writer and the physics what they need: `value_range` (black and white of the values)
-and `layout` (how a TIFF orders its axes).
+tells the writer and the physics what they need: `value_range` (black and white of the values),
+`layout` (how a TIFF orders its axes), `alpha` and `mode` (of a PNG: opaque, bilevel).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
     bands = image[..., None] if image.ndim == 2 else image
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = {"mode": "bilevel"} if mode == "1" else {}
     if bands.shape[2] in (2, 4):
         bands = _without_alpha(path, bands)
         meta["alpha"] = "opaque"

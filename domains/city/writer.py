@@ -23,7 +23,12 @@ def write(item: Item, stem: Path) -> Path:
     fits_png = z == 1 and c in (1, 3) and pixels.dtype in (np.uint8, np.uint16)
     if item.record.source_format == "tiff" or not fits_png:
         return _write_tiff(pixels, stem, item.record.meta.get("layout", "interleaved"))
-    return _write_png(pixels[:, 0], stem, opaque=item.record.meta.get("alpha") == "opaque")
+    meta = item.record.meta
+    opaque, bilevel = meta.get("alpha") == "opaque", meta.get("mode") == "bilevel"
+    path = stem.with_name(stem.name + ".png")
+    if pixels.dtype == np.uint8 and c == 1 and (opaque or bilevel):
+        return _write_grey_png(pixels[0, 0], path, opaque=opaque)
+    return _write_png(pixels[:, 0], path, opaque=opaque)
 
 
 def to_dtype(pixels: Array, dtype: np.dtype[np.generic]) -> Array:
@@ -34,11 +39,26 @@ def to_dtype(pixels: Array, dtype: np.dtype[np.generic]) -> Array:
     return np.clip(np.rint(pixels), info.min, info.max).astype(dtype)
 
 
-def _write_png(bands: Array, stem: Path, *, opaque: bool) -> Path:
+def _write_grey_png(grey: Array, path: Path, *, opaque: bool) -> Path:
+    """Write (h w) uint8 in the modes that OpenCV lacks: grey with alpha; else black and white.
+
+    Restored pixels of a black and white source that are neither make it a grey image.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(grey))
+    if opaque:
+        image.putalpha(255)
+    elif np.isin(grey, (0, 255)).all():
+        image = image.convert("1", dither=Image.Dither.NONE)
+    image.save(path)
+    return path
+
+
+def _write_png(bands: Array, path: Path, *, opaque: bool) -> Path:
     """Write (c h w) as PNG; `opaque` puts back the alpha channel that the source had."""
     import cv2
 
-    path = stem.with_name(stem.name + ".png")
     image = bands[::-1].transpose(1, 2, 0)  # OpenCV wants BGR, and writes 16-bit colour
     if opaque:
         alpha = np.full_like(image[..., :1], np.iinfo(image.dtype).max)

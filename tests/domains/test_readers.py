@@ -165,6 +165,42 @@ def test_a_last_dimension_of_one_and_a_single_plane_are_accepted(tmp_path):
         assert item.record.shape == (1, 1, 30, 20)
 
 
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 1), (20, 30, 4), (20, 30, 2, 1)])
+@pytest.mark.parametrize("codes", ["LPS", "ARI"])
+def test_a_volume_comes_back_with_the_dimensions_of_its_file(tmp_path, shape, codes):
+    values = RNG.integers(0, 99, shape).astype(np.uint8)
+    item = mri_reader.read(nifti(tmp_path / "a.nii", values, affine_of(codes)))
+    again = nibabel.load(mri_writer.write(item, tmp_path / "b"))
+    assert again.shape == shape
+    np.testing.assert_array_equal(np.asanyarray(again.dataobj), values)
+    np.testing.assert_allclose(again.affine, affine_of(codes), atol=1e-5)
+
+
+@pytest.mark.parametrize("sform_code", [0, 1, 2, 4])
+@pytest.mark.parametrize("qform_code", [0, 1, 3])
+def test_the_worlds_of_a_nifti_file_stay_what_they_were(tmp_path, sform_code, qform_code):
+    """Both affines under their codes; the atlas of one is not the scanner of the other."""
+    image = nibabel.Nifti1Image(np.zeros((18, 20, 4), np.int16), np.eye(4))
+    scanner, atlas = affine_of("LAS"), np.diag([-1.0, 1.1, 1.2, 1.0])
+    atlas[:3, 3] = (90.0, -126.0, -72.0)
+    image.set_qform(scanner, code=qform_code)
+    image.set_sform(atlas, code=sform_code)
+    nibabel.save(image, tmp_path / "a.nii")
+    before = nibabel.load(tmp_path / "a.nii")
+    item = ct_reader.read(tmp_path / "a.nii")
+    after = nibabel.load(ct_writer.write(item, tmp_path / "b"))
+    for name in ("sform_code", "qform_code"):
+        assert after.header[name] == before.header[name]
+    np.testing.assert_allclose(after.affine, before.affine, atol=1e-4)
+    if qform_code:
+        np.testing.assert_allclose(after.get_qform(), before.get_qform(), atol=1e-4)
+    part = nibabel.load(ct_writer.write(item.slices(1, 3), tmp_path / "c"))
+    np.testing.assert_allclose(part.affine[:3, 3], before.affine[:3] @ (0, 0, 1, 1), atol=1e-4)
+    if qform_code:
+        moved = before.get_qform()[:3] @ (0, 0, 1, 1)
+        np.testing.assert_allclose(part.get_qform()[:3, 3], moved, atol=1e-4)
+
+
 def test_the_record_names_nobody(tmp_path):
     image = nibabel.Nifti1Image(np.zeros((16, 16, 2), np.int16), np.eye(4))
     image.header["descrip"] = b"Kanarienvogel"
@@ -361,6 +397,23 @@ def test_an_opaque_alpha_channel_is_dropped_and_put_back(tmp_path):
     assert item.record.shape == (3, 1, 20, 30)
     written = city_writer.write(item, tmp_path / "b")
     np.testing.assert_array_equal(np.asarray(Image.open(written)), image)
+
+
+@pytest.mark.parametrize("mode", ["LA", "1", "L"])
+def test_pictures_of_one_band_come_back_in_their_mode(tmp_path, mode):
+    grey = image_of((20, 30), "u1") // 128 * 255 if mode == "1" else image_of((20, 30), "u1")
+    picture = Image.fromarray(grey)
+    if mode == "LA":
+        picture.putalpha(255)
+    picture.convert(mode).save(tmp_path / "a.png")
+    item = city_reader.read(tmp_path / "a.png")
+    with Image.open(city_writer.write(item, tmp_path / "b")) as again:
+        assert again.mode == mode
+        np.testing.assert_array_equal(np.asarray(again.convert("L")), grey)
+    item.pixels[0, 0, 3, 4] = 99  # a grey that black and white cannot hold
+    with Image.open(city_writer.write(item, tmp_path / "c")) as restored:
+        assert restored.mode == ("L" if mode == "1" else mode)
+        assert np.asarray(restored.convert("L"))[3, 4] == 99
 
 
 def test_palettes_and_bilevel_pictures_are_read_as_colours_and_greys(tmp_path):
