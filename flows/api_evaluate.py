@@ -157,7 +157,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     needs_model = settings.num_samples > 0 or any(
         name in SOLVERS for names in methods.values() for name in names
     )
-    model = _model(settings.model) if needs_model else None
+    model = _model(settings.model, tasks) if needs_model else None
     dataset, bad_files = _dataset(settings, tasks, on_event)
     measurements = _measurements(settings, dataset, tasks, on_event)
     campaign, *samples = _restore(settings, measurements, methods, model, on_event)
@@ -201,12 +201,12 @@ def choose_methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Me
     return {task: of_task for task, of_task in fitting.items() if of_task}
 
 
-def _model(name: str) -> ModelRef:
+def _model(name: str, tasks: Mapping[str, Task]) -> ModelRef:
     """The model, resolved once for the whole evaluation."""
     from flows.engine.plan import ModelRef
     from flows.registry import resolve_model
 
-    found = resolve_model(name)
+    found = resolve_model(name, {task.domain for task in tasks.values()})
     return ModelRef(str(found.path), found.digest, found.name, found.version)
 
 

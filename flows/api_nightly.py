@@ -34,7 +34,6 @@ from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import RestoredEntry
 from flows.inbox import JOB_FILE, JobFolder, Ledger, find_jobs, is_settled, staged
 from flows.nightly_report import write_report
-from flows.registry import MODEL_NAMES, resolve_model
 from flows.store import Measurements
 
 Status = Literal["restored", "nothing new", "quarantined", "failed"]
@@ -164,7 +163,7 @@ class _Job:
                 f"{self.path.name}: it holds measurements of {len(domains)} domains, and each has "
                 "a model of its own: write a store for each"
             )
-        result = self._call(self.path, _model(self.settings.model, domains[0]), {}, on_event)
+        result = self._call(self.path, self.settings.model, {}, on_event)
         ledger.note(store.content_digest, "restored")
         bad = tuple(Bad(entry.item_id, entry.reason) for entry in result.quarantined)
         return self._report("restored", result, bad)
@@ -174,7 +173,7 @@ class _Job:
         new = self._new(folder, ledger)
         if not new:
             return self._report("nothing new")
-        model = _model(self.settings.model, folder.settings.domain)
+        model = self.settings.model
         more = {"domain": folder.settings.domain, **folder.damage()}
         with staged(new, self.path, self.settings.output) as stage:
             result, bad = self._restore_files(stage, new, model, more, on_event)
@@ -261,17 +260,6 @@ class _Job:
             num_waiting=self.waiting,
             reason=reason,
         )
-
-
-def _model(model: str, domain: str) -> str:
-    """The model of a job: the champion of its domain, unless another is named."""
-    if model != "champion":
-        return model
-    if domain not in MODEL_NAMES:
-        raise BadInputError(f"the domain {domain} has no champion of its own: name a --model")
-    chosen = f"models:/{MODEL_NAMES[domain]}@champion"
-    resolve_model(chosen)  # that there is none is no fault of the files
-    return chosen
 
 
 def _code(digest: str) -> str:

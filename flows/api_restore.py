@@ -242,8 +242,20 @@ def _model(settings: RestoreSettings) -> ModelRef | None:
         return None
     from flows.registry import resolve_model
 
-    found = resolve_model(settings.model)
+    found = resolve_model(settings.model, _domains(settings))
     return ModelRef(str(found.path), found.digest, found.name, found.version)
+
+
+def _domains(settings: RestoreSettings) -> set[str]:
+    """Whose images they are, as far as that can be told before any is read."""
+    from flows.store import Measurements, open_store
+    from flows.store_files import MANIFEST
+
+    if settings.domain is not None or not (settings.input / MANIFEST).is_file():
+        return {settings.domain} - {None}  # type: ignore[return-value]
+    store = open_store(settings.input)
+    entries = store.entries() if isinstance(store, Measurements) else []
+    return {entry.record.domain for entry in entries}
 
 
 def _num_workers(settings: RestoreSettings) -> int:

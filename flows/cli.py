@@ -7,8 +7,10 @@ input cannot be used; 3 done, with some items quarantined; 130 interrupted.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -37,7 +39,11 @@ json_flag = click.option("--json", "as_json", is_flag=True, help="Print the answ
 prefect_flag = click.option(
     "--prefect/--no-prefect", default=True, help="Run as a Prefect flow, or call directly."
 )
-model_option = click.option("--model", help="starter, a directory or models:/NAME@ALIAS.")
+model_option = click.option(
+    "--model",
+    help="champion, starter, a directory or models:/NAME@ALIAS.  "
+    "[default: champion of the domain, the starter while it has none]",
+)
 seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
 
 
@@ -47,6 +53,18 @@ def compute_options(command: F) -> F:
     executor = click.Choice(["ray", "inline"])
     for option in (
         seed_option,
+        click.option("--ray-address", help="Of a running Ray cluster.  [default: Ray is started]"),
+        click.option(
+            "--memory-limit-gb",
+            type=float,
+            help="Refuse plans beyond this, all workers together.",
+        ),
+        click.option(
+            "--gpus-per-worker",
+            "num_gpus_per_worker",
+            type=float,
+            help="May be a fraction.  [default: 1 where torch sees a GPU, else 0]",
+        ),
         click.option("--workers", "num_workers", type=int, help="[default: one a core or GPU]"),
         click.option("--executor", type=executor, help="[default: ray]"),
         click.option("--dtype", type=dtype, help="Of the network.  [default: bfloat16]"),
@@ -395,22 +413,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code and raises nothing."""
     quiet.hush()
+    _heed_sigterm()
     try:
         code = cli.main(arguments, prog_name="sashiko", standalone_mode=False)
         return code if isinstance(code, int) else OK
     except click.ClickException as error:
         error.show()
         return BAD_INPUT
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
         if not _is_interruption(error):
             return explain(error)
         click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
         return INTERRUPTED
 
 
+def _heed_sigterm() -> None:
+    """Let SIGTERM (systemd, Kubernetes, timeout) end a command as Ctrl-C does: in order."""
+    with suppress(ValueError):  # not the main thread: its signals are not ours
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def _is_interruption(error: BaseException) -> bool:
     """Whether Ctrl-C or a signal is behind an error: Ray's waiting turns it into a SystemError."""
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort | SystemExit):
+        return True
+    if type(error).__name__ == "TerminationSignal":  # Prefect's, of SIGTERM inside a flow
         return True
     cause = error.__cause__ or error.__context__
     return isinstance(error, SystemError) and cause is not None and _is_interruption(cause)
@@ -443,7 +470,10 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def _computing(options: Mapping[str, Any]) -> dict[str, Any]:
     """As _given, with the options of `compute` in their place."""
     given = _given(options)
-    compute = {k: given.pop(k) for k in ("executor", "num_workers") if k in given}
+    names = ("executor", "num_workers", "num_gpus_per_worker", "ray_address")
+    compute = {name: given.pop(name) for name in names if name in given}
+    if "memory_limit_gb" in given:
+        compute["memory_limit_bytes"] = int(given.pop("memory_limit_gb") * 1e9)
     return {**given, "compute": compute} if compute else given
 
 

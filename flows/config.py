@@ -5,14 +5,16 @@ Heavy imports are kept out: the command line imports this module before it knows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from zoneinfo import available_timezones
 
 import yaml
 from platformdirs import user_cache_path, user_data_path
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domains.base import BadInputError, Task
@@ -41,28 +43,43 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
+
 
 class MethodSettings(Settings):
     """One way to restore: a diffusion solver with its levels, or a classical baseline."""
 
     name: str = "covprox"
     kind: Literal["solver", "baseline"] = "solver"
-    num_levels: int = 12
-    sigma_max: float = 0.5
-    sigma_min: float = 0.05
-    rho: float = 3.0
+    num_levels: int = Field(12, ge=1, le=10_000)
+    sigma_max: float = Field(0.5, gt=0)
+    sigma_min: float = Field(0.05, ge=0)
+    rho: float = Field(3.0, gt=0)
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+def gpus_here() -> float:
+    """1 where torch can use a GPU of this machine, else 0; without one torch is not imported."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0.0
+    import torch
+
+    return float(torch.cuda.is_available())
 
 
 class ComputeSettings(Settings):
     """Who computes, none of which changes a pixel (device class apart)."""
 
     executor: Literal["ray", "inline"] = "ray"
-    num_workers: int = Field(0, description="0: one a core (CPU) or one a GPU")
-    num_gpus_per_worker: float = 0.0
-    memory_limit_bytes: int | None = None
+    num_workers: int = Field(0, ge=0, description="0: one a core (CPU) or one a GPU")
+    num_gpus_per_worker: float = Field(
+        default_factory=gpus_here,
+        ge=0,
+        description="may be a fraction; default: 1 where torch sees a GPU, else 0",
+    )
+    memory_limit_bytes: int | None = Field(None, gt=0)
     ray_address: str | None = None
-    max_attempts: int = 3
+    max_attempts: int = Field(3, ge=1)
 
 
 class SamplesSettings(Settings):
@@ -100,7 +117,7 @@ class RestoreSettings(Settings):
 
     input: Path
     output: Path
-    model: str = Field("starter", description="starter, a directory, or models:/NAME@ALIAS")
+    model: str = Field("champion", description=MODEL)
     domain: str | None = None
     mask: str | None = Field(None, description="folder of masks (white = missing) or 'nodata'")
     kernel: Path | None = None
@@ -121,7 +138,7 @@ class EvaluateSettings(Settings):
     input: Path
     domain: str | None = None
     tasks: list[str]
-    model: str = "starter"
+    model: str = Field("champion", description=MODEL)
     output: Path
     methods: list[str] | None = Field(None, description="default: all that the task names")
     items: list[str] | None = None
@@ -236,7 +253,7 @@ class NightlySettings(Settings):
 
     inbox: Path = Field(description="one folder a job: job.yaml and files, or measurements (Zarr)")
     output: Path
-    model: str = Field("champion", description="champion (of the job's domain), or as for restore")
+    model: str = Field("champion", description=MODEL)
     settle_s: float = Field(30.0, ge=0, description="a file younger than this is left for later")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -252,7 +269,21 @@ class ServeSettings(Settings):
     timezone: str = "UTC"
     inbox: Path | None = Field(None, description="of nightly; default: under the home folder")
     output: Path | None = Field(None, description="of nightly; default: under the home folder")
-    model: str = "champion"
+    model: str = Field("champion", description=MODEL)
+
+    @field_validator("cron")
+    @classmethod
+    def _is_cron(cls, cron: str) -> str:
+        if not re.fullmatch(r"([0-9*A-Z][\w*/,-]*\s+){4}[0-9A-Za-z*][\w*/,#-]*", cron.strip()):
+            raise ValueError(f"'{cron}' is no cron line; five fields, such as 0 2 * * *")
+        return cron
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_timezone(cls, name: str) -> str:
+        if name not in available_timezones():
+            raise ValueError(f"'{name}' is no time zone of the IANA list, such as Europe/Berlin")
+        return name
 
 
 def config_path(*parts: str) -> Path:

@@ -5,6 +5,7 @@ On a terminal long work shows a bar with the time left; piped, it writes plain l
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 OK, FAILED, BAD_INPUT, QUARANTINED, INTERRUPTED = 0, 1, 2, 3, 130
 
 _THROTTLE_S = 5.0
+_BAD_PLACES = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+"""What the system says of an output that is a file, or where nothing may be written."""
 _LOUD = {"quarantined", "retry", "corrupt", "lost", "done", "warning", "step"}
 """Events that are always a line of their own; the others only move the bar."""
 
@@ -217,6 +220,9 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return BAD_INPUT, _one_line(str(error))
     if isinstance(error, ValidationError):
         return BAD_INPUT, _validation_sentence(error)
+    if isinstance(error, OSError) and error.errno in _BAD_PLACES and error.filename:
+        reason = (error.strerror or "it cannot be used").lower()
+        return BAD_INPUT, f"{error.filename}: {reason}; give a folder that can be written to"
     reason = _one_line(str(error)) or type(error).__name__
     hint = "" if quiet.debugging() else "; SASHIKO_DEBUG=1 shows where"
     return FAILED, f"the run failed: {type(error).__name__}: {reason}{hint}"
@@ -226,10 +232,18 @@ def _validation_sentence(error: Any) -> str:
     """The first fault of a pydantic validation, by the name of the setting."""
     faults = error.errors(include_url=False)
     where = ".".join(str(part) for part in faults[0]["loc"]) or error.title
-    if faults[0]["type"] == "extra_forbidden":
+    unknown = [f for f in faults if f["type"] == "extra_forbidden"]
+    if unknown:  # before what is missing: often the same setting, mistyped
+        where = ".".join(map(str, unknown[0]["loc"]))
         return f"there is no setting '{where}': {error.title} in flows/config.py lists them"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"the setting '{where}' cannot be used: {faults[0]['msg'].lower()}{more}"
+    return f"the setting '{where}' cannot be used: {_begun_small(faults[0]['msg'])}{more}"
+
+
+def _begun_small(text: str) -> str:
+    """Pydantic's sentences as the end of ours; names in them keep their letters."""
+    text = text.removeprefix("Value error, ")
+    return text[:1].lower() + text[1:]
 
 
 def _one_line(text: str) -> str:

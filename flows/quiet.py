@@ -20,7 +20,7 @@ TELEMETRY_OFF = {
 NOISE_OFF = {
     # The console handler alone: a server still gets the log lines of a run.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",  # into our own server.log
     "PREFECT_CLI_COLORS": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",

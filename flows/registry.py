@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -98,16 +98,21 @@ def register_model(
     return versions
 
 
-def resolve_model(ref: str) -> ResolvedModel:
+def resolve_model(ref: str, domains: Iterable[str] = ()) -> ResolvedModel:
     """Find the model that `ref` names and check its files.
 
     Args:
-        ref: "starter", a directory, "models:/NAME@ALIAS" or "models:/NAME/VERSION". An alias is
-            followed once, here: a campaign keeps the version that it began with.
+        ref: "champion" (of `domains`; the starter while they have none), "starter", a directory,
+            "models:/NAME@ALIAS" or "models:/NAME/VERSION". An alias is followed once, here: a
+            campaign keeps the version that it began with.
+        domains: what the model is for.
 
     Raises:
-        BadInputError: if there is no such model, or its files differ from the registered digest.
+        BadInputError: if there is no such model, its files differ from the registered digest, or
+            the domains have different champions.
     """
+    if ref == CHAMPION:
+        return _champion_of(sorted(set(domains)))
     if ref.startswith("models:"):
         return _resolve_registered(ref)
     path = config_path("models", "starter") if ref == "starter" else Path(ref)
@@ -204,6 +209,29 @@ def _digest(path: Path) -> str:
             "or models:/NAME@champion (see `sashiko models`)"
         )
     return model_digest(path)
+
+
+def _champion_of(domains: Sequence[str]) -> ResolvedModel:
+    """The one model that is champion of every domain, or the starter for those without one."""
+    guests = [domain for domain in domains if domain not in MODEL_NAMES]
+    if guests or not domains:
+        whose = f"the domain {guests[0]} has" if guests else "no domain is named, so there is"
+        raise BadInputError(f"{whose} no champion: name a model with --model")
+    uri = Home().tracking_uri
+    # A store that nobody has made yet holds no champion, and to ask would make it.
+    fresh = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
+    found = [
+        resolve_model("starter")
+        if fresh or champion(MODEL_NAMES[domain]) is None
+        else resolve_model(f"models:/{MODEL_NAMES[domain]}@{CHAMPION}")
+        for domain in domains
+    ]
+    if len({model.digest for model in found}) > 1:
+        raise BadInputError(
+            f"the domains {', '.join(domains)} have different champions: restore them one by one, "
+            "or name a model with --model"
+        )
+    return found[0]
 
 
 def _resolve_registered(ref: str) -> ResolvedModel:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,15 +30,25 @@ def connect(address: str | None, num_cpus: int) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        _start(num_cpus, quiet)
+    with _own_sigterm():
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            _start(num_cpus, quiet)
     return True
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep a handler of SIGTERM that was set before: Ray puts one that dumps the C++ stack."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def _start(num_cpus: int, quiet: dict[str, Any]) -> None:
-    """Start Ray here. On a busy machine it may miss its own deadline of 30 s: then once more."""
+    """Start Ray here. On a busy machine it may miss its own deadline of 30 s: then twice more."""
     import ray
 
     for last in (False, False, True):

@@ -52,10 +52,10 @@ def make_dataset(path: Path) -> Path:
     return path
 
 
-def make_model(path: Path) -> Path:
+def make_model(path: Path, seed: int = 0) -> Path:
     """An untrained network with covariance tables measured on the pictures above."""
     conditions = {"city": 3, "city-grey": 1}
-    weights = KeyedDraws(0, "weights")
+    weights = KeyedDraws(seed, "weights")
     network = LocalUNet(len(conditions), widths=[8, 8], depths=[1, 1], num_features=8)
     with torch.no_grad():
         for level, parameter in enumerate(network.parameters()):

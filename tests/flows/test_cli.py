@@ -243,3 +243,67 @@ def test_an_empty_registry_is_said_and_json_is_json(
     assert sashiko(capsys, "models")[:2] == (0, "no model is registered yet\n")
     code, out, _ = sashiko(capsys, "models", "--json")
     assert (code, json.loads(out)) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["restore", "--input", "x", "--output", "o", "--levels", "0"],
+        ["restore", "--input", "x", "--output", "o", "--workers", "-1"],
+        ["restore", "--input", "x", "--output", "o", "--memory-limit-gb", "0"],
+        ["serve", "--cron", "nonsense"],
+        ["serve", "--timezone", "Mars/Olympus"],
+    ],
+)
+def test_values_out_of_range_are_told_before_anything_starts(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("flows.launch.run", None)
+    monkeypatch.setattr("flows.serve.start", None)
+    assert cli.run(arguments) == 2
+    assert "cannot be used" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_a_mistake_of_the_user(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos/a.png")
+    (tmp_path / "taken").write_text("")
+    asked = ["ingest", str(tmp_path / "photos"), "--domain", "city", "--no-prefect", "--to"]
+    assert cli.run([*asked, str(tmp_path / "taken/x.zarr")]) == 2
+    assert "taken" in capsys.readouterr().err
+
+
+def test_computing_options_reach_the_settings(monkeypatch):
+    asked = []
+
+    def note(command, settings, **more):
+        asked.append(settings)
+        raise BadInputError("enough")
+
+    monkeypatch.setattr("flows.launch.run", note)
+    given = "--gpus-per-worker 0.5 --memory-limit-gb 4 --ray-address auto --workers 3"
+    cli.run(["restore", "--input", "x", "--output", "o", *given.split()])
+    compute = asked[0].compute
+    assert (compute.num_gpus_per_worker, compute.memory_limit_bytes) == (0.5, 4_000_000_000)
+    assert (compute.ray_address, compute.num_workers) == ("auto", 3)
+
+
+def test_sigterm_ends_a_command_in_order(tmp_path):
+    code = (
+        "import sys, time, flows.launch as launch\n"
+        "from flows import cli\n"
+        "def wait(*a, **k):\n"
+        "    print('waiting', flush=True)\n"
+        "    time.sleep(600)\n"
+        "launch.run = wait\n"
+        "sys.exit(cli.run(['restore', '--input', 'x', '--output', 'o']))"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "waiting\n"
+        command.terminate()
+        _, err = command.communicate(timeout=60)
+    assert command.returncode == 130
+    assert "goes on where it stopped" in err

@@ -1,10 +1,13 @@
 """A command's own Prefect server: it outlives Ctrl-C long enough, and nothing else."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,9 @@ def sleep(settings, on_event):
 flows.api_data.ingest = sleep
 sys.exit(cli.run(["ingest", "in", "--domain", "city", "--to", "out.zarr"]))
 """
+
+
+SERVE = "from flows.cli import main; main()"
 
 
 @pytest.fixture
@@ -85,3 +91,41 @@ def test_a_server_that_the_user_chose_is_left_as_it_is(name: str, monkeypatch: p
     monkeypatch.setattr(launch, "CommandServer", None)
     launch.start_prefect()()
     assert os.environ[name] == "http://127.0.0.1:1/api"
+
+
+def test_a_server_schedules_the_nightly_run(tmp_path: Path, environment: dict[str, str]):
+    """Not the schedule as posted: a run that the server's own scheduler has put down."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = subprocess.Popen(
+        [sys.executable, "-c", SERVE, "serve", "--port", str(port), "--cron", "* * * * *"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        until = time.monotonic() + 240
+        names: list[str] = []
+        while not names and time.monotonic() < until:
+            time.sleep(1)
+            names = _scheduled(f"http://127.0.0.1:{port}/api")
+    finally:
+        command.terminate()
+        command.wait(timeout=60)
+    assert names
+
+
+def _scheduled(api_url: str) -> list[str]:
+    """Names of the runs that wait for their time; none while the server is not up."""
+    asked = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    request = urllib.request.Request(
+        f"{api_url}/flow_runs/filter",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return [run["name"] for run in json.load(answer)]
+    except OSError:
+        return []

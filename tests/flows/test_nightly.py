@@ -11,6 +11,7 @@ import pytest
 from evaluation_kit import INLINE, make_model, picture
 from PIL import Image
 
+from diffusion_core.model import model_digest
 from domains.base import BadInputError
 from domains.files import file_digest
 from flows import api_nightly, registry
@@ -160,15 +161,19 @@ def test_a_job_that_cannot_be_read_is_quarantined_and_stops_no_other(
     assert reason in broken.reason
 
 
-def test_a_missing_champion_is_no_fault_of_the_files(inbox: Path, model: Path):
+def test_without_a_champion_the_starter_restores_and_then_the_champion(
+    inbox: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = make_model(inbox.parent / "starter", seed=1)
+    monkeypatch.setattr(registry, "config_path", lambda *parts: other)
     add(inbox, 1)
     (job,) = run(inbox, "champion").jobs
-    assert job.status == "quarantined"
-    assert "sashiko-city@champion" in job.reason
+    assert [f.model_digest for f in job.restored] == [model_digest(other)]
     registry.register_model(model, ["sashiko-city"])
     registry.promote("sashiko-city", 1)
+    add(inbox, 2)
     (job,) = run(inbox, "champion").jobs
-    assert (job.status, len(job.restored)) == ("restored", 1)
+    assert {f.model_digest for f in job.restored} == {model_digest(model)}
 
 
 def test_a_failure_is_reported_after_the_other_jobs_are_done(
