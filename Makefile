@@ -46,3 +46,5 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks.core run
 	$(BIN)/python -m tests.benchmarks.core time
 	$(BIN)/python -m tests.benchmarks.core report
+	$(BIN)/python -m tests.benchmarks.linear_convergence
+	$(BIN)/python -m tests.benchmarks.projector --peer-python .venv-bench/bin/python

@@ -24,6 +24,7 @@ from diffusion_core.operators import (
 from diffusion_core.posterior.cg import conjugate_gradient
 from diffusion_core.posterior.gaussian import white_covariance
 from diffusion_core.posterior.linear import Accuracy, data_step
+from diffusion_core.posterior.linear.multi_coil import coil_symbol
 
 SIZE = (32, 32)
 EXACTLY = Accuracy(tolerance=1e-10, max_steps=4000)
@@ -276,6 +277,27 @@ def test_solves_converge_in_few_steps():
     for name, steps in most.items():
         update, *_ = run_step(name, 0.04**2, local=True, accuracy=Accuracy(1e-3, 500))
         assert update.num_steps <= steps, name
+
+
+def test_the_coils_circulant_has_the_diagonal_of_the_normal_matrix_in_fourier():
+    """T. Chan's: e(k)' A' A e(k) at every mode k, column by column of the matrix."""
+    h, w = 5, 6
+    maps = torch.complex(normal(1, 3, h, w, stream=2), normal(1, 3, h, w, stream=3))
+    operator = MultiCoil(random_mask(1, 1, 1, w, share=0.5, stream=4), maps)
+    modes = torch.fft.ifft2(torch.eye(h * w).reshape(-1, 1, h, w).to(maps.dtype), norm="ortho")
+    seen = operator.A(torch.cat([modes.real, modes.imag], dim=1))
+    expected = seen.abs().square().flatten(1).sum(dim=1).reshape(1, 1, h, w)
+    torch.testing.assert_close(coil_symbol(operator), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_preconditioner_of_a_blur_that_does_not_vary_is_nearly_its_inverse():
+    # Mixed by their shares instead of the shares' roots, the inverses take 7 steps.
+    mu = smooth_image(1, 3, (20, 24))
+    operator = VaryingBlur(kernel().expand(2, 3, 9, 9), (20, 24))
+    covariance = level_covariance((20, 24), 3, local=False).on(mu, 2.0, local=False)
+    variance = torch.tensor(0.04**2, dtype=torch.float64)
+    update = data_step(operator)(covariance, variance, operator.A(mu), Accuracy(1e-2, 50))
+    assert update.num_steps <= 5
 
 
 # Conjugate gradients -----------------------------------------------------------------------------

@@ -320,6 +320,24 @@ def test_a_disk_casts_its_chords_along_a_fan():
     assert errors[1] < errors[0] / 2
 
 
+def test_a_pixel_casts_its_shadow_along_a_fan():
+    """Against a fine raster of points of the pixel, each with the density of rays through it."""
+    geometry = FanGeometry(5, 7, (1.0, 1.0), 11, 360.0, 120, 0.3, 8.0, 16.0)
+    image = np.zeros((5, 7))
+    image[3, 1] = 1.0
+    y, x = grid_mm(5, 7, (1.0, 1.0), finer=200)
+    part = np.s_[3 * 200 : 4 * 200, 200:400]
+    y, x = y[part].ravel(), x[part].ravel()
+    edges = (np.arange(geometry.num_bins + 1) - geometry.num_bins / 2) * geometry.bin_mm
+    for got, theta in zip(project(image, geometry), geometry.angles, strict=True):
+        s = x * np.cos(theta) + y * np.sin(theta)
+        depth = geometry.source_mm + y * np.cos(theta) - x * np.sin(theta)
+        density = geometry.detector_mm * np.hypot(depth, s) / depth**2 / geometry.bin_mm
+        t = geometry.detector_mm * s / depth
+        expected, _ = np.histogram(t, edges, weights=density / len(s))
+        assert relative(got, expected) < 0.03
+
+
 def test_a_fan_scan_is_restored_like_any_other():
     """The domain simulates it with finer pixels, and its problem has the fan's operator."""
     item, domain = phantom_item(), CT()
