@@ -78,6 +78,23 @@ def test_sensitivities_that_do_not_vary_are_found_exactly():
     assert np.abs(agreement(estimate, weights[None, :, None, None]) - 1).max() < 1e-5
 
 
+def test_noise_takes_no_part_in_the_space_of_blocks():
+    """A white image by constant coils fills 3 x 3 of the 27 directions; weak noise adds none."""
+    rng = np.random.default_rng(0)
+    image, *noise = rng.standard_normal((7, 40, 40)) + 1j * rng.standard_normal((7, 40, 40))
+    weights = np.array([1.0, 0.5 - 0.2j, -0.3j])[:, None, None]
+    noisy = weights * image + 0.1 * np.stack(noise[:3])
+    assert round(np.trace(coils._block_projector(noisy, (3, 3), 0.1)).real) == 9
+    only = 0.1 * np.stack(noise[:3])
+    assert round(np.trace(coils._block_projector(only, (3, 3), 0.1)).real) <= 3
+
+
+def test_the_scale_of_several_coils_is_that_of_the_image():
+    item = phantom_item(size=(64, 80))
+    measurement = MRI().simulate(item, task_of(acceleration=1, snr_db=60.0), seed=0)
+    assert np.isclose(measurement.params["scale_q"], np.percentile(item.pixels, 99.9), rtol=0.01)
+
+
 @pytest.mark.parametrize(("snr_db", "least"), [(60.0, 0.9997), (30.0, 0.999)])
 def test_sensitivities_are_found_where_there_is_signal(snr_db, least):
     item = phantom_item(depth=1, size=(96, 128))
