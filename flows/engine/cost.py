@@ -28,10 +28,16 @@ BASELINE_BYTES_PX = 640
 """The hungriest classical method (the sparse factors of a biharmonic fill), likewise."""
 
 MATRIX_BYTES_PX = 37
-"""A projector's matrix and its transpose, mapped into memory: a pixel and view."""
+"""A projector's matrix and its transpose, mapped into memory: a pixel and stored view."""
 
 DENOISER_SECONDS_PX = {"float32": 2.4e-6, "bfloat16": 1.4e-6}
 """One denoiser call on one core, a pixel."""
+
+EVALUATIONS_A_LEVEL = {"pigdm": 3, "dps": 3, "daps": 5, "split-gibbs": 5, "repaint": 5}
+"""Denoiser calls a level where it is not one, by the solvers' own settings; a VJP counts two."""
+
+VJP_FACTOR = 4
+"""Activations that a vector-Jacobian product keeps, against those of a call alone."""
 
 VIEW_SECONDS_PX = 7e-8
 """One level's data step of a projector on one core: a pixel and view."""
@@ -85,13 +91,14 @@ def predict(
     channels = grid.shape[0]
     pixels = math.prod(grid.canvas)
     share = pixels / math.prod(grid.shape[1:])
-    views = int(params.get("num_views", 0)) if operator == "parallel-beam" else 0
+    views = int(params.get("num_views", 0)) if operator in ("parallel-beam", "fan-beam") else 0
     memory = PROCESS_BYTES + math.ceil(input_bytes * share)
-    memory += MATRIX_BYTES_PX * views * math.prod(grid.shape[2:])
+    memory += MATRIX_BYTES_PX * _stored(operator, params, grid) * math.prod(grid.shape[2:])
     if method.kind == "solver":
         # Weights are float16 in the file, float32 while they are loaded, and live on beside it.
         memory += SOLVER_BYTES_PX * channels * pixels + 4 * model_bytes
-        memory += DENOISER_BYTES_PX[dtype] * _denoiser_pixels(grid)
+        kept = VJP_FACTOR if method.name in ("pigdm", "dps") else 1
+        memory += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(grid)
     else:
         memory += BASELINE_BYTES_PX * channels * pixels
     return Cost(
@@ -99,6 +106,18 @@ def predict(
         peak_bytes=int(memory),
         output_bytes=4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w)),
     )
+
+
+def _stored(operator: str, params: Mapping[str, Any], grid: Grid) -> int:
+    """Views of which a matrix is kept: even scans of 180 degrees are folded by symmetry."""
+    views = int(params.get("num_views", 0))
+    if operator == "fan-beam":
+        return views
+    if operator != "parallel-beam":
+        return 0
+    if float(params.get("arc_degrees", 0.0)) != 180.0:
+        return views
+    return views // (4 if grid.shape[2] == grid.shape[3] and views % 2 == 0 else 2) + 2
 
 
 def _denoiser_pixels(grid: Grid) -> int:
@@ -122,4 +141,5 @@ def _seconds(grid: Grid, views: int, method: MethodSettings, dtype: str) -> floa
     denoiser = DENOISER_SECONDS_PX[dtype]
     if math.prod(grid.canvas[1:]) > DENOISER_PLANE_PX:
         denoiser *= ((DENOISER_TILE_PX + 2 * HALO_PX) / DENOISER_TILE_PX) ** 2
-    return method.num_levels * (denoiser + data_step)
+    calls = EVALUATIONS_A_LEVEL.get(method.name, 1)
+    return method.num_levels * (calls * denoiser + data_step)

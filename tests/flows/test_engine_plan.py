@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 from tiny_domain import tiny_item, tiny_measurement
 
 from domains.base import BadInputError
+from domains.ct.fold import fold_of
+from domains.ct.geometry import Geometry
 from flows.config import MethodSettings, config_path, load_method
+from flows.engine import cost
 from flows.engine import grid as grids
+from flows.engine.cost import predict
 from flows.engine.grid import make_grid
 from flows.engine.methods import resolve_method
 from flows.engine.plan import ModelRef, PlanRefusedError, content_of, make_plan
@@ -186,12 +190,33 @@ def test_a_plan_over_the_memory_limit_is_refused_with_the_figures(store):
         tiny_plan(store, Path("out"), num_workers=3, memory_limit_bytes=limit - 1)
 
 
+@pytest.mark.parametrize(
+    ("size", "views", "arc"),
+    [((64, 64), 720, 180.0), ((64, 64), 45, 180.0), ((48, 64), 60, 180.0), ((64, 64), 120, 120.0)],
+)
+def test_memory_is_foretold_for_the_views_of_a_scan_that_are_stored(size, views, arc):
+    plane = make_grid((1, 1, *size), "parallel-beam", slices_per_block=1, block_size=512)
+
+    def matrix_bytes(operator: str) -> int:
+        scan = {"num_views": views, "arc_degrees": arc}
+        with_matrix, without = (
+            predict(plane, operator, params, SOLVER, "float32", input_bytes=0, model_bytes=0)
+            for params in (scan, {})
+        )
+        return with_matrix.peak_bytes - without.peak_bytes
+
+    stored = len(fold_of(Geometry(*size, (1.0, 1.0), views, arc, 91, 1.0)).stored)
+    least = cost.MATRIX_BYTES_PX * stored * size[0] * size[1]
+    assert least <= matrix_bytes("parallel-beam") <= 3 * least
+    assert matrix_bytes("fan-beam") == cost.MATRIX_BYTES_PX * views * size[0] * size[1]
+
+
 def test_predictions_grow_with_what_they_depend_on(store):
-    def cost(**changes):
+    def cost_of(**changes):
         return plan_of(store, **changes).items[0].cost
 
     few = make_plan(store, Path("out"), SOLVER.model_copy(update={"num_levels": 2}), MODEL)
-    assert few.items[0].cost.seconds < cost().seconds < cost(dtype="float32").seconds
+    assert few.items[0].cost.seconds < cost_of().seconds < cost_of(dtype="float32").seconds
     one, two = (tiny_plan(store, Path("out"), num_workers=n) for n in (1, 2))
     assert one.predicted_peak_bytes < two.predicted_peak_bytes
     assert one.predicted_seconds == pytest.approx(2 * two.predicted_seconds)
