@@ -1,6 +1,6 @@
 """deepinv on our network and our measurements. Runs in deepinv's own environment (peer_env.py).
 
-    PYTHONPATH=REPOSITORY python tests/benchmarks/peer_deepinv.py MODEL THREADS
+    PYTHONPATH=REPOSITORY python tests/benchmarks/peer_deepinv.py MODEL THREADS DTYPE
 
 Reads one path of a job (.npz, peer.py writes it) a line, restores, writes a result beside it, and
 answers with one line of JSON. Needs torch, numpy, scipy, safetensors and deepinv alone.
@@ -88,23 +88,6 @@ class WeightedProjector(dinv.physics.LinearPhysics):
         return torch.from_numpy(x).reshape(1, 1, self._side, self._side)
 
 
-class WeightedTomography(dinv.physics.LinearPhysics):
-    """R^(-1/2) P with deepinv's own projector: what a user of deepinv has."""
-
-    def __init__(self, angles_degrees, weight, scale: float, side: int, **kwargs):
-        super().__init__(**kwargs)
-        self._weight, self._scale = weight, scale
-        self._physics = dinv.physics.Tomography(
-            angles=torch.as_tensor(angles_degrees), img_width=side, circle=False, normalize=False
-        )
-
-    def A(self, x, **kwargs):
-        return self._physics.A(x) * self._scale * self._weight
-
-    def A_adjoint(self, y, **kwargs):
-        return self._physics.A_adjoint(y * self._scale * self._weight)
-
-
 def physics_of(job) -> Any:
     """deepinv's own operator where it has one, with its closed forms."""
     kind, shape = str(job["kind"]), tuple(int(n) for n in job["shape"][1:])
@@ -116,8 +99,7 @@ def physics_of(job) -> Any:
         kernel = torch.from_numpy(job["kernel"])[None, None]
         return dinv.physics.BlurFFT(img_size=shape, filter=kernel, noise_model=noise)
     if kind == "pool":
-        factor = int(job["factor"])
-        return pooling(shape, factor, noise)
+        return pooling(shape, int(job["factor"]), noise)
     if kind == "fourier":
         return Kspace(torch.from_numpy(job["mask"]), noise_model=noise)
     weight = torch.from_numpy(job["weight"])
@@ -127,10 +109,9 @@ def physics_of(job) -> Any:
 
 
 def pooling(shape, factor: int, noise) -> Any:
-    """Average pooling as deepinv's Downsampling: a box filter, shifted so that squares start at 0.
+    """Average pooling as deepinv's Downsampling: a box that reaches from 0 to factor - 1 forward.
 
-    Its filter of even size is centred at index size // 2 and samples are taken at multiples of the
-    factor: the box must reach from 0 to factor - 1 forward.
+    It convolves about the filter's centre and samples at multiples of the factor.
     """
     size = 2 * factor - 1
     box = torch.zeros(1, 1, size, size)
@@ -140,7 +121,7 @@ def pooling(shape, factor: int, noise) -> Any:
     )
 
 
-def check(physics, y, job) -> None:
+def check(physics, job) -> None:
     """The operator must be ours: |A u - (A u of ours)| on a fixed image."""
     ours = torch.from_numpy(job["probe_data"])
     theirs = physics.A(torch.from_numpy(job["probe"]))
@@ -165,10 +146,11 @@ def restore(path: Path, model: Model) -> dict[str, Any]:
     job = np.load(path)
     method, options = str(job["method"]), json.loads(str(job["options"]))
     physics, y = physics_of(job), torch.from_numpy(job["y"])
-    check(physics, y, job)
+    check(physics, job)
     denoiser = OurDenoiser(model, str(job["condition"]))
     sampler = sampler_of(method, options, denoiser, float(job["sigma_y"]))
     start_image = {"x_init": torch.from_numpy(job["x_init"])} if method == "diffpir" else {}
+    torch.manual_seed(1)  # DPS takes torch's own generator
     start = time.perf_counter()
     x = sampler(y, physics, seed=1, **start_image)
     seconds = time.perf_counter() - start
