@@ -39,8 +39,11 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest
 
+.venv-bench/.installed: tests/benchmarks/peer_env.py | $(STAMP)
+	$(BIN)/python -m tests.benchmarks.peer_env .venv-bench
+
 # deepinv gets an environment of its own in .venv-bench; rows that are in results/ are not run again.
-bench: $(STAMP)
+bench: $(STAMP) .venv-bench/.installed
 	$(BIN)/python -m pytest -q tests/benchmarks/bench_times.py
 	$(BIN)/python -m tests.benchmarks.unet_vs_monai speed
 	$(BIN)/python -m tests.benchmarks.core run

@@ -176,18 +176,23 @@ def timed(bench: Bench, rows: Rows, tasks: Sequence[str]) -> None:
 
 
 def tune(bench: Bench, dataset: Dataset, log: Rows, tasks: Sequence[str]) -> None:
-    """Search the weights of DiffPIR and DDS on validation items, one parameter at a time."""
+    """Search the weights of DiffPIR and DDS on validation items.
+
+    On our levels all candidates are tried; at 100 levels, lambda first and then zeta.
+    """
     for task in tasks:
         parts = VALIDATION[load_task(task).domain]
         measured = list(cases(dataset, task, parts))
         search = Search(log, measured)
+        levels = ours.covprox(task).sigmas
+        here = f"from {levels[0]:.3g} to {levels[-1]:.3g}"
         few = search.best(
-            "diffpir-our-start",
+            f"diffpir-our-start {here}",
             [{"lam": lam, "zeta": zeta} for zeta in ZETAS for lam in LAMBDAS],
             lambda o, task=task: bench.own(ours.at_our_levels(task, "diffpir", o)),
         )
         dds = search.best(
-            "dds-our-start",
+            f"dds-our-start {here}",
             [{"gamma": g, "num_cg_steps": n} for n in (5, 20) for g in GAMMAS],
             lambda o, task=task: bench.own(ours.at_our_levels(task, "dds", o)),
         )

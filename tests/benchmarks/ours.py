@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from diffusion_core.model import Model
+from diffusion_core.model import Model, solver_settings
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
-from flows.config import load_method
+from flows.config import config_path, load_method
+from flows.engine.methods import calibrated_method
 from tests.benchmarks.cases import Case
 
 PUBLISHED_LEVELS = 100
@@ -44,31 +45,31 @@ def few_levels(task: str) -> int:
 
 
 def covprox(task: str, num_levels: int | None = None) -> Method:
-    """CovProx as the task's file has it, but for the number of levels."""
-    own = load_method(task)
+    """CovProx as the product runs it with so many levels: the model's fit, else the task's file."""
     levels = num_levels or few_levels(task)
+    fits = solver_settings(config_path("models", "starter")).get("tasks", {}).get(task, {})
+    own = calibrated_method(load_method(task), fits, "mean", levels)
     sigmas = power_sigmas(levels, own.sigma_max, own.sigma_min, own.rho)
     return Method("covprox", "covprox", sigmas, own.options)
 
 
-def tolerance(task: str) -> dict[str, Any]:
+def accuracy(task: str) -> dict[str, Any]:
     """The accuracy of the linear solves, the same for CovProx and DiffPIR."""
-    options = load_method(task).options
+    options = covprox(task).options
     return {name: options[name] for name in ("tolerance", "max_steps") if name in options}
 
 
 def diffpir_published(task: str, lam: float, zeta: float) -> Method:
     """DiffPIR at 100 levels of its published schedule, from the adjoint in noise of sigma 157."""
-    options = {"lam": lam, "zeta": zeta, "start": "adjoint", **tolerance(task)}
+    options = {"lam": lam, "zeta": zeta, "start": "adjoint", **accuracy(task)}
     return Method("diffpir", "diffpir", published_sigmas(), options)
 
 
 def at_our_levels(task: str, solver: str, options: Mapping[str, Any]) -> Method:
     """Another solver from our start, on our levels, with as many evaluations."""
-    ours = covprox(task)
-    accuracy = tolerance(task) if solver == "diffpir" else {}
-    name = f"{solver}-our-start"
-    return Method(name, solver, ours.sigmas, {"start": "kriging", **accuracy, **options})
+    solves = accuracy(task) if solver == "diffpir" else {}
+    name, sigmas = f"{solver}-our-start", covprox(task).sigmas
+    return Method(name, solver, sigmas, {"start": "kriging", **solves, **options})
 
 
 def published_sigmas(num_levels: int = PUBLISHED_LEVELS) -> torch.Tensor:
