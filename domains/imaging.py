@@ -246,19 +246,36 @@ def unit_kernel(kernel: Array, record: ItemRecord) -> Array:
     Raises:
         BadInputError: if it is no kernel for this image.
     """
+    fault = kernel_fault(kernel)
+    if fault:
+        raise BadInputError(fault)
     kernel = np.asarray(kernel, dtype=np.float64)
-    if kernel.ndim != 2 or not kernel.size or not np.isfinite(kernel).all():
-        raise BadInputError(f"a blur kernel is a 2-D array of finite numbers, not {kernel.shape}")
     h, w = record.shape[2:]
     if kernel.shape[0] > h or kernel.shape[1] > w:
         raise BadInputError(
             f"{record.item_id}: the kernel of {kernel.shape[0]} x {kernel.shape[1]} is larger than "
             f"the image of {h} x {w}; crop the kernel"
         )
-    total = kernel.sum()
-    if total <= 0:
-        raise BadInputError("the blur kernel's sum is not above 0: it would leave no light")
-    return (kernel / total).astype(np.float32)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def kernel_fault(kernel: Array) -> str:
+    """Why an array can blur no image at all, in a sentence; "" if it can."""
+    kernel = np.asarray(kernel)
+    size = " x ".join(str(n) for n in kernel.shape)
+    if kernel.dtype.kind not in "buif":
+        return f"a blur kernel holds real numbers, not {kernel.dtype.name}; save it as such"
+    if kernel.ndim != 2 or not kernel.size:
+        return f"a blur kernel is 2-D and not empty, not {size or 'none'}"
+    num_bad = int(kernel.size - np.count_nonzero(np.isfinite(kernel)))
+    if num_bad:
+        return f"{num_bad} numbers of the blur kernel are NaN or infinite; replace them first"
+    total = kernel.sum(dtype=np.float64)
+    if not 0 < total < np.inf:
+        return (
+            f"the blur kernel's sum is {total:g}, not above 0 and finite: it would leave no light"
+        )
+    return ""
 
 
 def enlarged(record: ItemRecord, scale: int) -> ItemRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -126,7 +127,9 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     Raises:
         BadInputError: if nothing in the source can be used, or the output exists.
     """
-    files = find_files(settings.source, load_domain(settings.domain))
+    domain = load_domain(settings.domain)
+    files = find_files(settings.source, domain)
+    tell_unknown(unknown_files(settings.source, domain), on_event)
     key = site_key(Home().home)
     records: list[ItemRecord] = []
     bad: list[Quarantined] = []
@@ -150,7 +153,7 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
 
 def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]) -> Item:
     """A user's own file as an item of the dataset: keyed name, group and split."""
-    item = with_site_key(_read(load_domain(settings.domain), path), key)
+    item = with_site_key(read_file(load_domain(settings.domain), path), key)
     if item.record.item_id in taken:
         raise BadInputError(f"{path}: the same bytes as another file; leave one out")
     folder = _first_folder(path, settings.source)
@@ -188,7 +191,31 @@ def _is_candidate(path: Path, domain: Domain) -> bool:
     return not hidden and path.name.lower().endswith(domain.suffixes) and not path.is_dir()
 
 
-def _read(domain: Domain, path: Path) -> Item:
+def unknown_files(source: Path, domain: Domain) -> list[Path]:
+    """The files of a folder that are of no kind the domain reads, sorted; hidden ones left out."""
+    if not source.is_dir():
+        return []
+    suffixes = domain.suffixes
+    return [
+        path
+        for path in sorted(source.rglob("*"))
+        if path.is_file()
+        and not path.name.lower().endswith(suffixes)
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+    ]
+
+
+def tell_unknown(files: Sequence[Path], on_event: EventHandler) -> None:
+    """Say how many files are left out because of their kind, if any are."""
+    if files:
+        suffixes = {path.suffix.lower() for path in files}
+        usual = sorted(s for s in suffixes if re.fullmatch(r"\.[a-z0-9]{1,5}", s))
+        kinds = ", ".join([*usual[:6], *(["others"] if len(usual[:6]) < len(suffixes) else [])])
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        on_event(Event("step", 0, 0, f"{count} of unknown kind left out ({kinds})"))
+
+
+def read_file(domain: Domain, path: Path) -> Item:
     """Read one file; whatever goes wrong with it is its own fault alone."""
     if path.is_symlink():
         raise BadInputError(f"{path}: a symbolic link; give the file itself")

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 from diffusion_core.model import solver_settings
 from diffusion_core.posterior import SOLVERS, STANDARD
 from domains.base import BadInputError, Task
-from domains.registry import load_domain
 from flows.config import (
     EvaluateSettings,
     IngestSettings,
@@ -36,6 +35,7 @@ from flows.config import (
     load_task,
 )
 from flows.engine.events import Event, EventHandler, ignore
+from flows.engine.methods import known_methods, require_methods
 from flows.report.page import ModelFacts
 from flows.report.rows import Row, summarise
 from flows.report.table import results_table
@@ -190,13 +190,8 @@ def choose_methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Me
     """
     if names is None:
         return {name: [*STANDARD, *task.baselines] for name, task in tasks.items()}
-    known = {
-        name: [*SOLVERS, *load_domain(task.domain).baselines()] for name, task in tasks.items()
-    }
-    for asked in names:
-        if not any(asked in of_task for of_task in known.values()):
-            choices = ", ".join(dict.fromkeys(n for of_task in known.values() for n in of_task))
-            raise BadInputError(f"unknown method '{asked}': choose one of {choices}")
+    require_methods(names, [task.domain for task in tasks.values()])
+    known = {name: known_methods(task.domain) for name, task in tasks.items()}
     fitting = {task: [n for n in names if n in of_task] for task, of_task in known.items()}
     return {task: of_task for task, of_task in fitting.items() if of_task}
 

@@ -10,8 +10,8 @@ Nothing that is published already is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,10 +26,12 @@ from flows.engine.campaign import (
 )
 from flows.engine.events import EventHandler, ignore
 from flows.engine.executor import Executor, default_workers, make_executor
+from flows.engine.memory import machine_bytes
+from flows.engine.methods import require_methods
 from flows.engine.objects import LocalObjects
-from flows.engine.plan import ModelRef, Plan, make_plan
+from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
 from flows.engine.restored import RestoredEntry
-from flows.given import Given, take_images
+from flows.given import Given, remove_scratch, take_images
 from flows.handover import hand_over, place_of
 
 INPUT_TASK = "given"
@@ -42,13 +44,13 @@ class RestoreJob:
     Attributes:
         settings: as given.
         plan: what will be computed.
-        names: source digest -> names of the files behind an item; {} for a measurement store.
+        given: the measurements: names of the files behind an item; {} for a measurement store.
         rejected: files that could not be used.
     """
 
     settings: RestoreSettings
     plan: Plan
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    given: Given
     rejected: tuple[Quarantined, ...] = ()
 
     def windows(self) -> list[Plan]:
@@ -80,6 +82,7 @@ class RestoreResult:
         num_computed: blocks computed now.
         num_retries: attempts that failed and were made again.
         seconds: wall time of computing and publishing.
+        num_unknown: files of the input that are of no kind the domain reads.
     """
 
     output: Path
@@ -92,6 +95,7 @@ class RestoreResult:
     num_computed: int
     num_retries: int
     seconds: float
+    num_unknown: int = 0
 
 
 def restore(settings: RestoreSettings, on_event: EventHandler | None = None) -> RestoreResult:
@@ -131,9 +135,27 @@ def prepare(
         settings: of the restoration.
         on_event: told of each file read.
         work: where the measurements of damaged images are made; default: in the output.
+
+    Raises:
+        BadInputError: if nothing of the input can be used, or a name stands for nothing.
+        PlanRefusedError: if it needs more memory than the stated limit, or than this machine has.
     """
-    model = _model(settings)  # before the images: a name mistyped is told at once
+    _require_method(settings)  # before the images: a name mistyped is told at once
+    model = _model(settings)
     given = _measurements(settings, work or settings.output / ".work", on_event)
+    try:
+        planned = _plan(settings, given, model)
+    except BaseException:
+        given.withdraw()
+        raise
+    rejected = tuple(
+        Quarantined(r.code, INPUT_TASK, "", r.reason, source=r.source) for r in given.rejected
+    )
+    return RestoreJob(settings, planned, given, rejected)
+
+
+def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Plan:
+    """The plan, refused if it needs more memory than there is."""
     compute = settings.compute
     planned = make_plan(
         given.path,
@@ -148,10 +170,9 @@ def prepare(
         num_workers=_num_workers(settings),
         memory_limit_bytes=compute.memory_limit_bytes,
     )
-    rejected = tuple(
-        Quarantined(r.code, INPUT_TASK, "", r.reason, source=r.source) for r in given.rejected
-    )
-    return RestoreJob(settings, planned, given.names, rejected)
+    if compute.memory_limit_bytes is None and compute.ray_address is None:
+        require_memory(planned, machine_bytes(), "this machine has")
+    return planned
 
 
 def restore_window(
@@ -169,7 +190,7 @@ def restore_window(
     files: list[Path] = []
     unwritten: list[Quarantined] = []
     for entry in campaign.published:
-        places = job.names.get(entry.record.source_digest) or (place_of(entry),)
+        places = job.given.names.get(entry.item_id) or (place_of(entry),)
         try:
             files += hand_over(window.output, entry, places)
         except BadInputError as error:
@@ -197,6 +218,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
             raise BadInputError(f"nothing could be restored: {first}")
         raise CampaignError(f"nothing could be restored: {first}")
     unwritten = [q for result in results for q in result.unwritten]
+    _remove_scratch(job, published)
     return RestoreResult(
         output=job.settings.output,
         campaign=job.plan.campaign,
@@ -208,6 +230,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
         num_computed=sum(campaign.num_computed for campaign in campaigns),
         num_retries=sum(campaign.num_retries for campaign in campaigns),
         seconds=sum(campaign.seconds for campaign in campaigns),
+        num_unknown=job.given.num_unknown,
     )
 
 
@@ -231,6 +254,13 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
             "--kernel and --scale"
         )
     return Given(settings.input)
+
+
+def _require_method(settings: RestoreSettings) -> None:
+    """Refuse a method that none of the images' domains has."""
+    domains = _domains(settings)
+    if settings.method is not None and "name" in settings.method.model_fields_set and domains:
+        require_methods([settings.method.name], sorted(domains))
 
 
 def _model(settings: RestoreSettings) -> ModelRef | None:
@@ -263,6 +293,13 @@ def _num_workers(settings: RestoreSettings) -> int:
     if compute.executor == "inline":
         return 1
     return compute.num_workers or default_workers(compute.num_gpus_per_worker)
+
+
+def _remove_scratch(job: RestoreJob, published: Sequence[RestoredEntry]) -> None:
+    """Remove the measurements that were made of images, once nothing is left to restore."""
+    left = {item.key for item in job.plan.items} - {entry.key for entry in published}
+    if job.given.scratch is not None and not left:
+        remove_scratch(job.given.scratch)
 
 
 def _record_rejected(job: RestoreJob) -> None:

@@ -45,6 +45,9 @@ S = TypeVar("S", bound=Settings)
 
 MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
 
+MAX_SCALE = 16
+"""Of 256 pixels 255 are made up then: more is no restoration."""
+
 
 class MethodSettings(Settings):
     """One way to restore: a diffusion solver with its levels, or a classical baseline."""
@@ -121,8 +124,10 @@ class RestoreSettings(Settings):
     domain: str | None = None
     mask: str | None = Field(None, description="folder of masks (white = missing) or 'nodata'")
     kernel: Path | None = None
-    scale: int | None = None
-    sigma_y: float = Field(0.0, description="noise std on [-1, 1] of a given damaged image")
+    scale: int | None = Field(None, ge=2, le=MAX_SCALE, description="times larger to make them")
+    sigma_y: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="noise std on [-1, 1] of a given damaged image"
+    )
     method: MethodSettings | None = Field(None, description="default: the task's own")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -6,8 +6,9 @@
     --scale N            they are N times too coarse
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
 
-The store is named by the content of what went into it, so that a second run finds it, and lies in
-the output's work area. Items are named by keyed hashes; names of files are kept in memory only, for
+The store is named by the content of what went into it, so that a run that was stopped finds it,
+and lies in the output's work area until all of it is restored. Files of equal content and equal
+masks are one item. Items are named by keyed hashes; names of files are kept in memory only, for
 the files handed back and for the person who gave them.
 """
 
@@ -16,23 +17,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-import numpy as np
-
-from domains.base import Array, BadInputError, Domain, Item
-from domains.files import file_digest, with_site_key
+from domains.base import BadInputError, Domain, Item
+from domains.files import file_digest, keyed_id
 from domains.registry import load_domain
-from flows.api_data import find_files, site_key
+from flows.api_data import find_files, read_file, site_key, tell_unknown, unknown_files
 from flows.config import Home, RestoreSettings
+from flows.damage import NODATA, Damage, place_below
 from flows.engine.events import Event, EventHandler
 from flows.store import Measurements, MeasurementWriter
 
-NODATA = "nodata"
-MAX_KERNEL_PX = 1024
+FORMAT = 2
+"""Of the stores made here; another format has another name."""
+
+_GONE = ".gone-"
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,26 @@ class Given:
 
     Attributes:
         path: of the measurement store.
-        names: source digest of an item -> names (below the input, without suffix) of its files.
+        names: item -> names (below the input, without suffix) of its files.
         rejected: files that could not be used.
+        num_unknown: files of the input that are of no kind the domain reads.
+        scratch: folder of the store, to be removed when all is restored; None if the store is the
+            user's own.
+        made: folders that were not there before, the innermost first.
     """
 
     path: Path
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
+    num_unknown: int = 0
+    scratch: Path | None = None
+    made: tuple[Path, ...] = ()
+
+    def withdraw(self) -> None:
+        """Leave nothing of a request that is refused after all; what was there before stays."""
+        if self.scratch in self.made:
+            remove_scratch(self.scratch)
+        _remove_empty(self.made)
 
 
 def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -> Given:
@@ -74,7 +92,8 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
         on_event: told of each file.
 
     Raises:
-        BadInputError: if the settings make no sense, or none of the files can be used.
+        BadInputError: if the settings make no sense, or none of the files can be used; nothing is
+            left behind then.
     """
     if not settings.input.exists():
         raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
@@ -82,114 +101,105 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
         raise BadInputError(
             f"{settings.input}: images need --domain (ct, mri, city) to say what they are"
         )
-    damage = _Damage.of(settings)
     domain = load_domain(settings.domain)
-    files = {p: file_digest(p) for p in _images(settings, domain)}
-    path = work / f"given-{_digest(files, damage, settings)[:16]}" / "measurements.zarr"
+    damage = Damage.of(settings, domain)
+    images, unknown = _images(settings, domain)
+    sources = [_Source.of(path, settings, damage) for path in images]
+    tell_unknown(unknown, on_event)
+    path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
+    made = tuple(p for p in path.parents if not p.exists())
     if not path.exists():
-        _write(path, files, domain, damage, settings, on_event)
+        try:
+            _write(path, sources, domain, damage, on_event)
+        except BaseException as error:
+            _remove_empty(made)
+            if not (isinstance(error, BadInputError) and path.exists()):
+                raise  # unless another run made the same store meanwhile
     reasons = dict(Measurements(path).manifest["rejected"])
     names: dict[str, tuple[str, ...]] = {}
     rejected = []
-    for file, digest in files.items():
-        name = _name(file, settings.input)
-        if digest in reasons:
-            rejected.append(Rejected(_code(name), file, reasons[digest]))
+    for source in sources:
+        if source.content in reasons:
+            reason = reasons[source.content]
+            rejected.append(Rejected(_code(source.place), source.path, reason))
         else:
-            names[digest] = (*names.get(digest, ()), name)
-    return Given(path, names, tuple(rejected))
+            item_id = source.item_id(domain)
+            names[item_id] = (*names.get(item_id, ()), source.place)
+    return Given(path, names, tuple(rejected), len(unknown), path.parent, made)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the folder of a store: at once for whoever looks for it, then its bytes."""
+    with suppress(OSError):  # another run may have removed it
+        folder.rename(folder.with_name(f"{_GONE}{uuid4().hex}"))
+    for gone in folder.parent.glob(f"{_GONE}*"):  # those of a killed run too
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # not empty, or never made
+            folder.rmdir()
 
 
 @dataclass(frozen=True)
-class _Damage:
-    """What is wrong with the images, the same for all or a mask for each."""
+class _Source:
+    """An image and its own mask, all that tells one result from another.
 
-    mask: str | None
-    kernel: Array | None
-    scale: int | None
-    sigma_y: float
+    Attributes:
+        path: of the file.
+        place: its name below the input, without suffixes.
+        digest: sha256 of its bytes.
+        mask: the file that says what is missing in this image alone, if one does.
+        mask_digest: of its bytes.
+        fault: why it has no mask, "" where it needs none or has one.
+    """
+
+    path: Path
+    place: str
+    digest: str
+    mask: Path | None = None
+    mask_digest: str = ""
+    fault: str = ""
 
     @classmethod
-    def of(cls, settings: RestoreSettings) -> _Damage:
-        parts = (settings.mask, settings.kernel, settings.scale)
-        if sum(part is not None for part in parts) > 1:
-            raise BadInputError(
-                "give one of --mask, --kernel and --scale; for several damages restore one after "
-                "the other"
-            )
-        if all(part is None for part in parts) and settings.sigma_y <= 0:
-            raise BadInputError(
-                f"{settings.input}: say what is wrong with the images: --mask, --kernel, --scale "
-                "or --sigma-y"
-            )
-        kernel = None if settings.kernel is None else read_kernel(settings.kernel)
-        return cls(settings.mask, kernel, settings.scale, settings.sigma_y)
+    def of(cls, path: Path, settings: RestoreSettings, damage: Damage) -> _Source:
+        place, digest = place_below(path, settings.input), file_digest(path)
+        try:
+            mask = damage.mask_of(place)
+        except BadInputError as error:
+            return cls(path, place, digest, fault=str(error))
+        return cls(path, place, digest, mask, "" if mask is None else file_digest(mask))
 
-    def mask_of(self, item: Item, file: Path, root: Path, domain: Domain) -> Array | None:
-        """True where pixels are missing, or None."""
-        if self.mask is None:
-            return None
-        if self.mask == NODATA:
-            return nodata_pixels(item)
-        return missing_pixels(domain.read(_mask_file(Path(self.mask), file, root)).pixels)
+    @property
+    def content(self) -> str:
+        """What equal sources have in common: the bytes of the image and of its mask."""
+        return f"{self.digest}:{self.mask_digest or ('none' if self.fault else '')}"
+
+    def item_id(self, domain: Domain) -> str:
+        """Name of the item; an image with two masks is two items."""
+        seen = f"{self.digest}:{self.mask_digest}" if self.mask_digest else self.digest
+        return keyed_id(domain.name, seen, site_key(Home().home))
 
 
-def read_kernel(path: Path) -> Array:
-    """A blur kernel (kh kw) float64 from a .npy array, a text table or a grey image.
+def _images(settings: RestoreSettings, domain: Domain) -> tuple[list[Path], list[Path]]:
+    """The images of the input, and the files of unknown kind.
 
-    Raises:
-        BadInputError: if the file is none of these.
+    Masks and kernels that lie below the input are neither, and no more is what was restored.
     """
-    if not path.is_file():
-        raise BadInputError(f"{path}: there is no such kernel file; check the path")
-    try:
-        if path.suffix == ".npy":
-            kernel = np.load(path, allow_pickle=False)
-        elif path.suffix in (".txt", ".csv"):
-            kernel = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
-        else:
-            kernel = _read_grey(path)
-    except Exception as error:
-        raise BadInputError(f"{path}: not a blur kernel; give a .npy array or an image") from error
-    if kernel.ndim != 2 or kernel.dtype.kind not in "uif" or max(kernel.shape) > MAX_KERNEL_PX:
-        raise BadInputError(f"{path}: a blur kernel is 2-D, at most {MAX_KERNEL_PX} pixels a side")
-    return kernel.astype(np.float64)
-
-
-def missing_pixels(mask: Array) -> Array:
-    """A mask image (c z h w), white where pixels are missing, as booleans (z h w).
-
-    White is what lies above the middle of the mask's scale, so that a mask saved as JPEG serves
-    too: 0..1 for values of 0 and 1, else 0..white of the dtype.
-    """
-    levels = mask.astype(np.float64).mean(axis=0)
-    white = 1.0
-    if mask.max() > 1:
-        white = float(np.iinfo(mask.dtype).max) if mask.dtype.kind in "iu" else float(mask.max())
-    return levels > white / 2
-
-
-def nodata_pixels(item: Item) -> Array:
-    """Pixels (z h w) that hold the no-data value in every band.
-
-    Raises:
-        BadInputError: if there is none.
-    """
-    value = item.record.meta.get("nodata", 0)
-    missing = (item.pixels == value).all(axis=0)
-    if not missing.any():
-        raise BadInputError(f"no pixel has the no-data value {value}; give a mask")
-    return np.asarray(missing)
-
-
-def _images(settings: RestoreSettings, domain: Domain) -> list[Path]:
-    """The images of the input; masks and kernels that lie below it are not images."""
     files = find_files(settings.input, domain)
     tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p and p != NODATA]
-    images = [f for f in files if not any(_within(f.resolve(), tool) for tool in tools)]
+    output = settings.output.resolve()
+    if output != settings.input.resolve():
+        tools.append(output)
+
+    def own(paths: Sequence[Path]) -> list[Path]:
+        return [p for p in paths if not any(_within(p.resolve(), tool) for tool in tools)]
+
+    images = own(files)
     if not images:
         raise BadInputError(f"{settings.input}: holds masks and no images; check the paths")
-    return images
+    return images, own(unknown_files(settings.input, domain))
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -198,119 +208,72 @@ def _within(path: Path, folder: Path) -> bool:
 
 def _write(
     path: Path,
-    files: Mapping[Path, str],
+    sources: Sequence[_Source],
     domain: Domain,
-    damage: _Damage,
-    settings: RestoreSettings,
+    damage: Damage,
     on_event: EventHandler,
 ) -> None:
-    key = site_key(Home().home)
     reasons: dict[str, str] = {}
     taken: set[str] = set()
     with MeasurementWriter(path) as writer:
-        for done, (file, digest) in enumerate(files.items(), start=1):
-            if digest in taken or digest in reasons:
-                continue  # a copy of a file that was taken: it gets the same result
+        for done, source in enumerate(sources, start=1):
+            if source.content in taken or source.content in reasons:
+                continue  # a copy of what was taken: it gets the same result
             try:
-                item = with_site_key(_guarded(domain.read, file), key)
-                mask = damage.mask_of(item, file, settings.input, domain)
-                writer.add(
-                    domain.given(
-                        item,
-                        mask=mask,
-                        kernel=damage.kernel,
-                        scale=damage.scale,
-                        sigma_y=damage.sigma_y,
-                    )
-                )
+                _add(writer, source, domain, damage)
             except BadInputError as error:
-                reasons[digest] = str(error).removeprefix(f"{file}: ")
-                name = _name(file, settings.input)
-                message = f"{name}: {reasons[digest]}"
-                on_event(Event("quarantined", done, len(files), message))
+                reasons[source.content] = _reason(error, source, domain)
+                message = f"{source.place}: {reasons[source.content]}"
+                on_event(Event("quarantined", done, len(sources), message))
             else:
-                taken.add(digest)
-                on_event(Event("file", done, len(files), f"reading images ({done})"))
+                taken.add(source.content)
+                on_event(Event("file", done, len(sources), f"reading images ({done})"))
         if not taken:
-            first, reason = next(iter(files)), next(iter(reasons.values()))
-            more = f" (and so are {len(files) - 1} others)" if len(files) > 1 else ""
-            raise BadInputError(f"{first}: {reason}{more}")
+            reason = next(iter(reasons.values()))
+            more = f" (and so are {len(sources) - 1} others)" if len(sources) > 1 else ""
+            raise BadInputError(f"{sources[0].path}: {reason}{more}")
         writer.note("rejected", reasons)
 
 
-def _code(name: str) -> str:
-    key = site_key(Home().home)
-    return f"input-{hmac.new(key, name.encode(), hashlib.sha256).hexdigest()[:12]}"
-
-
-def _guarded(read: Callable[[Path], Item], file: Path) -> Item:
-    """Read one file; whatever goes wrong with it is its own fault alone."""
-    if file.is_symlink():
-        raise BadInputError(f"{file}: a symbolic link; give the file itself")
-    try:
-        return read(file)
-    except BadInputError:
-        raise
-    except Exception as error:
-        kind = type(error).__name__
-        raise BadInputError(f"{file}: it cannot be read ({kind}); export it again") from error
-
-
-def _mask_file(mask: Path, image: Path, root: Path) -> Path:
-    """The mask of an image: the one file for all, or the file of the same name in the folder.
-
-    Raises:
-        BadInputError: if there is none.
-    """
-    if mask.is_file():
-        return mask
-    if not mask.is_dir():
-        raise BadInputError(f"{mask}: there is no such mask file or folder; check the path")
-    stem = mask / _name(image, root)
-    found = sorted(
-        p for p in stem.parent.glob("*") if p.is_file() and _name(p, mask) == _name(image, root)
+def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Damage) -> None:
+    """Read one image and add it as a measurement."""
+    read = read_file(domain, source.path)
+    if source.fault:
+        raise BadInputError(source.fault)
+    item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
+    writer.add(
+        domain.given(
+            item,
+            mask=damage.missing(item, source.mask, domain),
+            kernel=damage.kernel,
+            scale=damage.scale,
+            sigma_y=damage.sigma_y,
+        )
     )
-    if not found:
-        raise BadInputError(f"no mask in {mask} has the image's name; add one, or leave it out")
-    return found[0]
 
 
-def _name(path: Path, root: Path) -> str:
-    """Place of a file below the root, without its suffixes (.nii.gz counts as one)."""
-    place = path.relative_to(root) if root.is_dir() else Path(path.name)
-    stem = place.name.removesuffix(".gz")
-    return str(place.with_name(Path(stem).stem))
+def _reason(error: BadInputError, source: _Source, domain: Domain) -> str:
+    """What is wrong with an image: names of files may tell of people, and codes tell nothing."""
+    reason = str(error).removeprefix(f"{source.path}: ")
+    return reason.removeprefix(f"{source.item_id(domain)}: ")
 
 
-def _digest(files: Mapping[Path, str], damage: _Damage, settings: RestoreSettings) -> str:
+def _code(place: str) -> str:
+    key = site_key(Home().home)
+    return f"input-{hmac.new(key, place.encode(), hashlib.sha256).hexdigest()[:12]}"
+
+
+def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSettings) -> str:
     """Names the store by all that goes into it."""
-    masks = {}
-    if damage.mask not in (None, NODATA):
-        for file in files:
-            try:
-                masks[str(file)] = file_digest(
-                    _mask_file(Path(str(damage.mask)), file, settings.input)
-                )
-            except BadInputError:
-                masks[str(file)] = ""
     content: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "domain": settings.domain,
-        "images": sorted((digest, masks.get(str(file))) for file, digest in files.items()),
-        "nodata": damage.mask == NODATA,
+        "images": sorted(source.content for source in sources),
+        "nodata": damage.nodata,
+        "mask": None if damage.mask_file is None else file_digest(damage.mask_file),
         "kernel": None if damage.kernel is None else damage.kernel.tolist(),
         "scale": damage.scale,
         "sigma_y": damage.sigma_y,
         "site": hashlib.sha256(site_key(Home().home)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_grey(path: Path) -> Array:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if max(image.size) > MAX_KERNEL_PX:
-            raise ValueError("too large for a kernel")
-        values = np.asarray(image)
-    return values.astype(np.float64).mean(axis=2) if values.ndim == 3 else values

@@ -1,4 +1,4 @@
-"""How much resident memory this process holds at most, a block at a time where Linux lets us."""
+"""How much memory there is, and how much this process holds at most: a block at a time on Linux."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine in bytes, or of the container that we are in where that is less."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    for path in _CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(path.read_text()))
+    return int(min(limits))
 
 
 @contextmanager

@@ -14,13 +14,15 @@ before the file's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from diffusion_core.posterior import SOLVERS
+from domains.base import BadInputError
+from domains.registry import load_domain
 from flows.config import MethodSettings, config_path, load_method, task_names
 
 if TYPE_CHECKING:
@@ -76,6 +78,24 @@ def resolve_method(
         options = {**own.options, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
+
+
+def known_methods(domain: str) -> list[str]:
+    """Every method that a domain's images can be restored by: solvers, then classical ones."""
+    return [*SOLVERS, *load_domain(domain).baselines()]
+
+
+def require_methods(names: Iterable[str], domains: Iterable[str]) -> None:
+    """Refuse names that stand for no method, before anything is read or computed.
+
+    Raises:
+        BadInputError: if a name fits none of the domains; it lists those that do.
+    """
+    known = [name for domain in domains for name in known_methods(domain)]
+    for name in names:
+        if name not in known:
+            choices = ", ".join(dict.fromkeys(known))
+            raise BadInputError(f"unknown method '{name}': choose one of {choices}")
 
 
 def _without(own: MethodSettings, *names: str) -> MethodSettings:

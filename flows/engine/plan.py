@@ -240,13 +240,28 @@ def make_plan(
     ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
     keys = sorted(item.key for item in ordered)
     plan = Plan(_digest(keys), Path(measurements), Path(output), ordered, num_workers)
-    if memory_limit_bytes is not None and plan.predicted_peak_bytes > memory_limit_bytes:
+    if memory_limit_bytes is not None:
+        require_memory(plan, memory_limit_bytes)
+    return plan
+
+
+def require_memory(plan: Plan, limit_bytes: int, whose: str = "the limit is") -> None:
+    """Refuse a plan that needs too much memory.
+
+    Args:
+        plan: with its predictions.
+        limit_bytes: of driver and workers together.
+        whose: words before the limit, in the refusal.
+
+    Raises:
+        PlanRefusedError: with both figures.
+    """
+    if plan.predicted_peak_bytes > limit_bytes:
         raise PlanRefusedError(
             f"the plan needs about {_gigabytes(plan.predicted_peak_bytes)} of memory with "
-            f"{num_workers} workers and the limit is {_gigabytes(memory_limit_bytes)}: "
+            f"{plan.num_workers} workers and {whose} {_gigabytes(limit_bytes)}: "
             "take fewer workers, fewer slices a block, or a smaller block size"
         )
-    return plan
 
 
 def content_of(item: ItemPlan) -> dict[str, Any]:

@@ -91,8 +91,9 @@ def test_a_folder_becomes_a_dataset_and_bad_files_are_named_with_a_reason(tmp_pa
     assert sorted(groups.values()) == [1, 1, 2]
     assert len(dataset.manifest["quarantined"]) == 5
     kinds = Counter(e.kind for e in events)
-    assert kinds == {"file": 4, "quarantined": 5}
-    assert [e.done for e in events] == list(range(1, 10))
+    assert kinds == {"step": 1, "file": 4, "quarantined": 5}
+    assert events[0].message == "1 file of unknown kind left out (.txt)"
+    assert [e.done for e in events[1:]] == list(range(1, 10))
     told = " ".join(e.message for e in events) + json.dumps(dataset.manifest)
     assert NAME not in told
 

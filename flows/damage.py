@@ -1,0 +1,204 @@
+"""What is wrong with a user's images, and the files that say so: masks and kernels.
+
+Whatever is wrong with a kernel, with the one mask of all images or with a folder of masks is a
+fault of the request: it is told once, by the name of that file, before any image is read. A mask
+of one image's own is that image's matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domains.base import Array, BadInputError, Domain, Item
+from domains.imaging import kernel_fault
+from flows.config import RestoreSettings
+
+NODATA = "nodata"
+MAX_KERNEL_PX = 1024
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with the images, the same for all or a mask for each.
+
+    Attributes:
+        kernel: (kh kw) float64, what blurred them.
+        scale: how many times too coarse they are.
+        sigma_y: standard deviation of their noise, network units.
+        nodata: whether pixels with the no-data value are missing.
+        mask_file: the one mask of all images.
+        mask: what it says: (z h w), True where pixels are missing.
+        mask_folder: of a mask for each image.
+        masks: place below that folder, without suffixes -> mask.
+    """
+
+    kernel: Array | None = None
+    scale: int | None = None
+    sigma_y: float = 0.0
+    nodata: bool = False
+    mask_file: Path | None = None
+    mask: Array | None = None
+    mask_folder: Path | None = None
+    masks: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: RestoreSettings, domain: Domain) -> Damage:
+        """Take the settings apart, and read what holds for all images.
+
+        Raises:
+            BadInputError: naming the option or the file that cannot be used.
+        """
+        parts = (settings.mask, settings.kernel, settings.scale)
+        if sum(part is not None for part in parts) > 1:
+            raise BadInputError(
+                "give one of --mask, --kernel and --scale; for several damages restore one after "
+                "the other"
+            )
+        if all(part is None for part in parts) and settings.sigma_y <= 0:
+            raise BadInputError(
+                f"{settings.input}: say what is wrong with the images: --mask, --kernel, --scale "
+                "or --sigma-y"
+            )
+        values: dict[str, Any] = {"scale": settings.scale, "sigma_y": settings.sigma_y}
+        if settings.kernel is not None:
+            values["kernel"] = read_kernel(settings.kernel)
+        if settings.mask == NODATA:
+            values["nodata"] = True
+        elif settings.mask is not None:
+            values |= _masks(Path(settings.mask), domain)
+        return cls(**values)
+
+    def mask_of(self, place: str) -> Path | None:
+        """The own mask of an image at a place below the input; None if it needs none.
+
+        Raises:
+            BadInputError: if each image has a mask and this one has none.
+        """
+        if self.mask_folder is None:
+            return None
+        if place not in self.masks:
+            raise BadInputError(
+                f"no mask in {self.mask_folder} has the image's name; add one, or leave it out"
+            )
+        return self.masks[place]
+
+    def missing(self, item: Item, mask: Path | None, domain: Domain) -> Array | None:
+        """True where pixels of the item are missing, or None.
+
+        Args:
+            item: the image.
+            mask: of mask_of.
+            domain: reads it.
+        """
+        if self.nodata:
+            return nodata_pixels(item)
+        if mask is None:
+            return self.mask
+        try:
+            return missing_pixels(domain.read(mask).pixels)
+        except BadInputError as error:
+            # Without its name, which is the image's: reasons are recorded.
+            raise BadInputError(f"its mask: {str(error).removeprefix(f'{mask}: ')}") from error
+
+
+def _masks(path: Path, domain: Domain) -> dict[str, Any]:
+    """The mask fields of a Damage: of one file for all images, or of a folder."""
+    if path.is_file():
+        missing = missing_pixels(domain.read(path).pixels)
+        if missing.all():
+            raise BadInputError(
+                f"{path}: the mask marks every pixel as missing; white means missing, black means "
+                "keep"
+            )
+        return {"mask_file": path, "mask": missing}
+    if not path.is_dir():
+        raise BadInputError(f"{path}: there is no such mask file or folder; check the path")
+    masks: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            masks.setdefault(place_below(file, path), file)
+    if not masks:
+        raise BadInputError(f"{path}: holds no masks; put one there for each image, of its name")
+    return {"mask_folder": path, "masks": masks}
+
+
+def read_kernel(path: Path) -> Array:
+    """A blur kernel (kh kw) float64 from a .npy array, a text table or a grey image.
+
+    Raises:
+        BadInputError: if the file is none of these, or no light would come through.
+    """
+    if not path.is_file():
+        raise BadInputError(f"{path}: there is no such kernel file; check the path")
+    try:
+        if path.suffix == ".npy":
+            kernel = np.load(path, allow_pickle=False)
+        elif path.suffix in (".txt", ".csv"):
+            kernel = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
+        else:
+            kernel = _read_grey(path)
+    except BadInputError:
+        raise
+    except Exception as error:
+        raise BadInputError(f"{path}: not a blur kernel; give a .npy array or an image") from error
+    fault = kernel_fault(kernel)
+    if fault:
+        raise BadInputError(f"{path}: {fault}")
+    _require_small(path, kernel.shape)
+    return np.asarray(kernel, dtype=np.float64)
+
+
+def _require_small(path: Path, shape: tuple[int, ...]) -> None:
+    if max(shape) > MAX_KERNEL_PX:
+        size = " x ".join(str(n) for n in shape)
+        raise BadInputError(
+            f"{path}: {size} is too large for a blur kernel; crop it to {MAX_KERNEL_PX} pixels a "
+            "side or fewer"
+        )
+
+
+def _read_grey(path: Path) -> Array:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        _require_small(path, (image.size[1], image.size[0]))
+        values = np.asarray(image)
+    return values.astype(np.float64).mean(axis=2) if values.ndim == 3 else values
+
+
+def missing_pixels(mask: Array) -> Array:
+    """A mask image (c z h w), white where pixels are missing, as booleans (z h w).
+
+    White is what lies above the middle of the mask's scale, so that a mask saved as JPEG serves
+    too: 0..1 for values of 0 and 1, else 0..white of the dtype.
+    """
+    levels = mask.astype(np.float64).mean(axis=0)
+    white = 1.0
+    if mask.max() > 1:
+        white = float(np.iinfo(mask.dtype).max) if mask.dtype.kind in "iu" else float(mask.max())
+    return levels > white / 2
+
+
+def nodata_pixels(item: Item) -> Array:
+    """Pixels (z h w) that hold the no-data value in every band.
+
+    Raises:
+        BadInputError: if there is none.
+    """
+    value = item.record.meta.get("nodata", 0)
+    missing = (item.pixels == value).all(axis=0)
+    if not missing.any():
+        raise BadInputError(f"no pixel has the no-data value {value}; give a mask")
+    return np.asarray(missing)
+
+
+def place_below(path: Path, root: Path) -> str:
+    """Place of a file below the root, without its suffixes (.nii.gz counts as one)."""
+    place = path.relative_to(root) if root.is_dir() else Path(path.name)
+    stem = place.name.removesuffix(".gz")
+    return str(place.with_name(Path(stem).stem))
