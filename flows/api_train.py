@@ -1,7 +1,7 @@
 """`sashiko train`: datasets to patches, the core's loop inside Ray Train, a model directory out.
 
 runs/NAME/
-  settings.json     what was asked; a different one needs another name
+  settings.json     what was asked (training/run_folder.py); a different one needs another name
   checkpoints/      safetensors, the newest two; a killed run goes on from here
   log.jsonl         one line a reading: step, loss, throughput
   model/            the finished model (diffusion_core/model.py)
@@ -60,13 +60,21 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
         The finished model; trained already, it is returned as it is.
 
     Raises:
-        BadInputError: if the data lacks a condition, or the run folder holds other settings.
+        BadInputError: if the settings or the data cannot be used, or the run folder holds other
+            settings; nothing is written then.
+        KeyboardInterrupt: if Ctrl-C stopped it; the same settings go on where it was.
     """
+    from flows.training.checks import check_data, check_settings
     from flows.training.finish import finish
+    from flows.training.run_folder import open_run
 
     report = on_event or (lambda _event: None)
-    run = _open_run(settings)
+    if settings.init_from is not None:  # workers have another working directory
+        settings = settings.model_copy(update={"init_from": settings.init_from.resolve()})
+    check_settings(settings)
     settings = settings.model_copy(update={"data": _datasets(settings, report)})
+    check_data(settings)
+    run = open_run(settings)
     payload = {"settings": settings.model_dump(mode="json"), "run": str(run)}
     _run_workers(settings, payload, report)
     return finish(settings, run, report)
@@ -100,15 +108,22 @@ def new_network(settings: TrainSettings) -> Preconditioned:
     """The network before its first step: seeded, or with the weights of `init_from`.
 
     Raises:
-        BadInputError: if `init_from` is another network, or lacks a condition to begin as.
+        BadInputError: if `network` describes none, or `init_from` is another network or lacks a
+            condition to begin as.
     """
     from diffusion_core.networks.local_unet import LocalUNet
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.streams import seeded_initialisation
 
-    with seeded_initialisation(settings.seed):
-        network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
-        module = Preconditioned(network)
+    try:
+        with seeded_initialisation(settings.seed):
+            network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
+            module = Preconditioned(network)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise BadInputError(
+            f"the setting 'network' cannot be used ({error}): it takes widths and depths, lists of "
+            "one length, and num_features"
+        ) from error
     if settings.init_from is not None:
         _begin_from(module, settings, settings.init_from)
     return module
@@ -160,6 +175,15 @@ def load_windows(
                 yield from domain.training_windows(dataset.read(record.item_id)).items()
 
 
+def large_views(
+    views: Sequence[np.ndarray[Any, Any]], settings: TrainSettings
+) -> list[np.ndarray[Any, Any]]:
+    """The views (c z h w) of an item that a patch fits into and that are not too coarse."""
+    least_width = settings.least_view_scale * views[0].shape[-1]
+    size = settings.patch_size
+    return [v for v in views if min(v.shape[-2:]) >= size and v.shape[-1] >= least_width]
+
+
 def patch_source(settings: TrainSettings) -> PatchSource:
     """The sequence of training patches, from the datasets' train split.
 
@@ -170,13 +194,7 @@ def patch_source(settings: TrainSettings) -> PatchSource:
 
     own: dict[str, list[Volumes]] = {}
     for condition, views in load_windows(settings, "train"):
-        least_width = settings.least_view_scale * views[0].shape[-1]
-        large = [
-            v
-            for v in views
-            if min(v.shape[-2:]) >= settings.patch_size and v.shape[-1] >= least_width
-        ]
-        if large:
+        if large := large_views(views, settings):
             # The fourth root keeps a large scan from drowning small ones, which differ more from
             # it than its slices do from each other.
             own.setdefault(condition, []).append(Volumes(large, views[0].size ** 0.25))
@@ -232,44 +250,15 @@ def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
     return [path.resolve()]
 
 
-def _open_run(settings: TrainSettings) -> Path:
-    """The run's folder, made or found again with the same settings."""
-    run = (settings.output / settings.name).resolve()
-    run.mkdir(parents=True, exist_ok=True)
-    asked = settings.model_dump(mode="json", exclude=_MAY_CHANGE)
-    kept = run / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != asked:
-        raise BadInputError(
-            f"{run} holds a run with other settings: give this one another name, or remove it"
-        )
-    kept.write_text(json.dumps(asked, indent=2) + "\n")
-    return run
-
-
-# What may differ when a killed run is taken up again: none of it changes the weights.
-_MAY_CHANGE = {
-    "output",
-    "num_threads",
-    "compute",
-    "checkpoint_every_s",
-    "log_every_steps",
-    "picture_every_steps",
-    "register_as",
-    "calibration_items",
-    "data",
-    "extra_samples",
-}
-
-
 def _run_workers(settings: TrainSettings, payload: dict[str, Any], report: OnEvent) -> None:
-    from flows.training import worker
+    from flows.training import on_ray, worker
 
     log = Path(payload["run"]) / "log.jsonl"
     with _follow(log, settings.num_steps, report):
         if settings.compute.executor == "inline":
             worker.work(payload)
         else:
-            worker.run_on_ray(settings, payload)
+            on_ray.run_on_ray(settings, payload)
 
 
 class _follow:  # noqa: N801  # reads as a statement: `with _follow(log)`

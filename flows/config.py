@@ -173,16 +173,21 @@ class CalibrateSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+NAME = r"[a-z0-9][a-z0-9._-]*"  # of a folder or model: it cannot lead out of its place
+
+
 class TrainSettings(Settings):
     """`sashiko train configs/train-*.yaml`."""
 
-    name: str
+    name: str = Field(max_length=100, description="of the run's folder: a-z, 0-9, dot, dash, _")
     data: list[Path] = Field(default_factory=list, description="datasets; empty: the samples")
     extra_samples: Path | None = Field(
         None, description="folder of the catalogue's local files, to learn from beside the samples"
     )
     output: Path = Path("runs")
-    conditions: dict[str, float] = Field(description="network condition -> share of the batch")
+    conditions: dict[str, float] = Field(
+        min_length=1, description="network condition -> share of the batch"
+    )
     network: dict[str, Any]
     init_from: Path | None = Field(None, description="model directory whose weights to start from")
     init_conditions: dict[str, str] = Field(
@@ -190,26 +195,33 @@ class TrainSettings(Settings):
         description="condition that init_from lacks -> the one of its conditions to begin as",
     )
     least_view_scale: float = Field(
-        0.0, description="leave out views of an item narrower than this share of its first"
+        0.0,
+        ge=0,
+        le=1,
+        description="leave out views of an item narrower than this share of its first",
     )
-    patch_size: int = 64
-    batch_size: int = 32
-    num_steps: int
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    decay_share: float = Field(0.4, description="last share of the steps, rate falling to 0")
-    adamw_ratio: float = 0.25
-    ema_decay: float = 0.999
-    ln_sigma_mean: float = -1.5
-    ln_sigma_std: float = 1.3
-    uniform_share: float = 0.25
-    sigma_range: tuple[float, float] = (0.01, 4.0)
+    patch_size: int = Field(64, ge=8, le=1024)
+    batch_size: int = Field(32, ge=1, le=100_000)
+    num_steps: int = Field(ge=1, lt=10**9)
+    learning_rate: float = Field(2e-3, gt=0, le=1)
+    warmup_steps: int = Field(100, ge=0)
+    decay_share: float = Field(
+        0.4, ge=0, le=1, description="last share of the steps, rate falling to 0"
+    )
+    adamw_ratio: float = Field(0.25, gt=0, allow_inf_nan=False)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    ln_sigma_mean: float = Field(-1.5, ge=-20, le=20)
+    ln_sigma_std: float = Field(1.3, gt=0, le=20)
+    uniform_share: float = Field(0.25, ge=0, le=1)
+    sigma_range: tuple[float, float] = Field((0.01, 4.0), description="least and greatest level")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    seed: int = 0
-    checkpoint_every_s: float = 60.0
-    log_every_steps: int = 50
-    picture_every_steps: int = 500
-    num_threads: int = Field(0, description="CPU threads a worker; 0: the cores shared evenly")
+    seed: int = Field(0, ge=0, lt=2**63)
+    checkpoint_every_s: float = Field(60.0, ge=0)
+    log_every_steps: int = Field(50, ge=1)
+    picture_every_steps: int = Field(500, ge=1)
+    num_threads: int = Field(
+        0, ge=0, description="CPU threads a worker; 0: the cores shared evenly"
+    )
     register_as: list[str] = Field(default_factory=list)
     calibration_items: list[str] = Field(
         default_factory=list,
@@ -217,6 +229,29 @@ class TrainSettings(Settings):
     )
     shippable_only: bool = Field(True, description="leave out data whose licence forbids shipping")
     compute: ComputeSettings = ComputeSettings(num_workers=1)
+
+    @field_validator("name", "register_as")
+    @classmethod
+    def _are_names(cls, given: str | list[str]) -> str | list[str]:
+        for name in [given] if isinstance(given, str) else given:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"'{name}' is no name: use a-z, 0-9, dot, dash and _")
+        return given
+
+    @field_validator("conditions")
+    @classmethod
+    def _have_shares(cls, conditions: dict[str, float]) -> dict[str, float]:
+        for name, share in conditions.items():
+            if not 0 < share < float("inf"):
+                raise ValueError(f"the share of '{name}' must be above 0")
+        return conditions
+
+    @field_validator("sigma_range")
+    @classmethod
+    def _is_range(cls, levels: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < levels[0] < levels[1] < float("inf"):
+            raise ValueError("give the least and the greatest level, both above 0, in this order")
+        return levels
 
 
 class GenerateSettings(Settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,40 +16,9 @@ if TYPE_CHECKING:
     from diffusion_core.networks.precond import Preconditioned
     from flows.tracking import TrackedRun
 
-_MAX_FAILURES = 3  # times that Ray starts the workers again from the newest checkpoint
 
-
-def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
-    """Run the workers under Ray Train; a worker that dies is replaced from the last checkpoint."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    from flows.engine.ray_session import ray_session
-
-    compute = settings.compute
-    num_cores = os.cpu_count() or 1
-    # One CPU more than workers: Ray Train's controller takes part of one.
-    with ray_session(compute.ray_address, max(num_cores, compute.num_workers) + 1):
-        use_gpu = compute.num_gpus_per_worker > 0
-        num_workers = compute.num_workers or int(
-            ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)  # type: ignore[no-untyped-call]
-        )
-        num_threads = settings.num_threads or max(1, num_cores // num_workers)
-        trainer = TorchTrainer(
-            _ray_loop,
-            train_loop_config={**payload, "num_threads": num_threads},
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name=settings.name,
-                storage_path=str(Path(payload["run"]) / "ray"),
-                failure_config=FailureConfig(max_failures=_MAX_FAILURES),
-            ),
-        )
-        trainer.fit()
-
-
-def _ray_loop(payload: dict[str, Any]) -> None:
+def ray_loop(payload: dict[str, Any]) -> None:
+    """Train inside a worker of Ray Train: `work` with its rank, device and gradient averaging."""
     import ray.train
     import torch
     import torch.distributed

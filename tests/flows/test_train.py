@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from domains.base import BadInputError, Item, ItemRecord
 from flows.api_train import train
@@ -110,8 +112,196 @@ def test_a_finished_model_says_what_it_learned_from(dataset, tmp_path):
 
 def test_a_run_of_that_name_with_other_settings_is_refused(dataset, tmp_path):
     train(settings(dataset, tmp_path, num_steps=2))
-    with pytest.raises(BadInputError, match="other settings"):
+    with pytest.raises(BadInputError, match=r"other settings \(learning_rate\)"):
         train(settings(dataset, tmp_path, num_steps=2, learning_rate=1.0))
+
+
+def copy_with(dataset, path, numbers):
+    """A dataset of other photographs; the fixture's own content for its own numbers."""
+    with DatasetWriter(path) as writer:
+        for number in numbers:
+            writer.add(photograph(number, "validation" if number == 3 else "train"))
+    return path
+
+
+def test_data_is_known_by_its_content_wherever_it_lies(dataset, tmp_path):
+    first = train(settings(dataset, tmp_path, num_steps=2))
+    moved = copy_with(dataset, tmp_path / "moved.zarr", range(4))
+    assert train(settings(moved, tmp_path, num_steps=2)).digest == first.digest
+    other = copy_with(dataset, tmp_path / "other.zarr", (0, 1, 3))
+    with pytest.raises(BadInputError, match=r"other settings \(data\)"):
+        train(settings(other, tmp_path, num_steps=2))
+
+
+def test_first_weights_are_known_by_their_content(dataset, tmp_path):
+    start = train(settings(dataset, tmp_path, name="start", num_steps=1)).model_path
+    other = train(settings(dataset, tmp_path, name="other", num_steps=2)).model_path
+    asked = settings(dataset, tmp_path, num_steps=1, init_from=start)
+    train(asked)
+    moved = start.rename(tmp_path / "moved")
+    train(asked.model_copy(update={"init_from": moved}))
+    with pytest.raises(BadInputError, match=r"other settings \(init_from\)"):
+        train(asked.model_copy(update={"init_from": other}))
+
+
+def test_a_run_of_an_older_version_goes_on_with_defaults_for_what_it_does_not_know(
+    dataset, tmp_path
+):
+    asked = settings(dataset, tmp_path, num_steps=2)
+    first = train(asked)
+    file = tmp_path / "small" / "settings.json"
+    kept = json.loads(file.read_text())
+    unknown = ("data_digests", "init_digest", "init_conditions", "uniform_share")
+    older = {name: value for name, value in kept.items() if name not in unknown}
+    file.write_text(json.dumps(older))
+    with pytest.raises(BadInputError, match=r"\(init_conditions, uniform_share\)"):
+        train(asked.model_copy(update={"uniform_share": 0.5, "init_conditions": {"a": "b"}}))
+    with pytest.raises(BadInputError, match=r"\(init_from\)"):  # it kept the path alone
+        train(asked.model_copy(update={"init_from": first.model_path}))
+    assert train(asked).digest == first.digest
+    assert json.loads(file.read_text()) == kept
+
+
+def test_a_refused_or_failed_run_leaves_its_name_free(dataset, tmp_path, monkeypatch):
+    for wrong in ({"conditions": {"ct": 1.0}}, {"network": {"bogus": 3}}, {"data": [tmp_path]}):
+        with pytest.raises(BadInputError):
+            train(settings(dataset, tmp_path / "runs", **wrong))
+        assert not (tmp_path / "runs").exists()
+
+    def killed_at_once(payload):
+        (Path(payload["run"]) / "log.jsonl").write_text("half a li")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.training.worker.work", killed_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(dataset, tmp_path / "runs", learning_rate=1.0))
+    train(settings(dataset, tmp_path / "runs", num_steps=2))
+    assert list(losses(tmp_path / "runs" / "small")) == [1, 2]
+
+
+def test_half_a_settings_file_is_bad_input_and_is_never_written(dataset, tmp_path, monkeypatch):
+    asked = settings(dataset, tmp_path, num_steps=1)
+    train(asked)
+    file = tmp_path / "small" / "settings.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:40])
+    with pytest.raises(BadInputError, match="cannot be read"):
+        train(asked)
+    file.write_bytes(whole)
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadInputError, match="No space left on device"):
+        train(asked)
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"name": "../../escaped"}, {"name": ".."}, {"name": "a/b"}, {"name": ""},
+        {"num_steps": 0}, {"num_steps": -5}, {"batch_size": 0}, {"patch_size": 0},
+        {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"adamw_ratio": float("inf")},
+        {"ema_decay": 1.0}, {"decay_share": 1.5}, {"uniform_share": -0.1}, {"ln_sigma_std": 0.0},
+        {"sigma_range": (0.0, 4.0)}, {"sigma_range": (4.0, 0.01)}, {"seed": -1},
+        {"log_every_steps": 0}, {"picture_every_steps": 0}, {"checkpoint_every_s": -1.0},
+        {"num_threads": -1}, {"warmup_steps": -1}, {"conditions": {}}, {"conditions": {"city": 0}},
+        {"register_as": ["a/b"]}, {"least_view_scale": 2.0},
+    ],
+)  # fmt: skip
+def test_numbers_and_names_out_of_range_are_refused_at_once(dataset, tmp_path, wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        settings(dataset, tmp_path, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"network": {"bogus": 3}}, "'network'.*bogus.*widths and depths"),
+        ({"network": {"widths": [8, 8], "depths": [1]}}, "'network'"),
+        ({"network": {"widths": [], "depths": []}}, "'network'"),
+        ({"network": {"widths": [-8], "depths": [1]}}, "'network'"),
+        ({"patch_size": 34}, "patch of 34 pixels does not divide by 4.*36 does"),
+        ({"patch_size": 128}, "no training image for city .of 128 pixels"),
+        ({"data": [Path("/nope.zarr")]}, "/nope.zarr: not a store"),
+        ({"calibration_items": ["photo-0", "brain7"]}, "calibration item 'brain7'"),
+        ({"batch_size": 9}, "batch of 9 does not divide by 2 workers"),
+    ],
+)
+def test_with_ray_a_wrong_setting_is_named_before_ray_starts(
+    dataset, tmp_path, monkeypatch, wrong, named
+):
+    def started(*_):
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr("flows.training.on_ray.run_on_ray", started)
+    pair = ComputeSettings(executor="ray", num_workers=2)
+    with pytest.raises(BadInputError, match=named):
+        train(settings(dataset, tmp_path, **{"compute": pair, **wrong}))
+
+
+@pytest.mark.ray
+def test_what_a_ray_worker_cannot_use_is_said_in_one_sentence_and_not_tried_again(
+    tmp_path, monkeypatch
+):
+    """Only the workers read all of the data: a damaged chunk is theirs to find."""
+    from ray.train.torch import TorchTrainer
+
+    data = copy_with(None, tmp_path / "damaged.zarr", range(4))
+    chunks = [p for p in data.rglob("*photo-2*/pixels/c/**/*") if p.is_file()]
+    chunks[0].write_bytes(b"damaged")
+    fits = []
+    fit = TorchTrainer.fit
+    monkeypatch.setattr(TorchTrainer, "fit", lambda self: (fits.append(1), fit(self)))
+    compute = ComputeSettings(executor="ray", num_workers=1)
+    with pytest.raises(BadInputError, match="a chunk of items/photo-2/pixels is damaged") as caught:
+        train(settings(data, tmp_path, compute=compute))
+    assert "Traceback" not in str(caught.value)
+    assert len(fits) == 1
+
+
+def test_only_lost_workers_are_tried_again():
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+
+    from flows.training.on_ray import _lost
+
+    def lost(**failures):
+        return _lost(WorkerGroupError("Traceback", dict(enumerate(failures.values()))))
+
+    assert lost(a=RuntimeError("Connection closed by peer\nmore"), b=ActorDiedError())
+    assert "peer)" in lost(a=RuntimeError("Connection closed by peer\nmore"))
+    with pytest.raises(BadInputError, match=r"^no image$"):
+        lost(a=RuntimeError("Connection closed by peer"), b=BadInputError("no image"))
+    with pytest.raises(KeyError):
+        lost(a=KeyError("city"))
+
+
+@pytest.mark.ray
+def test_ctrl_c_with_ray_is_130_and_the_same_command_goes_on(dataset, tmp_path):
+    compute = ComputeSettings(executor="ray", num_workers=1)
+    asked = settings(dataset, tmp_path, num_steps=20_000, compute=compute)
+    config = tmp_path / "train.yaml"
+    config.write_text(asked.model_dump_json())
+    # A shell's background jobs, of which this test may be one, ignore SIGINT.
+    driver = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from flows.cli import main; main()"
+    )
+    command = [sys.executable, "-c", driver, "train", str(config), "--no-prefect"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "small" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("step-*")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted; the same command goes on" in err
+    assert "Traceback" not in err
+    assert list(checkpoints.glob("step-*"))
 
 
 def test_missing_data_and_unknown_conditions_are_named(dataset, tmp_path):

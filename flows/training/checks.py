@@ -1,0 +1,71 @@
+"""What is seen of wrong settings before any worker starts: Ray would take a minute to say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from domains.base import BadInputError
+from flows.api_train import (
+    condition_channels,
+    condition_domains,
+    large_views,
+    load_windows,
+    new_network,
+)
+from flows.config import TrainSettings
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Refuse what no data could make right: workers, conditions, the network and its start.
+
+    Raises:
+        BadInputError: naming the setting to change.
+    """
+    size, num_workers = settings.batch_size, settings.compute.num_workers
+    if settings.compute.executor == "ray" and num_workers and size % num_workers:
+        raise BadInputError(
+            f"a batch of {size} does not divide by {num_workers} workers: "
+            "change batch_size or compute.num_workers"
+        )
+    condition_channels(settings)
+    stride = new_network(settings).network.stride
+    if settings.patch_size % stride:
+        raise BadInputError(
+            f"a patch of {settings.patch_size} pixels does not divide by {stride}, which the "
+            f"network needs: {-(-settings.patch_size // stride) * stride} does"
+        )
+
+
+def check_data(settings: TrainSettings) -> None:
+    """Refuse datasets that lack a condition or a calibration item; reads no more than it must.
+
+    Raises:
+        BadInputError: if one cannot be read, or names what they lack.
+    """
+    from flows.store import Dataset
+
+    held = {record.item_id for path in settings.data for record in Dataset(path).items()}
+    absent = [name for name in settings.calibration_items if name not in held]
+    if absent:
+        raise BadInputError(
+            f"no dataset holds the calibration item '{absent[0]}': "
+            "choose items of the data, or set calibration_items=[]"
+        )
+    lacking = list(_lacking(settings))
+    if lacking:
+        raise BadInputError(
+            f"no training image for {', '.join(lacking)} (of {settings.patch_size} pixels a side "
+            "at least): add data or drop it"
+        )
+
+
+def _lacking(settings: TrainSettings) -> Iterator[str]:
+    """Conditions that no training image can be drawn for; stops reading once all have one."""
+    domains = condition_domains()
+    sources = {c: {c, domains[c].drawn_from.get(c, c)} for c in settings.conditions}
+    for condition, views in load_windows(settings, "train"):
+        if large_views(views, settings):
+            sources = {c: names for c, names in sources.items() if condition not in names}
+        if not sources:
+            return
+    yield from sources

@@ -1,0 +1,135 @@
+"""Training under Ray Train: how many workers, which failures are tried again, and Ctrl-C.
+
+Ray Train starts workers again whatever stopped them. A wrong setting stops them every time, so
+its own counter is set to 0, and we try again only after what chance can bring: a lost worker.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domains.base import BadInputError
+from flows.config import TrainSettings
+from flows.training.worker import ray_loop
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+_MAX_FAILURES = 3  # times that lost workers are started again from the newest checkpoint
+
+
+def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
+    """Run the workers under Ray Train; lost ones are replaced from the newest checkpoint.
+
+    Args:
+        settings: see TrainSettings.
+        payload: of `worker.work`.
+
+    Raises:
+        BadInputError: if the cluster has no place for the workers, or a worker found input that
+            cannot be used.
+        RuntimeError: if workers were lost too often.
+        KeyboardInterrupt: on Ctrl-C.
+    """
+    from ray.train import WorkerGroupError
+
+    from flows.engine.ray_session import ray_session
+
+    compute = settings.compute
+    # One CPU more than workers: Ray Train's controller takes part of one.
+    num_cpus = max(os.cpu_count() or 1, compute.num_workers) + 1
+    with _interruptible(), ray_session(compute.ray_address, num_cpus):
+        for failures in range(_MAX_FAILURES + 1):
+            try:
+                _trainer(settings, payload).fit()
+            except WorkerGroupError as error:
+                lost = _lost(error)
+                if failures == _MAX_FAILURES:
+                    raise RuntimeError(
+                        f"the training workers were lost {failures + 1} times, at last by {lost}; "
+                        "the same command goes on from the newest checkpoint"
+                    ) from error
+            else:
+                return
+
+
+def _trainer(settings: TrainSettings, payload: dict[str, Any]) -> TorchTrainer:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = settings.compute.num_gpus_per_worker > 0
+    num_workers = _num_workers(settings, use_gpu=use_gpu)
+    num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // num_workers)
+    return TorchTrainer(
+        ray_loop,
+        train_loop_config={**payload, "num_threads": num_threads},
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=settings.name,
+            storage_path=str(Path(payload["run"]) / "ray"),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _num_workers(settings: TrainSettings, *, use_gpu: bool) -> int:
+    """As asked for, or as many as have a place and divide the batch.
+
+    Raises:
+        BadInputError: if they have no place: Ray would wait for one without end.
+    """
+    import ray
+
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    places = int(resources.get("GPU", 0)) if use_gpu else int(resources.get("CPU", 1)) - 1
+    wanted, size = settings.compute.num_workers, settings.batch_size
+    if places < max(1, wanted):
+        kind = "GPUs" if use_gpu else "CPUs beside the controller's"
+        raise BadInputError(
+            f"Ray has {places} {kind} and {max(1, wanted)} training workers need one each: "
+            "change compute.num_workers or compute.num_gpus_per_worker"
+        )
+    return wanted or max(n for n in range(1, places + 1) if size % n == 0)
+
+
+def _lost(error: Any) -> str:
+    """What took the workers, if it was chance; else a worker's own error is raised.
+
+    Args:
+        error: a WorkerGroupError.
+    """
+    from ray.exceptions import RayError
+
+    reason = str(error)
+    for failure in error.worker_failures.values():
+        # A lost worker is a RayError; its neighbours' collectives fail by RuntimeError.
+        if not isinstance(failure, RayError | RuntimeError | OSError):
+            raise failure from error
+        reason = f"{type(failure).__name__} ({str(failure).partition(chr(10))[0]})"
+    return reason
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C leave by KeyboardInterrupt, and put its handler back.
+
+    Ray Train's own handler aborts the workers and leaves by SystemExit; Ray's waiting makes a
+    SystemError of what a handler raises.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (SystemExit, SystemError) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(error, SystemExit) or isinstance(cause, SystemExit | KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)

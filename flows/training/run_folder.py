@@ -1,0 +1,102 @@
+"""A training run's folder: which settings it holds, and whether another command may go on in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from domains.base import BadInputError
+from flows.config import TrainSettings
+from flows.training.finish import started_from
+
+SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.jsonl", "checkpoints"
+
+_MAY_CHANGE = {
+    "output",
+    "num_threads",
+    "compute",
+    "checkpoint_every_s",
+    "log_every_steps",
+    "picture_every_steps",
+    "register_as",
+    "calibration_items",
+    "data",
+    "extra_samples",
+}
+"""What may differ when a run is taken up again: none of it changes the weights. Calibration items
+change the tables, which are measured anew whenever the run is finished; data is compared by its
+content (below), wherever it lies."""
+
+_DATA, _START = "data_digests", "init_digest"
+_CALLED = {_DATA: "data", _START: "init_from"}
+
+
+def open_run(settings: TrainSettings) -> Path:
+    """The run's folder, made or found again with the same settings.
+
+    A run binds its name from its first checkpoint on: what failed before that is overwritten, so
+    that the corrected command can have the name.
+
+    Raises:
+        BadInputError: if the folder cannot be made, or holds a run that learned otherwise.
+    """
+    from diffusion_core.training.checkpoint import latest_checkpoint
+    from flows.report.write import write_whole
+
+    run = (settings.output / settings.name).resolve()
+    asked = asked_of(settings)
+    begun = latest_checkpoint(run / CHECKPOINTS) is not None
+    if begun and (differing := _differing(_kept(run), asked)):
+        raise BadInputError(
+            f"{run} holds a run with other settings ({', '.join(differing)}): "
+            "give this one another name, or remove it"
+        )
+    try:
+        write_whole(run / SETTINGS, (json.dumps(asked, indent=2) + "\n").encode())
+        if not begun:
+            (run / LOG).unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInputError(
+            f"{run}: cannot be written ({error.strerror}); choose another `output`"
+        ) from error
+    return run
+
+
+def asked_of(settings: TrainSettings) -> dict[str, Any]:
+    """All that the weights depend on, as JSON: settings, and digests of data and first weights."""
+    from flows.store import Dataset
+
+    return {
+        **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
+        _DATA: [Dataset(path).digest for path in settings.data],
+        _START: started_from(settings),
+    }
+
+
+def _kept(run: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads((run / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise BadInputError(
+            f"{run} holds a run whose {SETTINGS} cannot be read: "
+            "give this one another name, or remove it"
+        ) from error
+    if not isinstance(kept, dict):
+        raise BadInputError(f"{run / SETTINGS} holds no settings: remove the run")
+    return kept
+
+
+def _differing(kept: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Names of what differs; a field that an older run does not know has its default.
+
+    A run from before digests were kept is taken to have had this data, and its `init_from` is
+    compared as a path.
+    """
+    empty = TrainSettings.model_construct()  # type: ignore[call-arg]  # the fields with defaults
+    defaults = empty.model_dump(mode="json")
+    by_path = _START not in kept
+    known = {**defaults, _DATA: asked[_DATA], **kept}
+    names = (asked.keys() | kept.keys()) - _MAY_CHANGE - {_START if by_path else "init_from"}
+    differing = [name for name in names if known.get(name) != asked.get(name)]
+    return sorted(_CALLED.get(name, name) for name in differing)
