@@ -22,6 +22,14 @@ METHODS = {
     "covprox-samples": ("CovProx, mean of samples", "mean of several draws of the posterior"),
     "diffpir": ("DiffPIR", "plug-and-play diffusion, our start and levels"),
     "dds": ("DDS", "diffusion with CG steps, our start and levels"),
+    "ddrm": ("DDRM", "exact update along singular directions"),
+    "ddnm": ("DDNM+", "null-space diffusion, noise-aware"),
+    "pigdm": ("PiGDM", "pseudo-inverse guidance through the network's gradient"),
+    "dps": ("DPS", "posterior sampling by the gradient of the misfit"),
+    "red-diff": ("RED-diff", "variational optimisation with a diffusion regulariser"),
+    "daps": ("DAPS", "decoupled annealing posterior sampling"),
+    "split-gibbs": ("Split Gibbs", "alternating draws from likelihood and prior"),
+    "repaint": ("RePaint", "diffusion inpainting with resampling"),
     "kriging": ("Kriging", "best linear estimate, no network"),
     "fbp": ("FBP", "filtered back-projection"),
     "sirt": ("SIRT", "simultaneous iterative reconstruction"),
@@ -34,6 +42,8 @@ METHODS = {
     "bicubic": ("Bicubic", "cubic interpolation"),
     "wiener": ("Wiener", "regularised inverse filter"),
     "richardson-lucy": ("Richardson-Lucy", "iterative deconvolution"),
+    "bilinear": ("Bilinear", "interpolated colours"),
+    "fbp-nlm": ("FBP + NLM", "filtered back-projection, then non-local means"),
     "nlm": ("NLM", "non-local means"),
     "bm3d": ("BM3D", "block matching and 3-D filtering"),
 }
@@ -85,6 +95,10 @@ def task_title(task: Task) -> str:
         "blur": lambda p: f"{p.get('kernel', 'Known')} blur".capitalize(),
         "pool": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution",
         "identity": lambda _: "Noise removal",
+        "multi-coil": lambda p: f"{_mri_title(p)}, {p.get('num_coils')} coils",
+        "downsample": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution (bicubic)",
+        "varying-blur": lambda _: "Lens blur",
+        "mosaic": lambda _: "Demosaicing",
     }
     make = known.get(task.operator)
     return make(params) if make else task.name
@@ -105,6 +119,13 @@ def measurement_words(task: Task) -> str:
         "blur": lambda: f"A known {p['kernel']} blur",
         "pool": lambda: f"Means of {p['factor']}{TIMES}{p['factor']} pixels",
         "identity": lambda: "Every pixel",
+        "multi-coil": lambda: (
+            f"Cartesian k-space of {p['num_coils']} coils, {p['acceleration']} times fewer lines, "
+            f"the {p['centre_share']:.0%} in the centre all kept"
+        ),
+        "downsample": lambda: f"Bicubic reduction {p['factor']}{TIMES}",
+        "varying-blur": lambda: "A blur that grows towards the corners",
+        "mosaic": lambda: "One colour a pixel, as a camera's sensor sees them",
     }
     try:
         what = known[task.operator]()

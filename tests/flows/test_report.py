@@ -24,9 +24,10 @@ from report_kit import HARM, photo, scan, synthetic_page
 from domains.base import Item, ItemRecord, Measurement
 from domains.city.domain import City
 from flows.api_evaluate import evaluate
-from flows.config import load_task
+from flows.config import load_task, task_names
 from flows.report import figure_strip, write_report
 from flows.report.cases import choose, view_of
+from flows.report.describe import measurement_words, task_title
 from flows.report.page import MISSING, render
 from flows.report.pictures import (
     ErrorScale,
@@ -309,3 +310,12 @@ def test_several_evaluations_make_one_page_and_name_the_model_once(evaluation, t
     text = write_report([evaluation, evaluation], tmp_path / "both").read_text()
     assert text.count(f'Digest <code class="digest">{evaluation.model.digest}') == 1
     assert text.count(evaluation.facts["Dataset"]) == 1
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_every_task_is_told_in_plain_words(name: str):
+    task = load_task(name)
+    assert task_title(task) != name
+    words = measurement_words(task)
+    assert not words.startswith("Operator")
+    assert "{" not in words
