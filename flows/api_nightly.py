@@ -179,8 +179,11 @@ class _Job:
             result, bad = self._restore_files(stage, new, model, more, on_event)
         published = () if result is None else result.published
         taken = {entry.record.source_digest for entry in published}
+        sources = () if result is None else (q.source for q in result.quarantined)
+        # An image may be taken with one mask and refused with another.
+        refused = {self.path / s.relative_to(stage) for s in sources if s is not None}
         for path, digest in new.items():
-            fate = "restored" if digest in taken else "quarantined"
+            fate = "restored" if digest in taken and path not in refused else "quarantined"
             ledger.note(digest, fate, folder.instructions(path))
         return self._report("restored" if taken else "quarantined", result, bad)
 

@@ -44,7 +44,7 @@ class RestoreJob:
     Attributes:
         settings: as given.
         plan: what will be computed.
-        given: the measurements: names of the files behind an item; {} for a measurement store.
+        given: the measurements, and the names of the files behind each item.
         rejected: files that could not be used.
     """
 

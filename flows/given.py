@@ -174,7 +174,7 @@ class _Source:
     @property
     def content(self) -> str:
         """What equal sources have in common: the bytes of the image and of its mask."""
-        return f"{self.digest}:{self.mask_digest or ('none' if self.fault else '')}"
+        return f"{self.digest}:{self.mask_digest}"
 
     def item_id(self, domain: Domain) -> str:
         """Name of the item; an image with two masks is two items."""

@@ -250,6 +250,19 @@ def test_a_run_that_was_stopped_goes_on_with_the_measurements_it_made(folder, mo
     assert work_of(folder) == []
 
 
+@pytest.mark.parametrize("one_for_all", [False, True])
+def test_a_run_that_was_stopped_does_not_go_on_with_other_masks_or_noise(folder, one_for_all):
+    mask = folder / ("masks/a.png" if one_for_all else "masks")
+    first = prepare(settings(folder, mask=str(mask)), ignore)
+    assert prepare(settings(folder, mask=str(mask)), ignore).plan == first.plan
+    noisy = prepare(settings(folder, mask=str(mask), sigma_y=0.1), ignore)
+    other = np.zeros((40, 48), np.uint8)
+    other[20:24, 5:9] = 255
+    Image.fromarray(other).save(folder / "masks/a.png")
+    moved = prepare(settings(folder, mask=str(mask)), ignore)
+    assert len({job.plan.campaign for job in (first, noisy, moved)}) == 3
+
+
 def test_measurements_stay_while_an_item_of_theirs_is_not_restored(folder, monkeypatch):
     full = run_plan
     with monkeypatch.context() as patch:

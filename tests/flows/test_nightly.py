@@ -119,6 +119,19 @@ def test_a_bad_file_is_quarantined_once_and_the_others_finish(inbox: Path, model
     assert (job.status, job.num_known, job.quarantined) == ("nothing new", 2, ())
 
 
+def test_the_ledger_tells_the_fates_of_equal_images_apart(inbox: Path, model: Path):
+    path = add(inbox, 1)
+    (path.parent / "other.png").write_bytes(path.read_bytes())
+    (path.parent / "masks/other.png").write_text("no picture")
+    (job,) = run(inbox, model).jobs
+    assert (len(job.restored), len(job.quarantined)) == (1, 1)
+    notes = (inbox.parent / "out/nightly/seen").iterdir()
+    assert sorted(json.loads(note.read_text())["fate"] for note in notes) == [
+        "quarantined",
+        "restored",
+    ]
+
+
 def test_a_night_of_nothing_but_a_bad_file_finishes_too(inbox: Path, model: Path):
     (inbox / "streets" / f"{NAME}-bad.png").write_text("no picture")
     result = run(inbox, model)
