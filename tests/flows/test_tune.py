@@ -72,6 +72,15 @@ def test_cut_spreads_slices_crops_the_centre_and_averages_squares(tmp_path: Path
     assert shrunk(whole, 1) is whole
 
 
+def test_shrinking_keeps_the_size_of_the_patient() -> None:
+    pixels = np.zeros((1, 2, 8, 12), dtype=np.int16)
+    record = ItemRecord(
+        "scan", "ct", (1, 2, 8, 12), "int16", "HU", "0" * 64, "nrrd", spacing_mm=(5.0, 0.5, 0.75)
+    )
+    assert shrunk(Item(pixels, record), 2).record.spacing_mm == (5.0, 1.0, 1.5)
+    assert shrunk(Item(pixels, _record(pixels)), 2).record.spacing_mm is None
+
+
 def test_a_case_is_judged_in_the_hole_where_the_task_counts_the_hole() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (3, 1, 24, 24)).astype(np.uint8)
