@@ -70,23 +70,40 @@ def block_log_correlation(
 ) -> float:
     """Correlation of log sample variance with log squared error, over blocks of side_px^2.
 
-    Blocks without an unknown pixel, and what is left at the right and below, do not count; nan if
-    fewer than three blocks are left or one of the two does not vary.
-
     Args:
         samples: of the posterior.
         truth: x0 (b c h w).
         unknown: as for `spread`.
         side_px: of the blocks.
+
+    Returns:
+        As `correlation`.
+    """
+    return correlation(block_logs(samples, truth, unknown, side_px))
+
+
+def block_logs(
+    samples: Float[Tensor, "m b c h w"],
+    truth: Signal,
+    unknown: Bool[Tensor, "b c h w"] | None = None,
+    side_px: int = BLOCK_PX,
+) -> Float[Tensor, "2 blocks"]:
+    """(log sample variance, log squared error) of blocks; those of several images can be joined.
+
+    Blocks without an unknown pixel, and what is left at the right and below, do not count.
     """
     variance, error = _maps(samples, truth)
     weight = torch.ones_like(truth) if unknown is None else unknown.to(truth).expand_as(truth)
     sums = [avg_pool2d(part * weight, side_px).sum(dim=1).flatten() for part in (variance, error)]
     counted = avg_pool2d(weight, side_px).sum(dim=1).flatten() > 0
-    logs = [part[counted].clamp_min(1e-20).log() for part in sums]
-    if int(counted.sum()) < 3 or any(float(part.std()) == 0 for part in logs):
+    return torch.stack([part[counted].clamp_min(1e-20).log() for part in sums])
+
+
+def correlation(logs: Float[Tensor, "2 blocks"]) -> float:
+    """Pearson's; nan for fewer than three blocks, or where one of the two does not vary."""
+    if logs.shape[1] < 3 or bool((logs.std(dim=1) == 0).any()):
         return float("nan")
-    return float(torch.corrcoef(torch.stack(logs))[0, 1])
+    return float(torch.corrcoef(logs)[0, 1])
 
 
 def _maps(samples: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

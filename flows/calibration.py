@@ -23,7 +23,7 @@ from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
 from diffusion_core.posterior.calibration import RollOut, fit_inflation
 from diffusion_core.posterior.covprox import Chain, CovProx
-from diffusion_core.uncertainty import Spread
+from diffusion_core.uncertainty import Spread, correlation
 from flows.config import MethodSettings
 from flows.knobs import LEAST_INFLATION, MOST_INFLATION, NUM_KNOTS, Knobs, climb, knots_of, short
 
@@ -179,7 +179,7 @@ def _fit_sample(
         "v_over_b": sum(spreads, Spread()).ratio,
         "least_v_over_b": min(each),
         "greatest_v_over_b": max(each),
-        "log_correlation": float(np.mean([log_correlation_of(r) for r in rollouts])),
+        "log_correlation": log_correlation_of(rollouts),
     }
     settings = base.model_copy(update={"options": {**options, "inflation": inflation}})
     return Fit(settings, {name: round(value, 3) for name, value in figures.items()})
@@ -215,9 +215,10 @@ def spread_of(rollout: RollOut) -> Spread:
     return rollout.spread([chain.m for chain in rollout.chains])
 
 
-def log_correlation_of(rollout: RollOut) -> float:
-    """Log-correlation of the variance of an image's blocks with their error; nan counts as 0."""
-    value = rollout.log_correlation([chain.m for chain in rollout.chains])
+def log_correlation_of(rollouts: Sequence[RollOut]) -> float:
+    """Log-correlation of block variance with block error, over the blocks of all images."""
+    logs = [r.block_logs([chain.m for chain in r.chains]) for r in rollouts]
+    value = correlation(torch.cat(logs, dim=1))
     return value if math.isfinite(value) else 0.0
 
 

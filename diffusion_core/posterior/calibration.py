@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffusion_core.posterior.covprox import Chain
 from diffusion_core.protocols import Signal
-from diffusion_core.uncertainty import Spread, block_log_correlation, spread
+from diffusion_core.uncertainty import Spread, block_logs, spread
 
 _LN_LEAST, _LN_MOST = math.log(0.1), math.log(100.0)
 """Bounds of ln c."""
@@ -60,10 +60,10 @@ class RollOut:
         samples = torch.stack([self.view(m) for m in estimates])
         return spread(samples, self.truth, self.unknown)
 
-    def log_correlation(self, estimates: Sequence[Signal]) -> float:
-        """Of the chains' variance with their error, over blocks (uncertainty.py)."""
+    def block_logs(self, estimates: Sequence[Signal]) -> Float[Tensor, "2 blocks"]:
+        """Log variance of the chains and log error, block by block (uncertainty.py)."""
         samples = torch.stack([self.view(m) for m in estimates])
-        return block_log_correlation(samples, self.truth, self.unknown)
+        return block_logs(samples, self.truth, self.unknown)
 
     def _error(self, m: Signal) -> float:
         error = (self.view(m).double() - self.truth.double()).square()

@@ -26,7 +26,7 @@ import torch
 from diffusion_core.model import Model, solver_settings
 from diffusion_core.posterior.calibration import RollOut
 from diffusion_core.uncertainty import Spread
-from flows.calibration import Bench, prototype, psnr_of, spread_of
+from flows.calibration import Bench, log_correlation_of, prototype, psnr_of, spread_of
 from flows.config import MethodSettings, config_path, load_method, load_task
 from flows.engine.methods import calibrated_method
 from flows.store import Dataset
@@ -34,37 +34,38 @@ from flows.tune import Selection, case_of, cut
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
 NUM_SAMPLES = 8
-LEVELS = {"mean": (8, 12), "sample": (8, 20)}
+CHAINS = ("mean:8", "mean:12", "sample:8", "sample:20")
 TEST: Mapping[str, Sequence[Selection]] = {
     "ct": (Selection("lung2", 3, shrink=2),),
     "mri": (Selection("brain2", 3),),
     "city": (
-        Selection("china", size=(192, 192)),
-        Selection("sample-geotiff", size=(192, 192)),
-        Selection("pan2", size=(192, 192)),
-        Selection("bikes-3", size=(192, 192)),
+        Selection("china", size=(128, 128)),
+        Selection("sample-geotiff", size=(128, 128)),
+        Selection("pan2", size=(128, 128)),
+        Selection("bikes-3", size=(128, 128)),
     ),
 }
 
 Row = dict[str, Any]
 
 
-def measure(model: Model, dataset: Dataset, task: str) -> Iterator[Row]:
-    """Rows of a task."""
+def measure(
+    model: Model, dataset: Dataset, task: str, chains: Sequence[tuple[str, int]]
+) -> Iterator[Row]:
+    """Rows of a task, for (mode, number of evaluations)."""
     protocol, own = load_task(task), load_method(task)
     items = [cut(dataset, part) for part in TEST[protocol.domain]]
     cases = [case_of(protocol, i.slices(z, z + 1)) for i in items for z in range(i.pixels.shape[1])]
     names = [f"{case.truth.record.item_id}/{_slice(case.truth.record.meta)}" for case in cases]
     bench = Bench(model, cases, protocol.region)
     fits = solver_settings(model.path).get("tasks", {}).get(task, {})
-    for count in LEVELS["mean"]:
-        for source, method in _settings(own, fits, "mean", count):
-            for name, rollout in zip(names, bench.run(method), strict=True):
-                figures = {"psnr_db": round(psnr_of(rollout), 3)}
-                yield _row(task, name, source, "mean", count, figures)
-    for count in LEVELS["sample"]:
-        for source, method in _settings(own, fits, "sample", count):
-            if source != "task file":
+    for mode, count in chains:
+        for source, method in _settings(own, fits, mode, count):
+            if mode == "mean":
+                for name, rollout in zip(names, bench.run(method), strict=True):
+                    figures = {"psnr_db": round(psnr_of(rollout), 3)}
+                    yield _row(task, name, source, mode, count, figures)
+            elif source != "task file":  # that was tuned for the mean mode
                 rollouts = bench.run(method, NUM_SAMPLES)
                 yield from _sample_rows(task, names, source, count, rollouts)
 
@@ -74,8 +75,9 @@ def _settings(
 ) -> Iterator[tuple[str, MethodSettings]]:
     yield "fixed", prototype(own, count, mode)
     yield "task file", own.model_copy(update={"num_levels": count})
-    if fits.get(own.name, {}).get(mode):
-        yield "model", calibrated_method(own, fits, mode, count)
+    fitted = calibrated_method(own, fits, mode, count)
+    if fitted is not own:
+        yield "model", fitted
 
 
 def _sample_rows(
@@ -89,7 +91,11 @@ def _sample_rows(
         "v_over_b": round(sum((spread_of(r) for r in rollouts), Spread()).ratio, 3),
         "v_over_b_std_over_items": round(float(np.std(ratios)), 3),
     }
-    for name in ("log_correlation", "psnr_one_sample_db", "psnr_mean_of_samples_db"):
+    pooled["log_correlation"] = round(log_correlation_of(rollouts), 3)
+    pooled["log_correlation_mean_over_items"] = round(
+        float(np.mean([figures["log_correlation"] for figures in parts])), 3
+    )
+    for name in ("psnr_one_sample_db", "psnr_mean_of_samples_db"):
         pooled[name] = round(float(np.mean([figures[name] for figures in parts])), 3)
     yield _row(task, "pooled", source, "sample", count, pooled)
 
@@ -100,7 +106,7 @@ def _sample_figures(rollout: RollOut) -> dict[str, float]:
     decibel = -10.0 / np.log(10.0)
     figures = {
         "v_over_b": spread_of(rollout).ratio,
-        "log_correlation": rollout.log_correlation(estimates),
+        "log_correlation": log_correlation_of([rollout]),
         "psnr_one_sample_db": decibel * rollout.log_error(estimates),
         "psnr_mean_of_samples_db": decibel * rollout.log_error([mean]),
     }
@@ -129,17 +135,23 @@ def _slice(meta: Mapping[str, Any]) -> int:
 @click.command(help=__doc__)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Test items.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
+@click.option("--chain", "chains", multiple=True, default=CHAINS, show_default=True)
 @click.option("--model", default=None, type=click.Path(path_type=Path), help="[default: starter]")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
-def main(data: Path, tasks: Sequence[str], model: Path | None, output: Path) -> None:
-    """Measure tasks; their rows replace older ones."""
+def main(
+    data: Path, tasks: Sequence[str], chains: Sequence[str], model: Path | None, output: Path
+) -> None:
+    """Measure tasks; rows replace older ones of the same task, mode and number of evaluations."""
+    wanted = [(mode, int(count)) for mode, _, count in (c.partition(":") for c in chains)]
     loaded = Model.load(model or config_path("models", "starter"), dtype=torch.bfloat16)
     dataset = Dataset(data)
     for task in tasks:
         with torch.no_grad():
-            rows = list(measure(loaded, dataset, task))
+            rows = list(measure(loaded, dataset, task, wanted))
         old = json.loads(output.read_text())["rows"] if output.is_file() else []
-        kept = [row for row in old if row["task"] != task]
+        kept = [
+            row for row in old if row["task"] != task or (row["mode"], row["nfe"]) not in wanted
+        ]
         output.parent.mkdir(parents=True, exist_ok=True)
         facts = {"model_digest": loaded.digest, "rows": kept + rows}
         output.write_text(json.dumps(facts, indent=1) + "\n")

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from diffusion_core.noise.draws import KeyedDraws
-from diffusion_core.uncertainty import Spread, block_log_correlation, spread
+from diffusion_core.uncertainty import (
+    Spread,
+    block_log_correlation,
+    block_logs,
+    correlation,
+    spread,
+)
 
 DRAWS = KeyedDraws(0, "uncertainty")
 
@@ -89,6 +95,17 @@ def test_block_correlation_is_that_of_numpy_on_the_blocks_that_count():
     ]
     expected = np.corrcoef(blocks)[0, 1]
     assert block_log_correlation(samples, truth, unknown) == pytest.approx(expected, rel=1e-9)
+
+
+def test_blocks_of_several_images_can_be_joined():
+    std = varying_blocks()
+    samples, truth = std * normal(4, 1, 1, 192, 192, stream=9), std * normal(1, 1, 192, 192)
+    halves = [block_logs(samples[..., part, :], truth[..., part, :]) for part in HALVES]
+    joined = correlation(torch.cat(halves, dim=1))
+    assert joined == pytest.approx(block_log_correlation(samples, truth), rel=1e-9)
+
+
+HALVES = (slice(0, 96), slice(96, 192))
 
 
 def test_a_correlation_of_nothing_is_nan():
