@@ -170,6 +170,7 @@ def _fit_sample(
 ) -> Fit:
     accuracy = {k: v for k, v in own.options.items() if k in _ACCURACY}
     options = {**accuracy, "mode": "sample", "zeta": 1.0, "momentum": 0.0, "local": local}
+    options["adapt"] = True
     base = own.model_copy(update={"num_levels": num_levels, "options": options})
     rollouts = bench.roll_outs(base, num_samples)
     inflation = [short(c) for c in fit_inflation(rollouts)]

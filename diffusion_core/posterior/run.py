@@ -28,7 +28,7 @@ from diffusion_core.protocols import (
 
 Start = Literal["kriging", "adjoint", "noise"]
 
-RENOISE, STATE, DATA_RE, DATA_IM, LANGEVIN, PRIOR, PRIOR_STATE, PROBE = range(8)
+RENOISE, STATE, DATA_RE, DATA_IM, LANGEVIN, PRIOR, PRIOR_STATE, PROBE, ADAPT = range(9)
 """Streams of the keyed noise: what a level's fresh noise is for."""
 
 

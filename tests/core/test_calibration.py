@@ -9,11 +9,12 @@ from dense import GaussianPrior
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
-from diffusion_core.operators import Blur, Mask
+from diffusion_core.operators import Blur, Fourier, Mask
 from diffusion_core.posterior.calibration import RollOut, fit_inflation
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.posterior.linear.mask import MaskStep
+from diffusion_core.posterior.run import ADAPT
 from diffusion_core.uncertainty import Spread
 
 SIZE = (24, 20)
@@ -115,6 +116,82 @@ def test_sample_mode_is_calibrated_at_the_last_level_and_finds_the_factor(operat
     pooled = sum((r.spread([c.m for c in r.chains]) for r in rollouts), Spread())
     assert pooled.ratio == pytest.approx(1.0, abs=0.03)
     assert found == pytest.approx([FACTOR] * 4, rel=0.25)
+
+
+def at_a_fresh_state(number, operator, factor, **options):
+    """(chain, mu) at x = x0 + sigma eps, where Sigma is `factor` times the table's."""
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    rollout = roll_out(number, sigmas, operator, **options)
+    (chain,) = rollout.chains
+    chain.x = rollout.truth + 0.4 * normal(1, 1, *SIZE, key=f"fresh-{number}")
+    return chain, chain.denoise(0)
+
+
+@pytest.mark.parametrize("operator", [mask, blur])
+def test_the_misfit_of_the_data_tells_the_factor_without_the_truth(operator):
+    found = []
+    for number in range(30):
+        chain, mu = at_a_fresh_state(number, operator(), FACTOR)
+        A_mu = chain.calls.A(mu)
+        covariance = chain.solver.prior.at(0.4).on(mu, local=False)
+        R = torch.full_like(A_mu, SIGMA_Y**2)
+        found.append(float(chain.misfit(A_mu, R, covariance, mu)))
+    assert sum(found) / 30 == pytest.approx(FACTOR, rel=0.1)
+
+
+def test_an_adapted_chain_multiplies_its_inflation_by_the_misfit():
+    plain, mu = at_a_fresh_state(0, blur(), FACTOR)
+    adapted, _ = at_a_fresh_state(0, blur(), FACTOR, adapt=True)
+    A_mu = plain.calls.A(mu)
+    covariance = plain.solver.prior.at(0.4).on(mu, local=False)
+    factor = float(plain.misfit(A_mu, torch.full_like(A_mu, SIGMA_Y**2), covariance, mu))
+    assert factor > 2
+    expected = plain.condition(0, mu, 3.0 * factor)
+    torch.testing.assert_close(adapted.condition(0, mu, 3.0), expected, rtol=1e-6, atol=1e-8)
+    # ... and keeps the first level's misfit at the levels that follow.
+    again = adapted.condition(0, mu + 1.0, 3.0)
+    expected = plain.condition(0, mu + 1.0, 3.0 * factor)
+    torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_misfit_of_exact_and_of_complex_data():
+    # Exact data: nothing is taken off; unmeasured lines do not count.
+    lines = (torch.arange(SIZE[0]) % 2 == 0)[None, None, :, None].expand(1, 1, *SIZE).contiguous()
+    chain, mu = at_a_fresh_state(0, Fourier(lines, 1), 1.0)
+    covariance = chain.solver.prior.at(0.4).on(mu, local=False)
+    size = (mu.shape[-2], mu.shape[-1])
+    e = covariance.apply_root(chain._draws.normal(0, covariance.white_like(mu), ADAPT), size)
+    A_e, A_mu = chain.calls.A(e), chain.calls.A(mu)
+    gap = (chain._y - A_mu).abs().square()
+    exact = chain.misfit(A_mu, torch.zeros_like(A_mu.real), covariance, mu)
+    seen = A_e.abs() > 0
+    expected = gap[seen].sum() / A_e.abs().square().sum()
+    assert float(exact) == pytest.approx(float(expected))
+    noisy = chain.misfit(A_mu, torch.full_like(A_mu.real, 0.01), covariance, mu)
+    beyond = (gap[seen] - 2 * 0.01).sum() / A_e.abs().square().sum()
+    assert float(noisy) == pytest.approx(float(beyond))
+
+
+def test_each_image_of_a_batch_has_its_own_misfit():
+    table = PRIOR.table([0.4], num_energies=5)
+    operator, draws = blur(), KeyedDraws(0, "batch")
+    mu = torch.cat([image(0), image(1)])
+    y = operator.A(mu + torch.tensor([0.1, 1.0], dtype=torch.float64)[:, None, None, None])
+    solver = CovProx(table, mode="mean", inflation=1.0, adapt=True, start="adjoint")
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    noise = GaussianNoise(SIGMA_Y)
+    chain = Chain(solver, PRIOR.denoise, operator, y, noise, sigmas, draws)
+    covariance = table.at(0.4).on(mu)
+    R = torch.full_like(y, SIGMA_Y**2)
+    a, b = chain.misfit(operator.A(mu), R, covariance, mu).tolist()
+    assert b > 5 * a
+    m = chain.condition(0, mu)
+    alone = Chain(solver, PRIOR.denoise, operator, y[1:], noise, sigmas, draws)
+    alone._misfit = torch.tensor([b], dtype=torch.float64)
+    torch.testing.assert_close(m[1:], alone.condition(0, mu[1:]), rtol=1e-2, atol=1e-2)
+    wrong = Chain(solver, PRIOR.denoise, operator, y[1:], noise, sigmas, draws)
+    wrong._misfit = torch.tensor([a], dtype=torch.float64)
+    assert float((m[1:] - wrong.condition(0, mu[1:])).abs().max()) > 0.02
 
 
 def test_the_denoiser_is_called_once_a_level():
