@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
@@ -35,7 +36,7 @@ def run_on_ray(settings: TrainSettings, payload: dict[str, Any]) -> None:
         BadInputError: if the cluster has no place for the workers, or a worker found input that
             cannot be used.
         RuntimeError: if workers were lost too often.
-        KeyboardInterrupt: on Ctrl-C.
+        KeyboardInterrupt: on Ctrl-C; on SIGTERM what its handler raises.
     """
     from ray.train import WorkerGroupError
 
@@ -117,19 +118,38 @@ def _lost(error: Any) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C leave by KeyboardInterrupt, and put its handler back.
+    """Let SIGINT and SIGTERM end the waiting for Ray; the handlers before have the last word.
 
-    Ray Train's own handler aborts the workers and leaves by SystemExit; Ray's waiting makes a
-    SystemError of what a handler raises.
+    Ray's waiting heeds KeyboardInterrupt and SystemExit alone, and may make a SystemError of them:
+    what Prefect's handler of SIGTERM raises is lost in it, so ours stands before it. Ray Train's
+    own handler of SIGINT leaves by SystemExit.
+
+    Raises:
+        KeyboardInterrupt: on SIGINT; on SIGTERM what its handler before raises.
     """
-    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    on_sigint, on_sigterm = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    terminated = False
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    if callable(on_sigterm):
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except (SystemExit, SystemError) as error:
-        cause = error.__cause__ or error.__context__
-        if isinstance(error, SystemExit) or isinstance(cause, SystemExit | KeyboardInterrupt):
-            raise KeyboardInterrupt from error
-        raise
+    except (KeyboardInterrupt, SystemExit, SystemError) as error:
+        raised = error.__cause__ or error.__context__ if isinstance(error, SystemError) else error
+        if not isinstance(raised, KeyboardInterrupt | SystemExit):
+            raise
+        if terminated and callable(on_sigterm):
+            on_sigterm(signal.SIGTERM, None)
+        raise KeyboardInterrupt from error
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, on_sigint)
+        if callable(on_sigterm):
+            signal.signal(signal.SIGTERM, on_sigterm)

@@ -280,8 +280,48 @@ def test_only_lost_workers_are_tried_again():
         lost(a=KeyError("city"))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ray_s_waiting_ends_by_what_the_handlers_before_raise(name, wrapped):
+    """Ray swallows what is no KeyboardInterrupt or SystemExit; Ray Train's handler exits."""
+    from flows.training.on_ray import _interruptible
+
+    class TerminationSignal(BaseException):
+        pass
+
+    def prefects(*_):
+        raise TerminationSignal
+
+    def ray_train_s(*_):
+        raise SystemExit(0)
+
+    def waiting(number):
+        signal.signal(signal.SIGINT, ray_train_s)
+        try:
+            signal.raise_signal(number)
+        except (KeyboardInterrupt, SystemExit) as error:
+            if wrapped:
+                raise SystemError("returned a result with an exception set") from error
+            raise
+
+    number = signal.Signals[name]
+    before = signal.signal(signal.SIGTERM, prefects)
+    own = signal.getsignal(signal.SIGINT)
+    expected = TerminationSignal if name == "SIGTERM" else KeyboardInterrupt
+    try:
+        with pytest.raises(expected), _interruptible():
+            waiting(number)
+        assert signal.getsignal(signal.SIGTERM) is prefects
+        assert signal.getsignal(signal.SIGINT) is own
+        with pytest.raises(SystemError, match="Ray's own"), _interruptible():
+            raise SystemError("Ray's own")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, own)
+
+
 @pytest.mark.ray
-def test_ctrl_c_with_ray_is_130_and_the_same_command_goes_on(dataset, tmp_path):
+def test_ctrl_c_with_ray_is_130_and_leaves_what_to_go_on_from(dataset, tmp_path):
     compute = ComputeSettings(executor="ray", num_workers=1)
     asked = settings(dataset, tmp_path, num_steps=20_000, compute=compute)
     config = tmp_path / "train.yaml"
