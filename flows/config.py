@@ -134,7 +134,7 @@ class RestoreSettings(Settings):
     block_size: int = Field(512, description="write region of a tiled block, pixels")
     slices_per_block: int = 4
     window_items: int = Field(8, description="items a Prefect window task")
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
 
 
 class EvaluateSettings(Settings):
@@ -151,7 +151,7 @@ class EvaluateSettings(Settings):
     json_path: Path | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
 
 
 class CalibrateSettings(Settings):
@@ -228,7 +228,7 @@ class TrainSettings(Settings):
         description="training items that the covariance tables are measured on too",
     )
     shippable_only: bool = Field(True, description="leave out data whose licence forbids shipping")
-    compute: ComputeSettings = ComputeSettings(num_workers=1)
+    compute: ComputeSettings = Field(default_factory=lambda: ComputeSettings(num_workers=1))
 
     @field_validator("name", "register_as")
     @classmethod
@@ -285,7 +285,7 @@ class ReviewSettings(Settings):
     timeout_days: float = Field(3.0, gt=0, description="no answer within this time means no")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
 
 
 class NightlySettings(Settings):
@@ -297,7 +297,7 @@ class NightlySettings(Settings):
     settle_s: float = Field(30.0, ge=0, description="a file younger than this is left for later")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    compute: ComputeSettings = ComputeSettings()
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
 
 
 class ServeSettings(Settings):
