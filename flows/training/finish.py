@@ -22,18 +22,26 @@ _NUM_TABLE_IMAGES, _TABLE_SIDE = 10, 256
 
 
 def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) -> TrainResult:
-    """Turn the newest checkpoint into a model directory, registered if the settings ask for it."""
+    """Turn the newest checkpoint into a model directory, registered if the settings ask for it.
+
+    A model that was made of it before is left as it is, with what `calibrate` gave it since.
+    """
     from diffusion_core.model import save_model
-    from flows.registry import register_model
 
     step, module = averaged_model(settings, run)
+    path = run / "model"
+    recipe = settings.model_dump(
+        mode="json", exclude={"data", "output", "compute", "init_from", "extra_samples"}
+    )
+    made = _made_before(path, recipe, step)
+    if made is not None:
+        return _registered(settings, path, *made)
     module.eval()
     report(Event("finish", 0, 3, "measuring covariance on validation images", {}))
     tables = covariance_tables(settings, module)
     report(Event("finish", 1, 3, "measuring denoising on validation images", {}))
     images = validation_images(settings, _NUM_FIGURE_IMAGES, _FIGURE_SIDE)
     metrics = denoising_psnr(module, images, _FIGURE_SIGMAS)
-    path = run / "model"
     sources = training_sources(settings)
     digest = save_model(
         path,
@@ -42,9 +50,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         tables,
         model_card(settings, step, metrics, sources),
         {
-            "training": settings.model_dump(
-                mode="json", exclude={"data", "output", "compute", "init_from", "extra_samples"}
-            ),
+            "training": recipe,
             "started_from": started_from(settings),
             "num_steps": step,
             "sources": sources,
@@ -52,10 +58,35 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         },
     )
     report(Event("finish", 2, 3, f"model {digest[:12]} written", {}))
+    result = _registered(settings, path, digest, step, metrics)
+    report(Event("finish", 3, 3, f"model ready in {path}", {}))
+    return result
+
+
+def _made_before(
+    path: Path, recipe: dict[str, Any], step: int
+) -> tuple[str, int, dict[str, float]] | None:
+    """(digest, steps, figures) of a whole model of this recipe and step; None if there is none."""
+    from diffusion_core.model import BadModelError, model_digest
+
+    try:
+        digest = model_digest(path)
+    except (BadModelError, OSError):
+        return None
+    config = json.loads((path / "config.json").read_text())
+    if (config.get("training"), config.get("num_steps")) != (recipe, step):
+        return None
+    return digest, step, config["validation_psnr"]
+
+
+def _registered(
+    settings: TrainSettings, path: Path, digest: str, step: int, metrics: dict[str, float]
+) -> TrainResult:
+    from flows.registry import register_model
+
     versions: dict[str, str] = {}
     if settings.register_as:
         versions = register_model(path, settings.register_as, metrics=metrics)
-    report(Event("finish", 3, 3, f"model ready in {path}", {}))
     return TrainResult(path, digest, step, metrics, versions)
 
 

@@ -110,6 +110,18 @@ def test_a_finished_model_says_what_it_learned_from(dataset, tmp_path):
     assert set(result.metrics) == {f"city/sigma-{s}" for s in ("0.05", "0.1", "0.2", "0.5")}
 
 
+def test_a_finished_model_keeps_what_it_was_given_since(dataset, tmp_path):
+    from diffusion_core.model import solver_settings, store_solver_settings
+
+    asked = settings(dataset, tmp_path, num_steps=2)
+    first = train(asked)
+    fitted = {"format": 1, "tasks": {}}
+    digest = store_solver_settings(first.model_path, fitted, "none")
+    again = train(asked)
+    assert (again.digest, again.metrics) == (digest, first.metrics)
+    assert solver_settings(again.model_path) == fitted
+
+
 def test_a_run_of_that_name_with_other_settings_is_refused(dataset, tmp_path):
     train(settings(dataset, tmp_path, num_steps=2))
     with pytest.raises(BadInputError, match=r"other settings \(learning_rate\)"):
