@@ -51,6 +51,14 @@ SLOW = ("diffpir", "deepinv-diffpir", "deepinv-ddrm", "deepinv-dps")
 Restore = Callable[[Case], Run]
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """A method of the benchmark: what restores a case, and the settings that its rows depend on."""
+
+    restore: Restore
+    settings: Mapping[str, Any]
+
+
 class Bench:
     """The model in both precisions, the tuned weights, and deepinv's process once it is asked."""
 
@@ -79,19 +87,21 @@ class Bench:
             self._peer = Peer(python, self.model_path, jobs, self.threads).__enter__()
         return self._peer
 
-    def own(self, method: Method, dtype: str = "bfloat16") -> Restore:
+    def own(self, method: Method, dtype: str = "bfloat16") -> Entrant:
         """One of our solvers."""
-        return lambda case: ours.run(method, case, self.models[dtype])
+        first, last = float(method.sigmas[0]), float(method.sigmas[-1])
+        settings = {"from": first, "to": last, **method.options}
+        return Entrant(lambda case: ours.run(method, case, self.models[dtype]), settings)
 
-    def deepinv(self, method: str, options: Mapping[str, Any]) -> Restore:
+    def deepinv(self, method: str, options: Mapping[str, Any]) -> Entrant:
         """One of deepinv's."""
-        return lambda case: self.peer.run(method, options, case)
+        return Entrant(lambda case: self.peer.run(method, options, case), dict(options))
 
 
 _DTYPES = ("bfloat16", "float32")
 
 
-def methods(bench: Bench, task: str) -> dict[str, Restore]:
+def methods(bench: Bench, task: str) -> dict[str, Entrant]:
     """Every method that runs on all items of a task, by its name in the results."""
     tuned = tuned_options(task)
     return {
@@ -107,7 +117,7 @@ def methods(bench: Bench, task: str) -> dict[str, Restore]:
     }
 
 
-def samplers(bench: Bench) -> dict[str, Restore]:
+def samplers(bench: Bench) -> dict[str, Entrant]:
     """deepinv's DPS (1000 steps) and DDRM (100), as they come."""
     return {
         "deepinv-ddrm": bench.deepinv("ddrm", {}),
@@ -120,10 +130,10 @@ def tuned_options(task: str) -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(TUNED.read_text())[task])
 
 
-def record(rows: Rows, case: Case, name: str, restore: Restore, facts: Mapping[str, Any]) -> None:
+def record(rows: Rows, case: Case, name: str, entrant: Entrant, facts: Mapping[str, Any]) -> None:
     """Restore, score, keep."""
     start = time.perf_counter()
-    result = restore(case)
+    result = entrant.restore(case)
     row = {
         "task": case.task.name,
         "item": case.name,
@@ -131,6 +141,7 @@ def record(rows: Rows, case: Case, name: str, restore: Restore, facts: Mapping[s
         "nfe": result.nfe,
         **{key: round(value, 4) for key, value in case.figures(result.x).items()},
         "seconds": round(result.seconds, 3),
+        "settings": entrant.settings,
         **facts,
     }
     rows.put(row)
@@ -140,12 +151,10 @@ def record(rows: Rows, case: Case, name: str, restore: Restore, facts: Mapping[s
     )
 
 
-def run(
-    bench: Bench, rows: Rows, tasks: Sequence[str], only: Sequence[str], again: Sequence[str]
-) -> None:
+def run(bench: Bench, rows: Rows, tasks: Sequence[str], only: Sequence[str]) -> None:
     """Quality: every method on every item, the quick ones first.
 
-    Rows that are there are kept, but for the methods of `again`.
+    Rows that were made with the settings of today are kept.
     """
     dataset = test_dataset(bench.work)
     facts = {"threads": bench.threads, "idle": False}
@@ -157,9 +166,15 @@ def run(
                     chosen |= samplers(bench)
                 for name in phase:
                     wanted = name in chosen and (not only or name in only)
-                    known = rows.get(task, case.name, name) is not None and name not in again
-                    if wanted and not known:
+                    if wanted and not known(rows, case, name, chosen[name]):
                         record(rows, case, name, chosen[name], facts)
+
+
+def known(rows: Rows, case: Case, name: str, entrant: Entrant) -> bool:
+    """Whether the row is there, made with these settings."""
+    row = rows.get(case.task.name, case.name, name)
+    settings = json.loads(json.dumps(entrant.settings))
+    return row is not None and row["settings"] == settings
 
 
 def timed(bench: Bench, rows: Rows, tasks: Sequence[str]) -> None:
@@ -197,17 +212,21 @@ def tune(bench: Bench, dataset: Dataset, log: Rows, tasks: Sequence[str]) -> Non
             lambda o, task=task: bench.own(ours.at_our_levels(task, "dds", o)),
         )
 
-        def published(options: dict[str, Any], task: str = task) -> Restore:
+        def published(options: dict[str, Any], task: str = task) -> Entrant:
             return bench.own(ours.diffpir_published(task, **options))
 
         many = search.climb("diffpir", [{"lam": lam, "zeta": 1.0} for lam in LAMBDAS], published)
         many = search.best("diffpir", [{**many, "zeta": zeta} for zeta in ZETAS], published)
-        # For the same lambda its rho is half of ours, and otherwise the two agree to .1 dB.
-        peer = Search(log, measured[:1]).climb(
+        # For the same lambda its rho is half of ours: see infra/decisions/0005.
+        peer = search.climb(
             "deepinv-diffpir",
             [{"lambda_": 2 * lam, "zeta": many["zeta"]} for lam in LAMBDAS],
             lambda o: bench.deepinv("diffpir", o),
             first=LAMBDAS.index(many["lam"]),
+        )
+        many = search.refine("diffpir", many, "lam", published)
+        peer = search.refine(
+            "deepinv-diffpir", peer, "lambda_", lambda o: bench.deepinv("diffpir", o)
         )
         found = {
             "diffpir-our-start": few,
@@ -235,16 +254,16 @@ class Search:
         self,
         method: str,
         candidates: Sequence[dict[str, Any]],
-        restore: Callable[[dict[str, Any]], Restore],
+        enter: Callable[[dict[str, Any]], Entrant],
     ) -> dict[str, Any]:
         """The candidate of the highest figure."""
-        return max(candidates, key=lambda options: self.figure(method, options, restore(options)))
+        return max(candidates, key=lambda options: self.figure(method, options, enter(options)))
 
     def climb(
         self,
         method: str,
         candidates: Sequence[dict[str, Any]],
-        restore: Callable[[dict[str, Any]], Restore],
+        enter: Callable[[dict[str, Any]], Entrant],
         first: int | None = None,
     ) -> dict[str, Any]:
         """The highest of ordered candidates, up and down from one until the figure falls."""
@@ -252,7 +271,7 @@ class Search:
         def figure(i: int) -> float:
             if not 0 <= i < len(candidates):
                 return -math.inf
-            return self.figure(method, candidates[i], restore(candidates[i]))
+            return self.figure(method, candidates[i], enter(candidates[i]))
 
         place = len(candidates) // 2 if first is None else first
         for step in (1, -1):
@@ -260,13 +279,24 @@ class Search:
                 place += step
         return candidates[place]
 
-    def figure(self, method: str, options: dict[str, Any], restore: Restore) -> float:
+    def refine(
+        self,
+        method: str,
+        best: dict[str, Any],
+        weight: str,
+        enter: Callable[[dict[str, Any]], Entrant],
+    ) -> dict[str, Any]:
+        """Between the points of a grid that steps by 3: half a step to either side."""
+        sides = [{**best, weight: float(f"{best[weight] * f:.3g}")} for f in (1.8, 1 / 1.8)]
+        return self.best(method, [best, *sides], enter)
+
+    def figure(self, method: str, options: dict[str, Any], entrant: Entrant) -> float:
         """Mean PSNR in dB, from the log where it is there."""
         name = f"{method} {json.dumps(options)}"
         rows = []
         for case in self.measured:
             if self.log.get(case.task.name, case.name, name) is None:
-                record(self.log, case, name, restore, {})
+                record(self.log, case, name, entrant, {})
             rows.append(self.log.get(case.task.name, case.name, name) or {})
         return float(np.mean([row["psnr"] for row in rows]))
 
@@ -294,7 +324,6 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 @main.command("run")
 @_shared
 @click.option("--method", "only", multiple=True, help="Only these; default all.")
-@click.option("--again", multiple=True, help="Methods whose rows are made anew.")
 def run_command(
     work: Path,
     peer_python: Path | None,
@@ -302,11 +331,10 @@ def run_command(
     tasks: Sequence[str],
     results: Path,
     only: Sequence[str],
-    again: Sequence[str],
 ) -> None:
     """Quality of every method on every item."""
     with Bench(work, peer_python, threads) as bench:
-        run(bench, Rows(results), tasks, only, again)
+        run(bench, Rows(results), tasks, only)
 
 
 @main.command("time")

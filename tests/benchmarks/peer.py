@@ -121,18 +121,19 @@ class Peer:
             return {"kind": "fourier", "mask": operator.mask.numpy()}
         if isinstance(operator, ParallelBeam):
             # All views in one matrix: how ours folds them is not given away, nor is it timed.
-            matrix, transpose = matrix_pair(operator.geometry, range(operator.geometry.num_views))
+            geometry = operator.geometry
+            matrix, transpose = matrix_pair(geometry, range(geometry.num_views))
             return {
                 "kind": "sparse",
-                "matrix": self._stored(matrix),
-                "transpose": self._stored(transpose),
+                "matrix": self._stored(matrix, f"{geometry.digest}-forward"),
+                "transpose": self._stored(transpose, f"{geometry.digest}-transpose"),
                 "scale": operator.scale,
             }
         raise TypeError(f"deepinv is not asked for {type(operator).__name__}")
 
-    def _stored(self, matrix: csr_array) -> str:
-        """Path of a matrix; stored once a shape (geometries of one bench differ in it)."""
-        path = self._folder / f"matrix-{matrix.shape[0]}x{matrix.shape[1]}-{matrix.nnz}.npz"
+    def _stored(self, matrix: csr_array, name: str) -> str:
+        """Path of a matrix, stored once."""
+        path = self._folder / f"{name}.npz"
         if not path.exists():
             save_npz(path, matrix, compressed=False)
         return str(path)
