@@ -18,7 +18,7 @@ help:
 
 install: $(STAMP)
 
-# The constraints pin a torch without CUDA, so that pip pulls no gigabytes of it.
+# The constraints pin torch's version; which build of it pip takes is the index's: see README.
 $(STAMP): pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c infra/constraints.txt

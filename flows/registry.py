@@ -263,6 +263,11 @@ def _find_version(ref: str, name: str, version: str | None, alias: str | None) -
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         names = [m.name for m in client.search_registered_models()]
+        if name in names:
+            wanted = f"alias {alias}" if alias else f"version {version}"
+            raise BadInputError(
+                f"no model {ref}: {name} has no {wanted} (see `sashiko models`)"
+            ) from error
         known = "registered are " + ", ".join(names) if names else "none is registered yet"
         raise BadInputError(f"no model {ref}: {known} (see `sashiko models`)") from error
 
