@@ -2,7 +2,7 @@
 
     mean mode     inflation level by level (diffusion_core.posterior.calibration), reduced to a few
                   knots; from there knob by knob, keeping what raises the mean PSNR of whole chains
-    sample mode   inflation level by level to V/B = 1, with S or without; levels as they are
+    sample mode   inflation level by level to V/B = 1; levels as they are
 
 The keyed noise is the same in every trial, so that settings differ by what they do, not by luck.
 """
@@ -157,20 +157,13 @@ def fit_mean(
 def fit_sample(
     bench: Bench, own: MethodSettings, num_levels: int, num_samples: int = NUM_SAMPLES
 ) -> Fit:
-    """Settings whose samples have V/B = 1 at every level.
+    """Settings whose samples have V/B = 1 at every level, pooled over the images.
 
-    S (`local`) is taken or left, whichever lets the variance of blocks follow their error better.
+    Sigma is local (S), and its size follows each image's own misfit (CovProx.adapt).
     """
-    fits = [_fit_sample(bench, own, num_levels, num_samples, local) for local in (True, False)]
-    return max(fits, key=lambda fit: fit.figures["log_correlation"])
-
-
-def _fit_sample(
-    bench: Bench, own: MethodSettings, num_levels: int, num_samples: int, local: bool
-) -> Fit:
     accuracy = {k: v for k, v in own.options.items() if k in _ACCURACY}
-    options = {**accuracy, "mode": "sample", "zeta": 1.0, "momentum": 0.0, "local": local}
-    options["adapt"] = True
+    options = {**accuracy, "mode": "sample", "zeta": 1.0, "momentum": 0.0}
+    options |= {"local": True, "adapt": True}
     base = own.model_copy(update={"num_levels": num_levels, "options": options})
     rollouts = bench.roll_outs(base, num_samples)
     inflation = [short(c) for c in fit_inflation(rollouts)]

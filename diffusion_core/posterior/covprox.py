@@ -29,6 +29,7 @@ from torch import Tensor
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear import Accuracy
+from diffusion_core.posterior.misfit import misfit_ratio
 from diffusion_core.posterior.run import (
     ADAPT,
     RENOISE,
@@ -53,8 +54,6 @@ Ramp = float | Sequence[float]
 """A constant, or values at evenly spaced places of the chain: two are those at the first level and
 at the last, as many as there are levels one a level; between them it is interpolated."""
 
-_MISFITS = 0.1, 20.0
-"""Bounds of what `adapt` multiplies with."""
 _INFLATION: dict[str, Ramp] = {"mean": 4.0, "sample": 1.5}
 _ZETA: dict[str, Ramp] = {"mean": (0.7, 0.0), "sample": 1.0}
 
@@ -72,9 +71,9 @@ class CovProx:
         zeta: scale of the fresh noise that a level starts from, linear along the levels (the start
             has the whole noise of the first); default .7 to 0 (mean), 1 (sample).
         momentum: beta, linear along the levels; with fresh noise only.
-        adapt: multiply c of an image, at all levels, by how much larger its data's misfit at the
-            first level is than Sigma foresees (Chain.misfit): images differ in texture, and the
-            table holds their average.
+        adapt: multiply c, at all levels, by how much larger the data's misfit at the first level
+            is than Sigma foresees (misfit.py), place by place where the operator is local: images
+            and their parts differ in texture, and the table holds their average.
         local: whether Sigma varies from pixel to pixel (S).
         start: "kriging", "adjoint" or "noise", each with noise of the first level added.
         tolerance: relative residual of the linear solves.
@@ -190,9 +189,13 @@ class Chain:
         A_mu = self.calls.A(mu)
         R = self._noise.variance(A_mu)
         table, padding = solver.prior.at(sigma), self._step.padding
-        if solver.adapt and self._misfit is None:  # at the first level, of its first estimate
-            self._misfit = self.misfit(A_mu, R, table.on(mu, 1.0, padding, local=solver.local), mu)
-        covariance = _scaled(table.on(mu, c, padding, local=solver.local), self._misfit)
+        covariance = table.on(mu, c, padding, local=solver.local)
+        if solver.adapt:
+            if self._misfit is None:  # at the first level, of its first estimate
+                self._misfit = self.misfit(
+                    A_mu, R, table.on(mu, 1.0, padding, local=solver.local), mu
+                )
+            covariance = _scaled(covariance, self._misfit, mu)
         centre, residual = mu, self._y - A_mu
         if solver.mode == "sample":
             xi = self._draws.normal(level, covariance.white_like(mu), STATE)
@@ -207,22 +210,12 @@ class Chain:
 
     def misfit(
         self, A_mu: Data, R: Tensor, covariance: Covariance, mu: Signal
-    ) -> Float[Tensor, " b"]:
-        """Energy of the misfit beyond noise over that of A e, e ~ N(0, Sigma): 1 if Sigma is right.
-
-        Both are weighted by 1/R where there is noise, and count where A e is not 0: masks and
-        sampling patterns leave zeros for what they did not measure.
-        """
-        e = covariance.apply_root(
-            self._draws.normal(0, covariance.white_like(mu), ADAPT), (mu.shape[-2], mu.shape[-1])
-        )
-        foreseen = self.calls.A(e).abs().square()
-        noisy = bool((R > 0).all())
-        floor = (2.0 if self._y.is_complex() else 1.0) if noisy else 0.0
-        weight = (foreseen > 0) / (R if noisy else torch.ones_like(foreseen))
-        beyond = weight * (self._y - A_mu).abs().square() - floor * (foreseen > 0)
-        ratio = beyond.flatten(1).sum(dim=1) / (weight * foreseen).flatten(1).sum(dim=1)
-        return ratio.clamp(*_MISFITS).to(mu)
+    ) -> Float[Tensor, "b 1 _ _"]:
+        """The data's misfit over what Sigma foresees: see misfit.py."""
+        size = mu.shape[-2], mu.shape[-1]
+        e = covariance.apply_root(self._draws.normal(0, covariance.white_like(mu), ADAPT), size)
+        foreseen = self.calls.A(e)
+        return misfit_ratio(self._y - A_mu, foreseen, R, self.calls.reach, size).to(mu)
 
     def advance(self, level: int, m: Signal) -> None:
         """Take m as the level's estimate, and bring x to the next level if there is one."""
@@ -240,13 +233,10 @@ class Chain:
             self.x = self.x + scale * self._draws.normal(level + 1, m, RENOISE)
 
 
-def _scaled(covariance: Covariance, factor: Float[Tensor, " b"] | None) -> Covariance:
-    """Sigma of each batch element times its factor; of all times their mean where S = 1."""
-    if factor is None:
-        return covariance
-    if covariance.std is None:
-        return replace(covariance, spectrum=covariance.spectrum * factor.mean())
-    return replace(covariance, std=covariance.std * factor.sqrt()[:, None, None, None])
+def _scaled(covariance: Covariance, factor: Float[Tensor, "b 1 _ _"], mu: Signal) -> Covariance:
+    """Sigma times a factor of each batch element, or of each of its pixels."""
+    std = torch.ones_like(mu[:, :1]) if covariance.std is None else covariance.std
+    return replace(covariance, std=std * factor.sqrt())
 
 
 def _values(ramp: Ramp | None) -> tuple[float, ...]:

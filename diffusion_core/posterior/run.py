@@ -20,6 +20,7 @@ from diffusion_core.protocols import (
     NoiseModel,
     NonlinearOperator,
     NormalDraws,
+    Reach,
     Restoration,
     Sigma,
     Signal,
@@ -59,6 +60,12 @@ class Counted:
     def is_linear(self) -> bool:
         """Whether the operator has an adjoint."""
         return isinstance(self._operator, LinearOperator)
+
+    @property
+    def reach(self) -> Reach:
+        """How far a datum looks; the plane, if the operator does not say."""
+        reach: Reach = getattr(self._operator, "reach", "plane")
+        return reach
 
     @property
     def _linear(self) -> LinearOperator:
