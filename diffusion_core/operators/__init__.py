@@ -10,12 +10,13 @@ pool          Pool         factor: A A' = I / factor^2
 downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
 fourier       Fourier      mask, channels: diagonal in Fourier
 multi-coil    MultiCoil    mask, sensitivities
+jpeg-coefficients  JPEGCoefficients  (its noise is rounding: ROUNDING_STD)
 sparse        Sparse       matrix, transpose; a Projector, as those of domains/ct
 compose       Compose      outer, inner
 stack         Stack        operators, split
 
-Nonlinear, with A and initial(y) only (protocols.NonlinearOperator; daps, split-gibbs, red-diff,
-dps take them): Saturation, PhaseRetrieval, JPEG.
+Nonlinear, with A and initial(y) only (protocols.NonlinearOperator; covprox, daps, split-gibbs,
+red-diff, dps take them): Saturation, PhaseRetrieval, JPEG.
 """
 
 from diffusion_core.operators.base import Operator, inner
@@ -25,6 +26,7 @@ from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
 from diffusion_core.operators.identity import Identity
 from diffusion_core.operators.jpeg import JPEG
+from diffusion_core.operators.jpeg_coefficients import ROUNDING_STD, JPEGCoefficients
 from diffusion_core.operators.mask import Mask
 from diffusion_core.operators.mosaic import Mosaic
 from diffusion_core.operators.multi_coil import MultiCoil
@@ -37,11 +39,13 @@ from diffusion_core.operators.varying_blur import VaryingBlur
 
 __all__ = [
     "JPEG",
+    "ROUNDING_STD",
     "Blur",
     "Compose",
     "Downsample",
     "Fourier",
     "Identity",
+    "JPEGCoefficients",
     "Mask",
     "Mosaic",
     "MultiCoil",

@@ -66,12 +66,12 @@ class JPEG:
         if c not in {1, 3}:
             raise ValueError(f"JPEG takes 1 or 3 channels, not {c}")
         planes = F.pad(127.5 * (x + 1.0), (0, -w % 8, 0, -h % 8), mode="replicate")
-        colours = torch.tensor(_YCBCR).to(x) if c == 3 else torch.eye(1).to(x)
+        colours = colour_matrix(c).to(x)
         # YCbCr with 128 taken from luminance: all between -128 and 127.
         level = torch.tensor([128.0, 0.0, 0.0]).to(x)[:c, None, None]
         ycc = _eight_bits(torch.einsum("kc,bchw->bkhw", colours, planes) - level)
         step = self.tables(c).to(x)[:, None, None]
-        decoded = _eight_bits(_inverse_dct(step * _rounded(_dct(ycc) / step)))
+        decoded = _eight_bits(inverse_dct(step * _rounded(dct(ycc) / step)))
         rgb = torch.einsum("kc,bchw->bkhw", torch.linalg.inv(colours), decoded + level)
         return _rounded(rgb[..., :h, :w].clamp(0.0, 255.0)) / 127.5 - 1.0
 
@@ -92,6 +92,11 @@ def _rounded(x: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
+def colour_matrix(channels: int) -> Tensor:
+    """RGB to YCbCr for 3 channels, 1 for one: (channels, channels)."""
+    return torch.tensor(_YCBCR) if channels == 3 else torch.eye(1)
+
+
 def _eight_bits(x: Tensor) -> Tensor:
     return _rounded(x).clamp(-128.0, 127.0)
 
@@ -104,14 +109,14 @@ def _basis(like: Tensor) -> Tensor:
     return basis.to(like)
 
 
-def _dct(planes: Tensor) -> Tensor:
+def dct(planes: Tensor) -> Tensor:
     """(b c h w) -> coefficients (b, c, h / 8, w / 8, 8, 8)."""
     blocks = planes.unflatten(-2, (-1, 8)).unflatten(-1, (-1, 8)).transpose(-3, -2)
     basis = _basis(planes)
     return basis @ blocks @ basis.T
 
 
-def _inverse_dct(coefficients: Tensor) -> Tensor:
+def inverse_dct(coefficients: Tensor) -> Tensor:
     """Back to (b c h w)."""
     basis = _basis(coefficients)
     blocks = basis.T @ coefficients @ basis

@@ -1,7 +1,7 @@
 """Posterior solvers, one a file, all with the signature of protocols.Solver.
 
 name            what it is                                            operators   NFE a level
-covprox         ours: mean or sample by the measured covariance       linear      1
+covprox         ours: mean or sample by the measured covariance       any         1
 diffpir, dds    an isotropic weight; a few CG steps                   linear      1
 kriging         the Gaussian prior alone                              linear      0 in all
 ddrm, ddnm      exact along singular directions                       spectral    1

@@ -133,7 +133,7 @@ class DataDraws:
             return misfit_gradient(calls, at, y, noise, self.noise_floor)
 
         probe = draws.normal(0, centre, PROBE)
-        h = self.langevin_step / (1.0 / spread**2 + _curvature(slope, centre, spread, probe))
+        h = self.langevin_step / (1.0 / spread**2 + curvature(slope, centre, spread, probe))
         first = level * (self.langevin_steps + 1)
         before = draws.normal(first, x, LANGEVIN)
         for k in range(self.langevin_steps):
@@ -153,7 +153,7 @@ def misfit_gradient(
     return pull((Ax - y) / R)
 
 
-def _curvature(
+def curvature(
     gradient: Callable[[Signal], Signal], x: Signal, width: float, probe: Signal
 ) -> Tensor:
     """Largest eigenvalue of a Hessian at x, by power iteration on differences of gradients.

@@ -8,7 +8,9 @@ validation images (covariance.py), and conditioned on y in closed form or by con
     fresh          x' = m + beta (m - m_before) + zeta sigma' eps
     deterministic  x' = m + (sigma' / sigma) (x - m)
 
-No gradient goes through the network, so a level costs one evaluation of D. The chain's error is
+A nonlinear A has no gain: m then minimises the posterior's energy, by descent (descent.py), about
+mu or about s with y - n'. No gradient goes through the network, so a level costs one evaluation of
+D. The chain's error is
 larger than a fresh-noise residual, hence the inflation c > 1. Fresh noise keeps D in the regime it
 was trained in, but what of it the data do not see stays in m: so zeta fades along the levels. Where
 the data say nothing a level brings the chain nearer by a share sigma^2 / (P + sigma^2) only: beta,
@@ -27,11 +29,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_core.posterior.covariance import CovarianceTable
+from diffusion_core.posterior.descent import descend
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear import Accuracy
 from diffusion_core.posterior.misfit import misfit_ratio
 from diffusion_core.posterior.run import (
     ADAPT,
+    PROBE,
     RENOISE,
     STATE,
     Counted,
@@ -45,6 +49,7 @@ from diffusion_core.protocols import (
     Denoiser,
     LinearOperator,
     NoiseModel,
+    NonlinearOperator,
     NormalDraws,
     Restoration,
     Signal,
@@ -76,8 +81,8 @@ class CovProx:
             and their parts differ in texture, and the table holds their average.
         local: whether Sigma varies from pixel to pixel (S).
         start: "kriging", "adjoint" or "noise", each with noise of the first level added.
-        tolerance: relative residual of the linear solves.
-        max_steps: CG steps a level at most.
+        tolerance: relative residual of the linear solves (of a descent: see descent.py).
+        max_steps: CG steps, or gradients, a level at most.
     """
 
     prior: CovarianceTable
@@ -106,7 +111,7 @@ class CovProx:
     def __call__(
         self,
         denoise: Denoiser,
-        operator: LinearOperator,
+        operator: LinearOperator | NonlinearOperator,
         y: Data,
         noise: NoiseModel,
         sigmas: Float[Tensor, " levels"],
@@ -149,7 +154,7 @@ class Chain:
         self,
         solver: CovProx,
         denoise: Denoiser,
-        operator: LinearOperator,
+        operator: LinearOperator | NonlinearOperator,
         y: Data,
         noise: NoiseModel,
         sigmas: Float[Tensor, " levels"],
@@ -159,7 +164,8 @@ class Chain:
         self.levels = positive_levels(sigmas)
         self.calls = Counted(denoise, operator)
         self.trace: list[dict[str, Any]] = []
-        self._step = self.calls.data_step()
+        self._step = self.calls.data_step() if self.calls.is_linear else None
+        self._padding = 0 if self._step is None else self._step.padding
         self._y, self._noise, self._draws = y, noise, draws
         self._misfit: Tensor | None = None
         self._accuracy = Accuracy(solver.tolerance, solver.max_steps)
@@ -188,7 +194,7 @@ class Chain:
         c = solver.inflation_at(self.progress(level)) if inflation is None else inflation
         A_mu = self.calls.A(mu)
         R = self._noise.variance(A_mu)
-        table, padding = solver.prior.at(sigma), self._step.padding
+        table, padding = solver.prior.at(sigma), self._padding
         covariance = table.on(mu, c, padding, local=solver.local)
         if solver.adapt:
             if self._misfit is None:  # at the first level, of its first estimate
@@ -196,25 +202,33 @@ class Chain:
                     A_mu, R, table.on(mu, 1.0, padding, local=solver.local), mu
                 )
             covariance = _scaled(covariance, self._misfit, mu)
-        centre, residual = mu, self._y - A_mu
+        centre, A_centre, y = mu, A_mu, self._y
         if solver.mode == "sample":
-            xi = self._draws.normal(level, covariance.white_like(mu), STATE)
-            centre = mu + covariance.apply_root(xi, (mu.shape[-2], mu.shape[-1]))
-            n = measurement_noise(R, self._draws, level, self._y)
-            residual = self._y - self.calls.A(centre) - n
-        update = self._step(covariance, R, residual, self._accuracy)
+            centre = mu + self._draw_of(covariance, level, mu, STATE)
+            y = y - measurement_noise(R, self._draws, level, y)
+            A_centre = self.calls.A(centre)
+        if self._step is None:
+            probe = self._draw_of(covariance, level, mu, PROBE)
+            update = descend(self.calls, covariance, self._noise, y, centre, probe, self._accuracy)
+        else:
+            update = self._step(covariance, R, y - A_centre, self._accuracy)
         self.trace.append(
             {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
         )
         return centre + update.delta
+
+    def _draw_of(self, covariance: Covariance, level: int, mu: Signal, stream: int) -> Signal:
+        """A draw of N(0, Sigma) for the image."""
+        xi = self._draws.normal(level, covariance.white_like(mu), stream)
+        return covariance.apply_root(xi, (mu.shape[-2], mu.shape[-1]))
 
     def misfit(
         self, A_mu: Data, R: Tensor, covariance: Covariance, mu: Signal
     ) -> Float[Tensor, "b 1 _ _"]:
         """The data's misfit over what Sigma foresees: see misfit.py."""
         size = mu.shape[-2], mu.shape[-1]
-        e = covariance.apply_root(self._draws.normal(0, covariance.white_like(mu), ADAPT), size)
-        foreseen = self.calls.A(e)
+        e = self._draw_of(covariance, 0, mu, ADAPT)
+        foreseen = self.calls.A(e) if self._step else self.calls.A(mu + e) - A_mu
         return misfit_ratio(self._y - A_mu, foreseen, R, self.calls.reach, size).to(mu)
 
     def advance(self, level: int, m: Signal) -> None:

@@ -72,7 +72,7 @@ class Counted:
         if not isinstance(self._operator, LinearOperator):
             raise UnsuitedError(
                 f"{type(self._operator).__name__} has no adjoint: nonlinear operators are for "
-                "daps, split-gibbs, red-diff and dps"
+                "covprox, daps, split-gibbs, red-diff and dps"
             )
         return self._operator
 

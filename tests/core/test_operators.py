@@ -7,14 +7,18 @@ import pytest
 import torch
 from PIL import Image
 from scipy import ndimage
+from scipy.fft import dctn
 from scipy.sparse import random_array
 
 from diffusion_core.operators import (
+    JPEG,
+    ROUNDING_STD,
     Blur,
     Compose,
     Downsample,
     Fourier,
     Identity,
+    JPEGCoefficients,
     Mask,
     Mosaic,
     MultiCoil,
@@ -108,6 +112,16 @@ class TestBicubicByThree(LinearOperatorContract):
 class TestBicubicByFour(LinearOperatorContract):
     def make(self, dtype):
         return Downsample.bicubic(4, (20, 28)), (2, 3, 20, 28)
+
+
+class TestJPEGCoefficients(LinearOperatorContract):
+    def make(self, dtype):
+        return JPEGCoefficients(30, (16, 24)), (2, 3, 16, 24)
+
+
+class TestJPEGCoefficientsOfGrey(LinearOperatorContract):
+    def make(self, dtype):
+        return JPEGCoefficients(10, (24, 8)), (2, 1, 24, 8)
 
 
 class TestMosaic(LinearOperatorContract):
@@ -307,6 +321,33 @@ def test_downsampling_by_a_box_is_pooling():
     assert torch.allclose(Downsample(box, 3, (15, 21)).A(x), Pool(3).A(x), rtol=1e-12)
 
 
+def test_jpegs_coefficients_are_scipys_transform_in_steps():
+    x = normal(1, 1, 16, 8)
+    y = JPEGCoefficients(50, (16, 8)).A(x)
+    for row in range(2):
+        block = 127.5 * x[0, 0, 8 * row : 8 * row + 8].numpy()
+        # At quality 50 the luminance table is the standard's own: 16, 11, 10, 16 ...
+        expected = dctn(block, norm="ortho")[0, :4] / [16, 11, 10, 16]
+        np.testing.assert_allclose(y[0, 0, row, 0, 0, :4], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpegs_coefficients_of_a_decoded_image_are_the_files_and_miss_by_half_a_step(channels):
+    truth = (0.25 * normal(1, channels, 40, 24)).clamp(-1, 1)
+    decoded, operator = JPEG(70).A(truth), JPEGCoefficients(70, (40, 24))
+    y = operator.data_of(decoded)
+    missed = (y - operator.A(truth)).abs()
+    # Coding rounds pixels to 8 bits and colours again, which moves a coefficient by a little.
+    assert float((missed < 0.6).double().mean()) > 0.995
+    # Coefficients of many steps err evenly within one.
+    assert float(missed.square().mean().sqrt()) == pytest.approx(ROUNDING_STD, rel=0.05)
+    torch.testing.assert_close(operator.data_of(JPEG(70).A(decoded)), y)
+    # A file holds whole numbers; JPEG's 0 is grey level 128, network 0 is 127.5.
+    step = float(JPEG(70).tables(1)[0, 0, 0])
+    in_file = y[:, 0, ..., 0, 0] - 8 * 0.5 / step
+    torch.testing.assert_close(in_file, in_file.round(), atol=1e-9, rtol=0)
+
+
 def test_a_mosaic_is_bayers():
     x = normal(*ODD)
     y = Mosaic().A(x)
@@ -424,6 +465,10 @@ def test_compose_is_one_after_the_other():
         (lambda: VaryingBlur(node_kernels(), (4, 4)).A(normal(1, 1, 4, 5)), "built for"),
         (lambda: Downsample.bicubic(3, (15, 22)), "15 x 22 pixels do not divide by 3"),
         (lambda: Downsample(bicubic_kernel(3), 4, (16, 16)), "give even sides"),
+        (lambda: JPEGCoefficients(0, (8, 8)), "quality"),
+        (lambda: JPEGCoefficients(9, (8, 9)), "do not divide"),
+        (lambda: JPEGCoefficients(9, (8, 8)).A(normal(1, 2, 8, 8)), "applied to"),
+        (lambda: JPEGCoefficients(9, (8, 8)).A(normal(1, 3, 8, 16)), "applied to"),
         (lambda: Mosaic("RGBX"), "four letters"),
         (lambda: Mosaic().A(normal(1, 1, 4, 4)), "expected 3"),
         (lambda: MultiCoil(torch.ones(1, 1, 4, 4), coil_maps()), "boolean"),
@@ -456,6 +501,7 @@ ON_DEVICES = {
     "blur": (lambda: Blur(lopsided_kernel(), (16, 24)), (2, 3, 16, 24)),
     "varying-blur": (lambda: VaryingBlur(node_kernels(), (16, 24)), (2, 3, 16, 24)),
     "pool": (lambda: Pool(4), (2, 3, 16, 24)),
+    "jpeg-coefficients": (lambda: JPEGCoefficients(10, (16, 24)), (2, 3, 16, 24)),
     "downsample": (lambda: Downsample.bicubic(4, (16, 24)), (2, 3, 16, 24)),
     "fourier": (lambda: Fourier(coin(2, 1, 1, 24), channels=2), (2, 2, 16, 24)),
     "multi-coil": (
