@@ -7,7 +7,7 @@ places: the prototype's fixed ones, the task's file, and the model (`sashiko cal
 tests/benchmarks/results/calibration.json:
 
     mean mode     psnr_db by settings, at 8 and at 12 evaluations: one row an image
-    sample mode   M samples at 8 and at 20: V/B over the unknown pixels (protocols.md), correlation
+    sample mode   M samples at 8 and at 20: V/B over the unknown pixels, correlation
                   of the logarithms of variance and error of 16^2 blocks, PSNR of one sample and of
                   the mean of M; rows of one image, and the pooled row of the task (item "pooled")
 """
@@ -36,23 +36,28 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 NUM_SAMPLES = 8
 CHAINS = ("mean:8", "mean:12", "sample:8", "sample:20")
 TEST: Mapping[str, Sequence[Selection]] = {
-    "ct": (Selection("lung2", 3, shrink=2),),
-    "mri": (Selection("brain2", 3),),
+    "ct": (Selection("lung2", 4, shrink=2),),
+    "mri": (Selection("brain2", 4),),
     "city": (
         Selection("china", size=(128, 128)),
         Selection("sample-geotiff", size=(128, 128)),
         Selection("pan2", size=(128, 128)),
-        Selection("bikes-3", size=(128, 128)),
+        Selection("bikes-3", 3, size=(128, 128)),
     ),
 }
+SOURCES = ("fixed", "task file", "model")
 
 Row = dict[str, Any]
 
 
 def measure(
-    model: Model, dataset: Dataset, task: str, chains: Sequence[tuple[str, int]]
+    model: Model,
+    dataset: Dataset,
+    task: str,
+    chains: Sequence[tuple[str, int]],
+    sources: Sequence[str],
 ) -> Iterator[Row]:
-    """Rows of a task, for (mode, number of evaluations)."""
+    """Rows of a task, for (mode, number of evaluations) and settings from `sources`."""
     protocol, own = load_task(task), load_method(task)
     items = [cut(dataset, part) for part in TEST[protocol.domain]]
     cases = [case_of(protocol, i.slices(z, z + 1)) for i in items for z in range(i.pixels.shape[1])]
@@ -61,6 +66,8 @@ def measure(
     fits = solver_settings(model.path).get("tasks", {}).get(task, {})
     for mode, count in chains:
         for source, method in _settings(own, fits, mode, count):
+            if source not in sources:
+                continue
             if mode == "mean":
                 for name, rollout in zip(names, bench.run(method), strict=True):
                     figures = {"psnr_db": round(psnr_of(rollout), 3)}
@@ -132,26 +139,37 @@ def _slice(meta: Mapping[str, Any]) -> int:
     return int((meta.get("slices") or [0])[0])
 
 
+def _replaced(
+    row: Row, task: str, chains: Sequence[tuple[str, int]], sources: Sequence[str]
+) -> bool:
+    same_chain = row["task"] == task and (row["mode"], row["nfe"]) in chains
+    return same_chain and row["settings"] in sources
+
+
 @click.command(help=__doc__)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Test items.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
 @click.option("--chain", "chains", multiple=True, default=CHAINS, show_default=True)
+@click.option("--source", "sources", multiple=True, type=click.Choice(SOURCES), default=SOURCES)
 @click.option("--model", default=None, type=click.Path(path_type=Path), help="[default: starter]")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
 def main(
-    data: Path, tasks: Sequence[str], chains: Sequence[str], model: Path | None, output: Path
+    data: Path,
+    tasks: Sequence[str],
+    chains: Sequence[str],
+    sources: Sequence[str],
+    model: Path | None,
+    output: Path,
 ) -> None:
-    """Measure tasks; rows replace older ones of the same task, mode and number of evaluations."""
+    """Measure tasks; rows replace older ones of the same task, mode, evaluations and settings."""
     wanted = [(mode, int(count)) for mode, _, count in (c.partition(":") for c in chains)]
     loaded = Model.load(model or config_path("models", "starter"), dtype=torch.bfloat16)
     dataset = Dataset(data)
     for task in tasks:
         with torch.no_grad():
-            rows = list(measure(loaded, dataset, task, wanted))
+            rows = list(measure(loaded, dataset, task, wanted, sources))
         old = json.loads(output.read_text())["rows"] if output.is_file() else []
-        kept = [
-            row for row in old if row["task"] != task or (row["mode"], row["nfe"]) not in wanted
-        ]
+        kept = [row for row in old if not _replaced(row, task, wanted, sources)]
         output.parent.mkdir(parents=True, exist_ok=True)
         facts = {"model_digest": loaded.digest, "rows": kept + rows}
         output.write_text(json.dumps(facts, indent=1) + "\n")
