@@ -64,7 +64,8 @@ class Bound:
         prior: KL at the greatest level.
         diffusion: the integral over the levels.
         reconstruction: at the least level.
-        error: of `diffusion`: of its quadrature (bound_on_levels), or one standard error
+        error: of `diffusion`: of its quadrature (bound_on_levels), which leaves out most of the
+            noise of the draws (take several and see how they spread), or one standard error
             (bound_by_sampling).
         diffusion_in_steps: the same term of the model that takes these very levels as its steps:
             an upper bound on its own, above `diffusion` by what discrete time costs; None if the
@@ -112,7 +113,7 @@ def bound_on_levels(
 
     Returns:
         The bound; `error` compares with every other level left out, as the rule's order 2 has it
-        (Richardson), and so includes some of the noise of the draws.
+        (Richardson); of the noise of the draws it sees a small part only.
 
     Raises:
         ValueError: if the levels are not as asked.

@@ -140,14 +140,27 @@ def _staging(path: Path) -> Path:
 
 
 def _publish(staging: Path, path: Path) -> str:
-    """Digest the files, and put the folder in place of an older one by rename."""
+    """Digest the files, and put the folder in place of an older model by rename.
+
+    Raises:
+        BadModelError: if what is there is no model; it is left as it is.
+    """
     for file in staging.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
     digests = {p.name: _sha256(p) for p in sorted(staging.iterdir())}
     (staging / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")
+    old = None
     if path.exists():
-        shutil.rmtree(path)
+        if any(path.iterdir()) and not (path / DIGESTS).is_file():
+            shutil.rmtree(staging)
+            raise BadModelError(
+                f"{path} holds files that are no model's: name another folder for the model"
+            )
+        old = staging.with_suffix(".old")
+        path.rename(old)
     staging.rename(path)
+    if old is not None:
+        shutil.rmtree(old)
     return model_digest(path)
 
 
@@ -268,6 +281,17 @@ class Model:
                 f"{self.path} was not trained for '{condition}' (it knows {known}): "
                 "choose another model"
             )
+
+
+def weights_digest(path: Path) -> str:
+    """The digest of a model's weights alone: the same whatever is fitted to them later.
+
+    Raises:
+        BadModelError: if `path` is not a whole model.
+    """
+    model_digest(path)
+    digests: dict[str, str] = json.loads((path / DIGESTS).read_text())
+    return digests[WEIGHTS]
 
 
 def _sha256(path: Path) -> str:

@@ -74,7 +74,7 @@ def calibrate(settings: CalibrateSettings, on_event: EventHandler | None = None)
     on_event = on_event or ignore
     path = Path(resolve_model(settings.model).path)
     target = _target(settings)
-    source = target if (target / "solver.json").is_file() else path
+    source = _known(target, path)
     document: dict[str, Any] = {**solver_settings(source)}
     document |= {"format": 1, "command": _command(settings)}
     model = Model.load(source, dtype=getattr(torch, settings.dtype))
@@ -208,6 +208,23 @@ def _target(settings: CalibrateSettings) -> Path:
     if Path(settings.model).is_dir():
         return Path(settings.model)
     raise BadInputError(f"{settings.model} has no directory of its own: say where with --output")
+
+
+def _known(target: Path, path: Path) -> Path:
+    """The target where it holds this model with some fits already, else the model.
+
+    Raises:
+        BadInputError: if the target holds another model.
+    """
+    from diffusion_core.model import DIGESTS, weights_digest
+
+    if not (target / DIGESTS).is_file():
+        return path
+    if weights_digest(target) != weights_digest(path):
+        raise BadInputError(
+            f"{target} holds another model than {path}: name another folder with --output"
+        )
+    return target
 
 
 def _command(settings: CalibrateSettings) -> str:

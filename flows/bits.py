@@ -118,18 +118,31 @@ def measure(
 
 
 def bits_per_dim(
-    model: Model, crop: Crop, fitted: Fitted, num_levels: int = 33, seed: int = 0
-) -> Bound:
-    """The bound of one crop; `Bound.bits_per_dim` and `Bound.in_bits` read it.
+    model: Model,
+    crop: Crop,
+    fitted: Fitted,
+    num_levels: int = 33,
+    seeds: Sequence[int] = (0,),
+    name: str = "",
+) -> list[Bound]:
+    """The bound of one crop, once for each seed: their spread is that of the noise drawn.
 
     The levels are quantiles of the learned density: close where the integrand is large.
+
+    Args:
+        model: whose bound it is.
+        crop: the image.
+        fitted: ends and density of its condition.
+        num_levels: evaluations a seed.
+        seeds: of the noise.
+        name: of the image: its noise is its own.
     """
     u = torch.linspace(1, 0, num_levels, dtype=torch.float64)
     ends = replace(fitted.ends, bin_width=crop.bin_width)
-    draws = KeyedDraws(seed, f"bits-{crop.condition}")
+    denoise, sigmas = model.denoiser(crop.condition), fitted.density.quantile(u).exp()
+    keys = [KeyedDraws(seed, f"bits-{crop.condition}-{name}") for seed in seeds]
     with torch.no_grad():
-        sigmas = fitted.density.quantile(u).exp()
-        return bound_on_levels(model.denoiser(crop.condition), crop.x0, sigmas, ends, draws)
+        return [bound_on_levels(denoise, crop.x0, sigmas, ends, draws) for draws in keys]
 
 
 def variance_reduction(

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from diffusion_core.noise.processes import LinearProcess
 
 _RELATIVE, _ABSOLUTE = 1e-11, 1e-14  # of sigma^2: a jump of b from 0 needs some tolerance
-_LEAST_STEPS = 64  # so that a short burst of noise is not stepped over
+_LEAST_STEPS = 1000  # a burst of b shorter than a step may be stepped over
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Integrated(LinearProcess):
 
     (ln s)' = a and (sigma^2)' = (b / s)^2 are solved once, on first use, by an explicit method of
     order 8 with its dense output: sigma is good to 1e-7, absolute or relative, where a and b are
-    smooth, and steps shorten by themselves where they are not.
+    smooth, and steps shorten by themselves where they are not. What lasts less than 1/1000 of
+    t_last may be missed.
 
     Attributes:
         drift_of: a(t).

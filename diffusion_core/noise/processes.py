@@ -173,7 +173,11 @@ class SubVP(LinearProcess):
 
 @dataclass(frozen=True)
 class CosineVP(LinearProcess):
-    """Variance preserving, s = cos(pi t / 2). Source: Nichol and Dhariwal 2021 (2102.09672)."""
+    """Variance preserving, s = cos(pi t / 2), which has a closed form at every t.
+
+    Source: Nichol and Dhariwal 2021 (arXiv:2102.09672), without their offset of .008 at t = 0,
+    which keeps beta from being small for steps of finite length.
+    """
 
     def drift(self, t: float) -> float:
         """a = s' / s."""

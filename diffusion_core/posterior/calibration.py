@@ -126,32 +126,35 @@ class _Trial:
 def _least_error(trial: _Trial, start: float) -> tuple[float, Estimates]:
     """The c of least mean log error: octaves downhill, then the vertex of a parabola."""
     known: dict[float, tuple[float, Estimates]] = {}
+    origin = math.log(start)
 
-    def loss(ln_c: float) -> float:
-        if ln_c not in known:
-            found = trial.estimates(math.exp(ln_c))
+    def loss(octaves: float) -> float:
+        if octaves not in known:
+            found = trial.estimates(math.exp(origin + octaves * _OCTAVE))
             pairs = zip(trial.rollouts, found, strict=True)
-            known[ln_c] = sum(r.log_error(ms) for r, ms in pairs) / len(found), found
-        return known[ln_c][0]
+            known[octaves] = sum(r.log_error(ms) for r, ms in pairs) / len(found), found
+        return known[octaves][0]
 
-    best = math.log(start)
-    for step in (_OCTAVE, -_OCTAVE):
-        moved = False
-        while _LN_LEAST <= best + step <= _LN_MOST and loss(best + step) < loss(best):
-            best, moved = best + step, True
-        if moved:
+    def allowed(octaves: float) -> bool:
+        return _LN_LEAST <= origin + octaves * _OCTAVE <= _LN_MOST
+
+    best: float = 0
+    for step in (1, -1):
+        while allowed(best + step) and loss(best + step) < loss(best):
+            best += step
+        if best:
             break
-    around = [best - _OCTAVE, best, best + _OCTAVE]
-    if all(ln_c in known for ln_c in around):
-        best = min(best, _vertex(best, [loss(ln_c) for ln_c in around]), key=loss)
-    return math.exp(best), known[best][1]
+    around = [best - 1, best, best + 1]
+    if all(octaves in known for octaves in around):
+        best = min(best, best + _vertex([loss(octaves) for octaves in around]), key=loss)
+    return math.exp(origin + best * _OCTAVE), known[best][1]
 
 
-def _vertex(centre: float, losses: Sequence[float]) -> float:
-    """Where the parabola through three losses, an octave apart, is least."""
+def _vertex(losses: Sequence[float]) -> float:
+    """Where the parabola through three losses is least, in steps from the middle one."""
     low, middle, high = losses
     curvature = low - 2 * middle + high
-    return centre + 0.5 * _OCTAVE * (low - high) / curvature if curvature > 0 else centre
+    return 0.5 * (low - high) / curvature if curvature > 0 else 0.0
 
 
 def _calibrated(trial: _Trial, start: float) -> tuple[float, Estimates]:

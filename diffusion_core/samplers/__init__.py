@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,14 +14,20 @@ if TYPE_CHECKING:
     Sampler = Callable[[Denoiser, Signal, Tensor, NormalDraws], Signal]
 
 SAMPLERS = ("ancestral", "ddim", "euler", "heun", "dpm-solver", "churn")
-"""Names that `make_sampler` knows; ddim is taken half-way, eta = 1/2."""
+"""Names that `make_sampler` knows. As it comes ddim is deterministic, which is euler."""
+
+_OPTIONS = {"ddim": {"eta"}, "churn": {"churn"}}
 
 
-def make_sampler(name: str) -> Sampler:
+def make_sampler(name: str, options: Mapping[str, Any] | None = None) -> Sampler:
     """A sampler by name, as (denoise, x, sigmas, draws) -> samples.
 
+    Args:
+        name: one of SAMPLERS.
+        options: `eta` of ddim; `churn` (a churn.Churn) of churn; the others have none.
+
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name or an option is unknown.
     """
     from diffusion_core.samplers.ancestral import ancestral
     from diffusion_core.samplers.churn import churned_heun
@@ -31,7 +38,7 @@ def make_sampler(name: str) -> Sampler:
 
     samplers: dict[str, Sampler] = {
         "ancestral": ancestral,
-        "ddim": lambda denoise, x, sigmas, draws: ddim(denoise, x, sigmas, draws, eta=0.5),
+        "ddim": ddim,
         "euler": lambda denoise, x, sigmas, _: euler(denoise, x, sigmas),
         "heun": lambda denoise, x, sigmas, _: heun(denoise, x, sigmas),
         "dpm-solver": lambda denoise, x, sigmas, _: dpm_solver_2m(denoise, x, sigmas),
@@ -39,4 +46,8 @@ def make_sampler(name: str) -> Sampler:
     }
     if name not in samplers:
         raise ValueError(f"unknown sampler '{name}': choose one of {', '.join(SAMPLERS)}")
-    return samplers[name]
+    options = dict(options or {})
+    unknown = sorted(set(options) - _OPTIONS.get(name, set()))
+    if unknown:
+        raise ValueError(f"{name} has no option {', '.join(unknown)}")
+    return partial(samplers[name], **options)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 
-from diffusion_core.model import Model
+from diffusion_core.model import Model, weights_digest
 from flows.config import config_path, load_task
 from flows.store import Dataset
 from tests.benchmarks import ours, tables
@@ -69,6 +69,7 @@ class Bench:
         self._peer: Peer | None = None
         path = config_path("models", "starter")
         self.model_path = path
+        self.weights = weights_digest(path)[:12]
         self.models = {name: Model.load(path, dtype=getattr(torch, name)) for name in _DTYPES}
 
     def __enter__(self) -> Bench:
@@ -154,10 +155,10 @@ def record(rows: Rows, case: Case, name: str, entrant: Entrant, facts: Mapping[s
 def run(bench: Bench, rows: Rows, tasks: Sequence[str], only: Sequence[str]) -> None:
     """Quality: every method on every item, the quick ones first.
 
-    Rows that were made with the settings of today are kept.
+    Rows that were made by these weights with the settings of today are kept.
     """
     dataset = test_dataset(bench.work)
-    facts = {"threads": bench.threads, "idle": False}
+    facts = {"threads": bench.threads, "idle": False, "weights": bench.weights}
     for phase in (QUICK, SLOW):
         for task in tasks:
             for number, case in enumerate(cases(dataset, task, TEST[load_task(task).domain])):
@@ -166,21 +167,21 @@ def run(bench: Bench, rows: Rows, tasks: Sequence[str], only: Sequence[str]) -> 
                     chosen |= samplers(bench)
                 for name in phase:
                     wanted = name in chosen and (not only or name in only)
-                    if wanted and not known(rows, case, name, chosen[name]):
+                    if wanted and not known(rows, case, name, chosen[name], bench):
                         record(rows, case, name, chosen[name], facts)
 
 
-def known(rows: Rows, case: Case, name: str, entrant: Entrant) -> bool:
-    """Whether the row is there, made with these settings."""
+def known(rows: Rows, case: Case, name: str, entrant: Entrant, bench: Bench) -> bool:
+    """Whether the row is there, made by these weights with these settings."""
     row = rows.get(case.task.name, case.name, name)
-    settings = json.loads(json.dumps(entrant.settings))
-    return row is not None and row["settings"] == settings
+    made_by = {"settings": json.loads(json.dumps(entrant.settings)), "weights": bench.weights}
+    return row is not None and {key: row.get(key) for key in made_by} == made_by
 
 
 def timed(bench: Bench, rows: Rows, tasks: Sequence[str]) -> None:
     """Seconds: CovProx in both precisions and DiffPIR, ours and deepinv's, one after the other."""
     dataset = test_dataset(bench.work)
-    facts = {"threads": bench.threads, "idle": True}
+    facts = {"threads": bench.threads, "idle": True, "weights": bench.weights}
     names = ("covprox", "covprox-float32", "diffpir", "deepinv-diffpir")
     for task in tasks:
         chosen = methods(bench, task)

@@ -10,7 +10,7 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Blur, Fourier, Mask
-from diffusion_core.posterior.calibration import RollOut, fit_inflation
+from diffusion_core.posterior.calibration import RollOut, _least_error, fit_inflation
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.posterior.linear.mask import MaskStep
@@ -86,6 +86,25 @@ def test_mean_mode_finds_the_factor_where_the_state_is_a_fresh_one(operator):
         chain.x = rollout.truth + 0.4 * normal(1, 1, *SIZE, key=f"fresh-{k}")
     (c,) = fit_inflation(rollouts)
     assert c == pytest.approx(FACTOR, rel=0.15)
+
+
+@pytest.mark.parametrize("start", [0.3, 1.0, 4.0, 7.0, 30.0])
+@pytest.mark.parametrize("least_at", [0.7, 2.0, 9.0, 11.0])
+def test_the_last_step_of_the_search_is_never_left_out(start, least_at):
+    class Parabola:
+        rollouts = (None,)
+
+        def estimates(self, c):
+            return [math.log(c)]
+
+    class Loss:
+        def log_error(self, ln_c):
+            return (ln_c - math.log(least_at)) ** 2
+
+    Parabola.rollouts = (Loss(),)
+    c, estimates = _least_error(Parabola(), start)
+    assert c == pytest.approx(least_at)
+    assert estimates == [pytest.approx(math.log(least_at))]
 
 
 def test_the_fitted_inflation_is_where_the_error_is_least():

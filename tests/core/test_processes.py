@@ -61,10 +61,11 @@ def test_a_process_of_given_coefficients_reproduces_the_closed_form(closed):
 
 
 def test_a_burst_of_noise_is_not_stepped_over():
-    # b^2 = 1 on [0.4, 0.41] only: sigma^2 = 0.01 afterwards, and no drift.
-    process = Integrated(lambda t: 0.0, lambda t: float(0.4 <= t <= 0.41))
-    assert process.sigma(0.39) == 0.0
-    assert process.sigma(1.0) ** 2 == pytest.approx(0.01, rel=1e-3)
+    # b^2 = 1 on [0.4, 0.4 + d] only: sigma^2 = d afterwards, and no drift.
+    for lasting in (0.01, 0.0015):
+        process = Integrated(lambda t: 0.0, lambda t, d=lasting: float(0.4 <= t <= 0.4 + d))
+        assert process.sigma(0.39) == 0.0
+        assert process.sigma(1.0) ** 2 == pytest.approx(lasting, rel=1e-3)
 
 
 def test_coefficients_that_are_infinite_or_times_out_of_range_are_refused():

@@ -56,10 +56,11 @@ def test_bits_are_counted_for_the_source_s_bins(model):
     fitted = fit(model, [crop_of(item(number=5), z, 40) for z in (0, 1)], num_levels=13)
     low, high = fitted.sigma_range
     assert 0.004 < low < high <= 4.0 + 1e-9
-    bound = bits_per_dim(model, crop, fitted, num_levels=9)
+    (bound,) = bits_per_dim(model, crop, fitted, num_levels=9)
     # An untrained network knows nothing of this picture, but a little more than even odds.
     assert 0 < bound.bits_per_dim.item() < 10
-    finer = bits_per_dim(model, replace(crop, bin_width=crop.bin_width / 64), fitted, num_levels=9)
+    fine = replace(crop, bin_width=crop.bin_width / 64)
+    (finer,) = bits_per_dim(model, fine, fitted, num_levels=9)
     assert finer.bits_per_dim.item() > bound.bits_per_dim.item() + 3
     found = variance_reduction(model, [crop], fitted, num_levels=13)
     assert set(found) == {"learned", "log-uniform", "log-normal"}

@@ -10,7 +10,7 @@ import torch
 import yaml
 from evaluation_kit import make_model, picture
 
-from diffusion_core.model import model_digest, solver_settings
+from diffusion_core.model import BadModelError, model_digest, solver_settings
 from domains.base import BadInputError, Item, ItemRecord
 from flows import api_calibrate
 from flows.api_calibrate import calibrate, figures_table
@@ -249,6 +249,20 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(root, tmp_path, monkeypatch
     calibrate(asked(root, output=output, modes=["sample"], levels={"sample": [2, 3]}))
     assert done == [("sample", 2), ("sample", 3), ("sample", 3)]
     assert list(solver_settings(output)["tasks"][TASK]["covprox"]["sample"]) == ["2", "3"]
+
+
+def test_nothing_else_is_overwritten_nor_another_model_taken(root, tmp_path):
+    thesis = tmp_path / "work" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    with pytest.raises(BadModelError, match="no model's: name another folder"):
+        calibrate(asked(root, output=thesis.parent, modes=["sample"]))
+    assert [p.name for p in thesis.parent.iterdir()] == ["thesis.tex"]
+    assert list(tmp_path.iterdir()) == [thesis.parent], "nothing half-written is left"
+    other = tmp_path / "other"
+    make_model(other, seed=1)
+    with pytest.raises(BadInputError, match="holds another model"):
+        calibrate(asked(root, output=other, modes=["sample"]))
 
 
 def test_images_can_be_named(root, tmp_path):
