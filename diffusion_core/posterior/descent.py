@@ -4,10 +4,11 @@
 
 With x = centre + Sigma w the slope in that metric is grad U = J' R^-1 (A x - y) + w, no inverse of
 Sigma is needed, and the condition number is 1 + L, L the steepest curvature of the misfit against
-Sigma. Nesterov's momentum for a strongly convex function, dropped where it leads uphill. U itself
-is never asked for: clipping and quantisation are flat where their gradients lead on. For a linear A
-the minimum is centre + K (y - A centre). About a draw, with y perturbed alike, it is "randomise
-then optimise": exact for linear A.
+Sigma. Nesterov's momentum for a strongly convex function, dropped where it leads uphill; where A
+bends more than was measured, so that the slope turns and steepens, back to the best point with half
+the step. U itself is never asked for: clipping and quantisation are flat where their gradients lead
+on. For a linear A the minimum is centre + K (y - A centre). About a draw, with y perturbed alike,
+it is "randomise then optimise": exact for linear A.
 
 Source: Nesterov 2004, Introductory lectures on convex optimization, 2.2.1 (constant step scheme);
 O'Donoghue and Candes 2015 (arXiv:1204.3982), gradient restart; Bardsley et al. 2014,
@@ -17,6 +18,7 @@ doi:10.1137/140964023, for the draw.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from diffusion_core.posterior.conditional import curvature, misfit_gradient
 from diffusion_core.posterior.gaussian import Covariance
@@ -26,6 +28,8 @@ from diffusion_core.protocols import Data, NoiseModel, Signal
 
 NOISE_FLOOR = 0.01
 """Least standard deviation of a datum, units of y: exact data have no slope to descend."""
+_FLED = 16.0
+"""A slope so much steeper (squared) than the gentlest met, and against it: too long a step."""
 
 
 def descend(
@@ -46,8 +50,8 @@ def descend(
         y: measurement.
         centre: of the Gaussian, (b c h w).
         probe: a draw of N(0, Sigma): how far the curvature of the misfit is measured.
-        accuracy: `tolerance` is of the slope against the way from the centre; `max_steps` counts
-            gradients, each a call of A and of its pullback.
+        accuracy: `tolerance` is of the slope against the way from the centre, both in Sigma's
+            metric; `max_steps` counts gradients, each a call of A and of its pullback.
 
     Returns:
         The way from the centre.
@@ -59,21 +63,34 @@ def descend(
     width = float(probe.square().mean().sqrt())
     L = curvature(lambda x: covariance.apply(slope(x)), centre, width, probe)
     h = 1.0 / (1.0 + L)
-    momentum = (1.0 - h.sqrt()) / (1.0 + h.sqrt())
-    w = ahead = torch.zeros_like(centre)
+    w = ahead = best = best_slope = torch.zeros_like(centre)
+    least = torch.full_like(L, torch.inf)
     left, count = 1.0, 0
     while count < accuracy.max_steps and left > accuracy.tolerance:
         count += 1
         gradient = slope(centre + covariance.apply(ahead)) + ahead
-        before, w = w, ahead - h * gradient
-        uphill = (gradient * covariance.apply(w - before)).flatten(1).sum(dim=1) > 0
-        ahead = w + torch.where(uphill[:, None, None, None], 0.0, momentum) * (w - before)
+        uphill = covariance.apply(gradient)
+        steepness = _squared(gradient, uphill)
+        back = ~(_squared(best_slope, uphill) > 0)
+        fled = back & ~(steepness <= _FLED * least)
+        gentler = steepness < least
+        best, best_slope = (
+            torch.where(gentler, ahead, best),
+            torch.where(gentler, gradient, best_slope),
+        )
+        least = least.fmin(steepness)
+        h = torch.where(fled, 0.5 * h, h)
+        before, w = w, torch.where(fled, best, ahead - h * gradient)
+        step = covariance.apply(w - before)
+        onward = ~fled & (_squared(gradient, step) <= 0)
+        momentum = (1.0 - h.sqrt()) / (1.0 + h.sqrt())
+        ahead = torch.where(onward, w + momentum * (w - before), w)
         delta = covariance.apply(w)
-        left = _share(covariance.apply(gradient), delta)
+        share = steepness / _squared(w, delta).clamp_min(torch.finfo(w.dtype).tiny)
+        left = float(torch.where(fled, torch.inf, share).max()) ** 0.5
     return Update(delta, count, left)
 
 
-def _share(slope: Signal, way: Signal) -> float:
-    """Norm of one against the other's, of the batch element where it is greatest."""
-    norms = [v.flatten(1).norm(dim=1) for v in (slope, way)]
-    return float((norms[0] / norms[1].clamp_min(1e-30)).max())
+def _squared(a: Signal, b: Signal) -> Tensor:
+    """Inner product of each batch element, (b 1 1 1)."""
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True)

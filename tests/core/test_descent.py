@@ -93,6 +93,22 @@ def test_batch_elements_do_not_hear_of_one_another():
         torch.testing.assert_close(both[n : n + 1], one, rtol=1e-3, atol=1e-3)
 
 
+class Steep:
+    """A(x) = sinh(x): gentle where the descent starts, steep where it goes."""
+
+    def A(self, x):
+        return x.sinh()
+
+
+def test_where_the_operator_bends_more_than_was_measured_the_step_is_cut():
+    centre = torch.zeros(1, 1, *SIZE, dtype=torch.float64)
+    Sigma, noise, y = white_covariance(1.0, centre), GaussianNoise(0.1), torch.full_like(centre, 20)
+    calls = Counted(lambda x, s: x, Steep())
+    delta = descend(calls, Sigma, noise, y, centre, 0.01 + centre, Accuracy(1e-6, 400)).delta
+    # The data are sharp: |x|^2 / 2 pulls by a thousandth.
+    torch.testing.assert_close(delta, y.asinh(), atol=2e-3, rtol=0)
+
+
 def test_exact_data_weigh_as_if_they_had_the_floors_noise():
     centre, y = normal(1, 1, *SIZE), normal(1, 1, *SIZE, stream=1)
     Sigma = white_covariance(1.0, centre)
