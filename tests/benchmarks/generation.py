@@ -1,6 +1,7 @@
 """How far generated images are from held-out ones, beside how far training images are from them.
 
     python -m tests.benchmarks.generation --data DATASET
+    python -m tests.benchmarks.generation --data DATASET --picture infra/pictures/generated.png
 
 DATASET holds the sample items (`sashiko samples`). For every condition as many crops are drawn from
 test items, from training items, and from the model. Two distances to the test crops:
@@ -8,6 +9,9 @@ test items, from training items, and from the model. Two distances to the test c
     spectrum_db    root mean square, over spatial frequency, of the difference of the mean radial
                    power spectra in dB
     histogram      Wasserstein-1 distance of the pixel values, in network units (which span 2)
+
+With --picture nothing is measured: a sheet is drawn, for every condition a row of test crops above
+a row of generated images, none of them chosen.
 
 The training crops are the yardstick: other people and places, no model. A generated set that is
 nearer than they are is not better than real; two sets of real images differ that much.
@@ -34,6 +38,7 @@ from flows.config import GenerateSettings
 from flows.store import Dataset
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
+NUM_SHOWN = 6
 CONDITIONS = {"ct": "ct", "mri": "mri", "city": "city"}
 
 
@@ -107,6 +112,31 @@ def generated(condition: str, ref: str, sampler: str, levels: int, num: int, sid
             return to_network(condition, file["pixels"])
 
 
+def sheet(rows: list[Tensor], gap: int = 2) -> Array:
+    """Rows of images (n c h w) in network units as one 8-bit colour picture (h w 3)."""
+    lines = []
+    for row in rows:
+        grey_levels = ((row.clamp(-1, 1) + 1) * 127.5).round().byte()
+        colour = grey_levels.expand(-1, 3, -1, -1)
+        framed = torch.nn.functional.pad(colour, (gap, gap, gap, gap), value=255)
+        lines.append(torch.cat(list(framed), dim=2))
+    return np.asarray(torch.cat(lines, dim=1).permute(1, 2, 0))
+
+
+def draw(path: Path, dataset: Dataset, ref: str, sampler: str, levels: int, side: int) -> None:
+    """Write the sheet as PNG."""
+    from PIL import Image
+
+    rows, num = [], NUM_SHOWN
+    for condition in CONDITIONS:
+        rows += [
+            real_crops(dataset, condition, "test", num, side),
+            generated(condition, ref, sampler, levels, num, side),
+        ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet(rows)).save(path, optimize=True)
+
+
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--model", "ref", default="starter", show_default=True)
@@ -115,11 +145,22 @@ def generated(condition: str, ref: str, sampler: str, levels: int, num: int, sid
 @click.option("--sampler", "samplers", multiple=True, default=("dpm-solver", "churn"))
 @click.option("--levels", default=20, show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw a sheet here instead.")
 def main(
-    data: Path, ref: str, num: int, side: int, samplers: tuple[str, ...], levels: int, output: Path
+    data: Path,
+    ref: str,
+    num: int,
+    side: int,
+    samplers: tuple[str, ...],
+    levels: int,
+    output: Path,
+    picture: Path | None,
 ) -> None:
     """Measure and write."""
     dataset, rows = Dataset(data), []
+    if picture is not None:
+        draw(picture, dataset, ref, samplers[-1], levels, side)
+        return
     for condition in CONDITIONS:
         held_out = real_crops(dataset, condition, "test", num, side)
         kinds = {"train": real_crops(dataset, condition, "train", num, side)}

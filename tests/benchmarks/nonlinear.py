@@ -8,8 +8,8 @@ methods were chosen on the windows of cases.VALIDATION and on berlin-02.
 
     jpeg-q10, jpeg-q20   4:4:4; the decoded image is what there is. TV and non-local means of it,
                          and one evaluation of the denoiser
-    clip-60              values above .6 of the range clipped after noise of .05: harmonic fill of
-                         what is clipped, and TV with the clipped likelihood
+    clip-60              values above .6 of the range clipped after noise of .05: as clipped, and
+                         TV with the clipped likelihood
     phase-retrieval      moduli of the twice oversampled transform, noise .05, images of 128^2: the
                          best by data of 4 runs of hybrid input-output, where CovProx starts too
     deblur-lens ...      the task's own frozen baselines (configs/baselines) and kriging
@@ -45,7 +45,6 @@ from diffusion_core.operators import (
 from diffusion_core.posterior import make_solver
 from diffusion_core.protocols import Data, NoiseModel, Signal
 from domains.classical import TVSettings, minimise_tv_masked
-from domains.inpainting import biharmonic
 from domains.registry import load_domain
 from flows.config import config_path, load_method, load_task
 from flows.engine.methods import baseline_params
@@ -174,23 +173,17 @@ def _like(x: Signal, method: Callable[..., Any], **settings: Any) -> Signal:
 
 
 def clip_methods(task: str, scene: Scene, model: Model) -> dict[str, Callable[[], Any]]:
-    """As clipped; filled; total variation that knows of the clipping; CovProx."""
+    """As clipped; total variation that knows of the clipping; CovProx."""
     y, clipped = scene.y, scene.y >= LIMIT
-
-    def fill() -> tuple[Signal, int]:
-        filled = [biharmonic(image[None], ~hole) for image, hole in
-                  zip(y[0].numpy(), clipped[0].numpy(), strict=True)]  # fmt: skip
-        return torch.from_numpy(np.concatenate(filled))[None].to(y).clamp(-1, 1), 0
 
     return {
         "clipped": lambda: (y, 0),
-        "biharmonic": fill,
         "tv": lambda: (clipped_tv(y, clipped), 0),
         "covprox": lambda: covprox(task, scene, model),
     }
 
 
-def clipped_tv(y: Signal, clipped: Tensor, strength: float = 5.0, num_rounds: int = 6) -> Signal:
+def clipped_tv(y: Signal, clipped: Tensor, strength: float = 14.0, num_rounds: int = 6) -> Signal:
     """Total variation; a clipped datum pulls where x is below the limit, and is silent above."""
     settings = TVSettings(strength=strength, num_iterations=100, step=0.05)
     x, weights = y, torch.full_like(y, SIGMA_Y**-2)
@@ -286,7 +279,8 @@ def put(
     rows: Rows, task: str, item: str, method: str, nfe: int, figures: Mapping[str, float], s: float
 ) -> None:
     """Keep a row and say so."""
-    row = {"task": task, "item": item, "method": method, "nfe": nfe, **figures, "seconds": s}
+    row = {"task": task, "item": item, "method": method, "nfe": nfe, "seconds": round(s, 3)}
+    row |= {key: round(value, 4) for key, value in figures.items()}
     rows.put(row)
     click.echo(row)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Rows:
         rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
         self._rows = {_key(row): row for row in rows}
 
-    def __iter__(self) -> Iterable[Row]:
+    def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
 
     def get(self, task: str, item: str, method: str) -> Row | None:
