@@ -113,7 +113,7 @@ def _fits(
     items = [case.truth.record.item_id for case in cases]
     start: Knobs | None = None
     for mode, count in left:
-        done = known.get("mean", {}) if mode == "mean" else {}
+        done = known.get("mean", {}) if mode == "mean" and not settings.again else {}
         if start is None and done:
             start = Knobs.of(_method(own, next(iter(done.values()))))
         on_event(Event("step", 0, 0, f"{name}: {mode} mode at {count} levels"))

@@ -1,6 +1,7 @@
 """Calibration: the search climbs, what it finds is kept with the model, and used by a plan."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,12 @@ import torch
 import yaml
 from evaluation_kit import make_model, picture
 
-from diffusion_core.model import BadModelError, model_digest, solver_settings
+from diffusion_core.model import (
+    BadModelError,
+    model_digest,
+    solver_settings,
+    store_solver_settings,
+)
 from domains.base import BadInputError, Item, ItemRecord
 from flows import api_calibrate
 from flows.api_calibrate import calibrate, figures_table
@@ -229,6 +235,17 @@ def test_what_is_fitted_is_not_fitted_again(root, calibrated, monkeypatch):
     result = calibrate(asked(root, model=str(calibrated)))
     assert (result.digest, result.model_path) == (before, calibrated)
     assert "| inpaint-random70 | sample | 2 |" in result.table()
+
+
+def test_what_is_fitted_again_is_fitted_from_the_task_file_as_at_first(root, calibrated, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(calibrated, model)
+    (fit,) = solver_settings(model)["tasks"][TASK]["covprox"]["mean"].values()
+    wrong = {**fit, "sigma_max": 3.0, "options": {**fit["options"], "zeta": [0.0, 0.0, 0.0]}}
+    store_solver_settings(model, {"tasks": {TASK: {"covprox": {"mean": {"2": wrong}}}}}, "none")
+    calibrate(asked(root, model=str(model), modes=["mean"], again=True))
+    (found,) = solver_settings(model)["tasks"][TASK]["covprox"]["mean"].values()
+    assert found == fit
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(root, tmp_path, monkeypatch):
