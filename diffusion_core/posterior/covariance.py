@@ -30,6 +30,7 @@ from diffusion_core.posterior.spectra import (
     opponent_basis,
     radial_frequency,
     radial_spectrum,
+    short_sighted,
 )
 from diffusion_core.protocols import Denoiser, NormalDraws, Signal
 
@@ -55,6 +56,7 @@ class LevelCovariance:
         log_spectrum: (c, F) log eigenvalues of C there.
         log_energy: (K,) increasing knots of the log gradient energy of mu; K = 0 for S = 1.
         log_variance: (K,) log S^2 there.
+        reach: pixels at which C^-1 ends (spectra.short_sighted); None: it does not.
     """
 
     basis: Float[Tensor, "c c"]
@@ -62,11 +64,13 @@ class LevelCovariance:
     log_spectrum: Float[Tensor, "c knots"]
     log_energy: Float[Tensor, " energies"]
     log_variance: Float[Tensor, " energies"]
+    reach: int | None = None
 
     def spectrum(self, height: int, width: int) -> Float[Tensor, "c h w_half"]:
         """Eigenvalues of C on a height x width canvas, in the layout of rfft2."""
         log_f = torch.log(radial_frequency(height, width).clamp_min(1e-9))
-        return torch.exp(interpolate(log_f, self.log_frequencies, self.log_spectrum))
+        C = torch.exp(interpolate(log_f, self.log_frequencies, self.log_spectrum))
+        return C if self.reach is None else short_sighted(C, self.reach, width)
 
     def local_std(self, mu: Signal) -> Float[Tensor, "b 1 h w"]:
         """S, from the gradient energy of mu."""
@@ -88,6 +92,9 @@ class LevelCovariance:
             local: False sets S = 1.
         """
         h, w = mu.shape[-2:]
+        if padding and self.reach is not None:
+            # The margin's own unknown pixels would pass on what one border tells the opposite one.
+            padding = max(padding, 2 * self.reach)
         canvas = (fast_size(h + padding), fast_size(w + padding)) if padding else (h, w)
         spectrum = (inflation * self.spectrum(*canvas)).to(mu)
         std = self.local_std(mu) if local and self.log_energy.numel() else None
@@ -107,6 +114,7 @@ class CovarianceTable:
         log_variance: (L, K).
         prior_mean: (c,) mean level of images: the prior where nothing is known (sigma -> inf).
         prior_log_spectrum: (c, F) of images about that mean.
+        reach: pixels at which C^-1 ends, for canvases cut into blocks; not saved.
     """
 
     ln_sigmas: Float[Tensor, " L"]
@@ -117,6 +125,7 @@ class CovarianceTable:
     log_variance: Float[Tensor, "L energies"]
     prior_mean: Float[Tensor, " c"]
     prior_log_spectrum: Float[Tensor, "c knots"]
+    reach: int | None = None
 
     def at(self, sigma: float) -> LevelCovariance:
         """Sigma at a noise level: linear in log sigma, constant beyond the measured levels."""
@@ -132,18 +141,19 @@ class CovarianceTable:
             mixed(self.log_spectrum),
             mixed(self.log_energy),
             mixed(self.log_variance),
+            self.reach,
         )
 
     def prior(self) -> LevelCovariance:
         """The Gaussian prior of images about `prior_mean`, S = 1."""
         none = torch.zeros(0, dtype=torch.float64)
         return LevelCovariance(
-            self.basis, self.log_frequencies, self.prior_log_spectrum, none, none
+            self.basis, self.log_frequencies, self.prior_log_spectrum, none, none, self.reach
         )
 
     def save(self, path: Path) -> None:
         """Write as safetensors."""
-        tensors = {f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+        tensors = {name: getattr(self, name).contiguous() for name in _tensors(self)}
         save_file(tensors, path, metadata={"format": _FORMAT})
 
     @classmethod
@@ -154,10 +164,15 @@ class CovarianceTable:
             ValueError: if the file is not a covariance table of this version.
         """
         with safe_open(path, framework="pt") as file:
-            names = {f.name for f in fields(cls)}
+            names = set(_tensors(cls))
             if (file.metadata() or {}).get("format") != _FORMAT or set(file.keys()) != names:
                 raise ValueError(f"{path} is not a covariance table of this version: fit it again")
             return cls(**{name: file.get_tensor(name) for name in names})
+
+
+def _tensors(table: CovarianceTable | type[CovarianceTable]) -> list[str]:
+    """Names of the fields that were measured."""
+    return [f.name for f in fields(table) if f.name != "reach"]
 
 
 def fit_covariance(

@@ -102,6 +102,41 @@ def interpolate(
     return values[:, left] * (1.0 - weight) + values[:, right] * weight
 
 
+def short_sighted(
+    spectrum: Float[Tensor, "c h w_half"], reach: int, width: int
+) -> Float[Tensor, "c h w_half"]:
+    """The spectrum of C with C^-1 tapered to 0 at `reach` pixels: what is farther is screened.
+
+    Given a ring of known pixels as wide as the reach, what it encloses depends on nothing beyond.
+    Tapering C itself would not do that, and cost more of the large scales. A product of positive
+    definite functions is one, so C^-1 stays positive definite.
+
+    Args:
+        spectrum: eigenvalues of C > 0, in the layout of rfft2.
+        reach: pixels, 2 at least.
+        width: of the canvas.
+
+    Source: Gaspari and Cohn 1999, equation 4.10, for the taper.
+    """
+    height = spectrum.shape[-2]
+    rows, columns = (torch.arange(n).minimum(n - torch.arange(n)) for n in (height, width))
+    taper = _gaspari_cohn(torch.hypot(rows[:, None].double(), columns.double()) * (2.0 / reach))
+    kernel = torch.fft.irfft2(1.0 / spectrum.double(), s=(height, width)) * taper.to(
+        spectrum.device
+    )
+    # Not below the least eigenvalue of C^-1 but for rounding: the taper averages over frequencies.
+    inverse = torch.fft.rfft2(kernel).real.maximum(1.0 / spectrum.amax(dim=(1, 2), keepdim=True))
+    return (1.0 / inverse).to(spectrum)
+
+
+def _gaspari_cohn(r: Tensor) -> Tensor:
+    """A positive definite function in up to three dimensions: 1 at 0, 0 from r = 2 on."""
+    near = 1 - 5 / 3 * r**2 + 5 / 8 * r**3 + r**4 / 2 - r**5 / 4
+    r_far = r.clamp(1.0, 2.0)
+    far = 4 - 5 * r_far + 5 / 3 * r_far**2 + 5 / 8 * r_far**3 - r_far**4 / 2 + r_far**5 / 12
+    return torch.where(r <= 1, near, (far - 2 / (3 * r_far)).clamp_min(0.0))
+
+
 def fast_size(size: int) -> int:
     """The least even size >= `size` whose prime factors are 2, 3 and 5."""
     while size % 2 or not _is_smooth(size):

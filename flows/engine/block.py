@@ -125,7 +125,9 @@ class Restorer:
         if item.model is None:
             raise BadInputError(f"the solver '{method.name}' needs a model: name one with --model")
         model = self._model(item.model, item.dtype, item.device_class)
-        solver = self._solver(model, problem.condition, method.name, method.options)
+        solver = self._solver(
+            model, problem.condition, method.name, method.options, item.grid.reach
+        )
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
@@ -157,11 +159,16 @@ class Restorer:
         return self._keep(("model", ref, dtype, device), load)
 
     def _solver(
-        self, model: Model, condition: str, name: str, options: Mapping[str, Any]
+        self,
+        model: Model,
+        condition: str,
+        name: str,
+        options: Mapping[str, Any],
+        reach: int | None,
     ) -> Solver:
         def make(_: Any) -> Solver:
             try:
-                prior = model.prior(condition)
+                prior = replace(model.prior(condition), reach=reach)
             except BadModelError:
                 prior = None  # solvers that need the table say so themselves
             try:
@@ -170,7 +177,7 @@ class Restorer:
                 raise BadInputError(str(error)) from error
 
         text = json.dumps(options, sort_keys=True)
-        return self._keep(("solver", model.digest, condition, name, text), make)
+        return self._keep(("solver", model.digest, condition, name, text, reach), make)
 
     def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any], most: int = 16) -> Any:
         """The thing of a key, made from the key's second part if it is not kept."""

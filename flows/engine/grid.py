@@ -111,6 +111,14 @@ class Grid:
         return (self.tile_h, self.tile_w) != self.shape[2:]
 
     @property
+    def reach(self) -> int | None:
+        """Pixels at which the prior's C^-1 ends, so that a block need not see the whole plane.
+
+        Its long tail would carry a hundredth of the range across any halo into the holes.
+        """
+        return self.halo if self.tiled else None
+
+    @property
     def chunk(self) -> Shape4:
         """Shape of a stored chunk; it divides every write region but those at the far edges."""
         c, _, h, w = self.shape

@@ -28,7 +28,7 @@ from domains.registry import domain_names
 from flows.config import MethodSettings
 from flows.engine.cost import Cost, predict
 from flows.engine.grid import Block, Grid, make_grid
-from flows.engine.methods import resolve_method
+from flows.engine.methods import converged, resolve_method
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -234,6 +234,7 @@ def make_plan(
         )
         for way in methods_for(entry) if methods_for else asked:
             full = resolve_method(way, entry, calibrated)
+            full = converged(full, way) if grid.tiled else full
             item = _plan_item(entry, full, reference, model_bytes, grid, seed, dtype, device_class)
             planned[item.key] = item
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.
@@ -279,7 +280,7 @@ def content_of(item: ItemPlan) -> dict[str, Any]:
         "seed": item.seed if solver else None,
         "dtype": item.dtype if solver else None,
         "device_class": item.device_class,
-        "grid": asdict(item.grid),
+        "grid": {**asdict(item.grid), **({"reach": item.grid.reach} if item.grid.tiled else {})},
     }
 
 

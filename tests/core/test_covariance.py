@@ -1,5 +1,7 @@
 """The covariance table: what it measures on priors that are known, and on any canvas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from diffusion_core.posterior.spectra import (
     opponent_basis,
     radial_frequency,
     radial_spectrum,
+    short_sighted,
 )
 
 SIGMAS = (0.05, 0.2, 0.8)
@@ -138,7 +141,9 @@ def test_a_table_survives_the_disk(tmp_path):
     table = fit_covariance(stationary_denoiser(3), images, draws_for, SIGMAS)
     table.save(tmp_path / "covariance-city.safetensors")
     loaded = CovarianceTable.load(tmp_path / "covariance-city.safetensors")
-    assert all(torch.equal(getattr(loaded, k), v) for k, v in vars(table).items())
+    measured = {name: value for name, value in vars(table).items() if name != "reach"}
+    assert all(torch.equal(getattr(loaded, name), value) for name, value in measured.items())
+    assert loaded.reach is None
 
 
 def test_another_file_is_refused(tmp_path):
@@ -207,3 +212,61 @@ def test_radial_frequency_is_that_of_numpy():
 @pytest.mark.parametrize(("size", "fast"), [(1, 2), (7, 8), (233, 240), (512, 512), (541, 576)])
 def test_fast_sizes_have_small_factors(size, fast):
     assert fast_size(size) == fast
+
+
+SIDE, REACH = 48, 10
+
+
+def steep_spectrum():
+    """f^-2.6, as of images: C^-1 has a tail of some power, and screens nothing for good."""
+    f = radial_frequency(SIDE, SIDE).clamp_min(1.0 / 64.0)
+    return (1e-4 * f**-2.6)[None]
+
+
+def filled_hole(spectrum, known):
+    """E[x | x outside a 6 x 6 hole in the middle], from the blocks of C^-1 themselves."""
+    kernel = torch.fft.irfft2(1.0 / spectrum, s=(SIDE, SIDE))[0]
+    rows, columns = (
+        part.flatten() for part in torch.meshgrid(*2 * [torch.arange(SIDE)], indexing="ij")
+    )
+    precision = kernel[
+        (rows[:, None] - rows) % SIDE,
+        (columns[:, None] - columns) % SIDE,
+    ]
+    hole = ((rows - 24).abs() < 3) & ((columns - 24).abs() < 3)
+    right = precision[hole][:, ~hole] @ known.flatten()[~hole]
+    return -torch.linalg.solve(precision[hole][:, hole], right)
+
+
+def test_a_short_sighted_covariance_sees_nothing_beyond_its_reach():
+    near = KeyedDraws(0, "near").normal(0, torch.empty(1, 1, SIDE, SIDE, dtype=torch.float64))[0, 0]
+    far = near.clone()
+    outside = (torch.arange(SIDE) - 24).abs() > 3 + REACH
+    far[outside[:, None] | outside] += 5.0
+    tapered = short_sighted(steep_spectrum(), REACH, SIDE)
+    for spectrum, moved in ((tapered, False), (steep_spectrum(), True)):
+        change = (filled_hole(spectrum, near) - filled_hole(spectrum, far)).abs().max()
+        assert (change > 1e-2) == moved
+        assert moved or change < 1e-9
+
+
+def test_a_short_sighted_covariance_keeps_the_fine_scales_and_is_positive():
+    spectrum = steep_spectrum()
+    tapered = short_sighted(spectrum, REACH, SIDE)
+    assert tapered.min() > 0
+    assert tapered.max() <= spectrum.max() * (1 + 1e-12)
+    fine = radial_frequency(SIDE, SIDE) > 2.0 / REACH
+    assert (tapered / spectrum)[0, fine].log().abs().max() < 0.3
+    # A taper without end changes nothing.
+    torch.testing.assert_close(short_sighted(spectrum, 10**7, SIDE), spectrum, rtol=1e-4, atol=0.0)
+
+
+def test_a_table_passes_its_reach_on_to_every_level_and_to_the_prior():
+    table = replace(GaussianPrior((16, 16)).table([0.1, 0.4]), reach=6)
+    for level in (table.at(0.2), table.prior()):
+        plain = replace(level, reach=None).spectrum(16, 18)
+        torch.testing.assert_close(level.spectrum(16, 18), short_sighted(plain, 6, 18))
+        assert not torch.allclose(level.spectrum(16, 18), plain)
+        mu = torch.zeros(1, 1, 16, 18)
+        assert level.on(mu).canvas == (16, 18)
+        assert level.on(mu, padding=2).canvas == (30, 30), "opposite borders are 12 apart"

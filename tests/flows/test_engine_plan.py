@@ -22,7 +22,7 @@ from flows.engine import cost
 from flows.engine import grid as grids
 from flows.engine.cost import predict
 from flows.engine.grid import make_grid
-from flows.engine.methods import resolve_method
+from flows.engine.methods import converged, resolve_method
 from flows.engine.plan import ModelRef, PlanRefusedError, content_of, make_plan
 from flows.store import MeasurementEntry, MeasurementWriter
 
@@ -90,6 +90,11 @@ def test_other_pixels_of_the_input_or_another_grid_change_the_campaign(tmp_path)
     assert plan("b", 1.0).campaign == base.campaign
     assert plan("c", 2.0).campaign != base.campaign
     assert plan("d", 1.0, block_size=256).campaign != base.campaign
+    assert base.items[0].grid.reach == base.items[0].grid.halo == 96
+    assert content_of(base.items[0])["grid"]["reach"] == 96
+    whole = plan("e", 1.0, (1, 4, 200, 160)).items[0]
+    assert whole.grid.reach is None
+    assert "reach" not in content_of(whole)["grid"]
 
 
 def test_noise_levels_are_no_part_of_a_classical_method(store):
@@ -275,6 +280,16 @@ def test_what_is_left_open_comes_from_the_task():
     other = resolve_method(MethodSettings(name="diffpir"), entry())
     assert (other.name, other.sigma_max, other.num_levels) == ("diffpir", 0.7, own.num_levels)
     assert other.options == {}, "options of one solver mean nothing to another"
+
+
+def test_solves_on_planes_cut_into_blocks_converge_unless_an_accuracy_is_asked_for():
+    own = resolve_method(None, entry())
+    assert converged(own, None).options == {**own.options, "tolerance": 1e-5, "max_steps": 600}
+    asked = MethodSettings(options={"tolerance": 1e-3})
+    kept = converged(resolve_method(asked, entry()), asked)
+    assert (kept.options["tolerance"], kept.options["max_steps"]) == (1e-3, 600)
+    dds = resolve_method(MethodSettings(name="dds"), entry())
+    assert converged(dds, None) == dds, "it has no such options"
 
 
 def test_a_name_that_is_no_solver_is_a_classical_method():

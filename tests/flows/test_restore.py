@@ -20,11 +20,12 @@ from diffusion_core.posterior import make_solver
 from domains.base import BadInputError, Item
 from domains.registry import load_domain
 from flows.api_restore import collect, plan, prepare, restore, restore_window
-from flows.config import ComputeSettings, MethodSettings, RestoreSettings
+from flows.config import ComputeSettings, MethodSettings, RestoreSettings, config_path
 from flows.damage import missing_pixels, nodata_pixels, read_kernel
 from flows.engine.campaign import CampaignError
 from flows.engine.events import ignore
 from flows.engine.executor import InlineExecutor
+from flows.engine.methods import CONVERGED
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import open_restored
 from flows.store import DatasetWriter, Measurements, MeasurementWriter
@@ -391,29 +392,68 @@ def test_tiles_of_a_large_photograph_equal_the_whole_and_seams_do_not_show(
     model, tmp_path, monkeypatch
 ):
     """Pixelwise data step, float32: what is left is the network's reach beyond the halo."""
-    image = picture(2, (1, 1, 300, 340))[0, 0]
-    mask = np.random.default_rng(0).random(image.shape) < 0.5
-    for name, values in (("image", image), ("mask", np.where(mask, 255, 0).astype(np.uint8))):
-        (tmp_path / name).mkdir()
-        Image.fromarray(values).save(tmp_path / name / "a.png")
-    way = MethodSettings(name="diffpir", num_levels=4, options={"start": "adjoint"})
-    asked = settings(
-        tmp_path / "image",
-        tmp_path / "whole",
-        domain="city",
-        mask=str(tmp_path / "mask"),
-        sigma_y=0.05,
-        method=way,
-        model=str(model),
-        dtype="float32",
-        block_size=64,
+    asked = large_photograph(tmp_path, (300, 340), hole_px=1, sigma_y=0.05).model_copy(
+        update={
+            "method": MethodSettings(name="diffpir", num_levels=4, options={"start": "adjoint"}),
+            "model": str(model),
+            "block_size": 64,
+        }
     )
     whole = restore(asked)
     monkeypatch.setattr("flows.engine.grid.MAX_CANVAS_PX", 128 * 128)
     tiles = restore(asked.model_copy(update={"output": tmp_path / "tiles"}))
     assert (whole.num_blocks, tiles.num_blocks) == (1, 5 * 6)
-    one, other = (next(iter(published(tmp_path / place).values())) for place in ("whole", "tiles"))
-    assert np.abs(one - other).max() < 1e-3 * 255
+    assert furthest_apart(tmp_path / "out", tmp_path / "tiles") < 1e-3 * 255
+
+
+@pytest.mark.parametrize(("hole_px", "sigma_y"), [(1, 0.05), (20, 0.0)])
+def test_covprox_in_blocks_equals_covprox_at_once(tmp_path, monkeypatch, hole_px, sigma_y):
+    """The shipped model in float32, its covariance tapered and its solves converged either way."""
+    asked = large_photograph(tmp_path, (64, 360), hole_px=hole_px, sigma_y=sigma_y).model_copy(
+        update={"method": MethodSettings(num_levels=2), "block_size": 128}
+    )
+    monkeypatch.setattr("flows.engine.grid.MAX_CANVAS_PX", 64 * 64)
+    tiles = restore(asked)
+    with monkeypatch.context() as at_once:
+        at_once.setattr("flows.engine.grid.Grid.reach", 96)
+        whole = restore(
+            asked.model_copy(
+                update={
+                    "output": tmp_path / "whole",
+                    "block_size": 512,
+                    "method": MethodSettings(num_levels=2, options=CONVERGED),
+                }
+            )
+        )
+    assert (whole.num_blocks, tiles.num_blocks) == (1, 3)
+    assert furthest_apart(tmp_path / "out", tmp_path / "whole") < 1e-3 * 255
+
+
+def large_photograph(folder: Path, size: tuple[int, int], *, hole_px: int, sigma_y: float):
+    """Settings that restore a photograph with half of its pixels missing, or squares apart."""
+    image = picture(2, (1, 1, *size))[0, 0]
+    mask = np.random.default_rng(0).random(size) < 0.5
+    if hole_px > 1:
+        rows, columns = (np.arange(n) // hole_px % 2 == 1 for n in size)
+        mask = rows[:, None] & columns
+    for place, values in (("image", image), ("mask", np.where(mask, 255, 0).astype(np.uint8))):
+        (folder / place).mkdir()
+        Image.fromarray(values).save(folder / place / "a.png")
+    return settings(
+        folder / "image",
+        folder / "out",
+        domain="city",
+        mask=str(folder / "mask"),
+        sigma_y=sigma_y,
+        model=str(config_path("models", "starter")),
+        dtype="float32",
+    )
+
+
+def furthest_apart(*places: Path) -> float:
+    """Largest difference between the one image restored in each place."""
+    one, other = (next(iter(published(place).values())) for place in places)
+    return float(np.abs(one - other).max())
 
 
 def test_a_large_plane_is_denoised_in_tiles_with_the_same_result(
