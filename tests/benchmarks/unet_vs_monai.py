@@ -246,9 +246,9 @@ def speed(threads: int) -> None:
             key = f"{name}-{str(dtype).removeprefix('torch.')}"
             found[key] = round(megapixels_per_s(network, dtype), 4)
     for name in ("monai", "monai-bare"):
-        for dtype in ("bfloat16", "float32"):
-            ratio = found[f"ours-{dtype}"] / found[f"{name}-{dtype}"]
-            found[f"ours / {name}, {dtype}"] = round(ratio, 2)
+        for kind in ("bfloat16", "float32"):
+            ratio = found[f"ours-{kind}"] / found[f"{name}-{kind}"]
+            found[f"ours / {name}, {kind}"] = round(ratio, 2)
     _keep("megapixels_per_s", found)
 
 
