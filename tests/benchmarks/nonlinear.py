@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def phase_methods(task: str, scene: Scene, model: Model) -> dict[str, Callable[[
     """Hybrid input-output, and CovProx from where it ends."""
     y = scene.y.expand(NUM_RESTARTS, *scene.y.shape[1:]).contiguous()
 
+    @cache
     def reduced() -> Signal:
         runs = hybrid_input_output(scene.operator, y, scene.draws)
         return best_by_data(scene.operator, scene.y, runs)
