@@ -10,7 +10,7 @@ methods were chosen on the windows of cases.VALIDATION and on berlin-02.
                          and one evaluation of the denoiser
     clip-fifth           the brightest fifth of all values clipped, after noise of .05: as clipped,
                          and TV with the clipped likelihood
-    phase-retrieval      moduli of the twice oversampled transform, noise .05, images of 128^2: the
+    phase-retrieval      moduli of the twice oversampled transform, noise .05 (CT at 128^2): the
                          best by data of 4 runs of hybrid input-output, where CovProx starts too
     deblur-lens ...      the task's own frozen baselines (configs/baselines) and kriging
     despeckle-l4         --model DIR: one that knows city-log (configs/train-speckle.yaml)
