@@ -76,7 +76,7 @@ def calibrate(settings: CalibrateSettings, on_event: EventHandler | None = None)
     target = _target(settings)
     source = _known(target, path)
     document: dict[str, Any] = {**solver_settings(source)}
-    document |= {"format": 1, "command": _command(settings)}
+    document["format"] = 1
     model = Model.load(source, dtype=getattr(torch, settings.dtype))
     dataset, parts = Dataset(settings.data), _parts(settings.parts)
     tasks: dict[str, Any] = document.setdefault("tasks", {})
@@ -118,7 +118,7 @@ def _fits(
             start = Knobs.of(_method(own, next(iter(done.values()))))
         on_event(Event("step", 0, 0, f"{name}: {mode} mode at {count} levels"))
         fit, start = _fit(settings, bench, own, mode, count, start, on_event)
-        yield mode, count, _entry(fit, items)
+        yield mode, count, _entry(fit, items) | {"command": _command(settings, name, mode)}
 
 
 def _fit(
@@ -227,12 +227,12 @@ def _known(target: Path, path: Path) -> Path:
     return target
 
 
-def _command(settings: CalibrateSettings) -> str:
-    """How to make the file again; of paths only the names."""
-    words = [f"--task {name}" for name in settings.tasks]
+def _command(settings: CalibrateSettings, task: str, mode: str) -> str:
+    """How to make a fit again; of paths only the names."""
+    words = ["sashiko calibrate MODEL --data DATASET", f"--task {task} --mode {mode}"]
     if settings.parts is not None:
         words.append(f"--parts {settings.parts.name}")
-    return " ".join(["sashiko calibrate MODEL --data DATASET", *words])
+    return " ".join(words)
 
 
 def _store(source: Path, target: Path, document: Mapping[str, Any]) -> None:

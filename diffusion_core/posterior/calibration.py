@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -158,17 +159,43 @@ def _vertex(losses: Sequence[float]) -> float:
 
 
 def _calibrated(trial: _Trial, start: float) -> tuple[float, Estimates]:
-    """The c of V/B = 1 over all images, by the secant of ln V/B against ln c."""
+    """The c of V/B = 1 over all images."""
+
+    def spread_at(c: float) -> tuple[Spread, Estimates]:
+        found = trial.estimates(c)
+        parts = (r.spread(ms) for r, ms in zip(trial.rollouts, found, strict=True))
+        return sum(parts, Spread()), found
+
+    return match_spread(spread_at, start)
+
+
+Found = TypeVar("Found")
+
+
+def match_spread(
+    spread_at: Callable[[float], tuple[Spread, Found]], start: float
+) -> tuple[float, Found]:
+    """The c of V/B = 1, by the secant of ln V/B against ln c, five trials at most.
+
+    Args:
+        spread_at: spread at a c, and what else was found there.
+        start: the first c to try.
+
+    Returns:
+        The best c tried, and what was found there.
+    """
     points: list[tuple[float, float]] = []
+    best: tuple[float, float, Found] | None = None
     ln_c = math.log(start)
     while True:
-        found = trial.estimates(math.exp(ln_c))
-        parts = (r.spread(ms) for r, ms in zip(trial.rollouts, found, strict=True))
-        excess = math.log(max(sum(parts, Spread()).ratio, 1e-6))
+        spread_there, found = spread_at(math.exp(ln_c))
+        excess = math.log(max(spread_there.ratio, 1e-6))
         points.append((ln_c, excess))
+        if best is None or abs(excess) < best[0]:
+            best = abs(excess), math.exp(ln_c), found
         following = min(max(ln_c - _secant(points), _LN_LEAST), _LN_MOST)
         if abs(excess) < _CLOSE or len(points) == _NUM_TRIALS or following == ln_c:
-            return math.exp(ln_c), found
+            return best[1:]
         ln_c = following
 
 

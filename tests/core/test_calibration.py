@@ -10,7 +10,7 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Blur, Fourier, Mask
-from diffusion_core.posterior.calibration import RollOut, _least_error, fit_inflation
+from diffusion_core.posterior.calibration import RollOut, _least_error, fit_inflation, match_spread
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.posterior.linear.mask import MaskStep
@@ -86,6 +86,32 @@ def test_mean_mode_finds_the_factor_where_the_state_is_a_fresh_one(operator):
         chain.x = rollout.truth + 0.4 * normal(1, 1, *SIZE, key=f"fresh-{k}")
     (c,) = fit_inflation(rollouts)
     assert c == pytest.approx(FACTOR, rel=0.15)
+
+
+@pytest.mark.parametrize(("start", "slope"), [(0.5, 1.0), (30.0, 0.4), (4.0, 2.5)])
+def test_the_spread_is_matched_by_the_secant(start, slope):
+    tried = []
+
+    def spread_at(c):
+        tried.append(c)
+        return Spread((c / 7.0) ** slope, 1.0), len(tried)
+
+    c, found = match_spread(spread_at, start)
+    assert c == pytest.approx(7.0, rel=0.06)
+    assert tried[found - 1] == c
+    assert len(tried) <= 5
+
+
+def test_of_trials_that_do_not_converge_the_best_is_kept():
+    tried = []
+
+    def spread_at(c):  # the variance falls as c grows: the secant runs the wrong way
+        tried.append(c)
+        return Spread(0.5 * c**-0.5, 1.0), c
+
+    c, found = match_spread(spread_at, 1.0)
+    assert c == found == tried[0] == 1.0
+    assert max(tried) > 1.5
 
 
 @pytest.mark.parametrize("start", [0.3, 1.0, 4.0, 7.0, 30.0])

@@ -18,7 +18,7 @@ from diffusion_core.model import (
     store_solver_settings,
 )
 from domains.base import BadInputError, Item, ItemRecord
-from flows import api_calibrate
+from flows import api_calibrate, calibration
 from flows.api_calibrate import calibrate, figures_table
 from flows.calibration import (
     Bench,
@@ -189,6 +189,19 @@ def test_a_sample_fit_has_one_inflation_a_level_and_none_of_the_mean_modes_optio
     assert fit.figures["v_over_b"] == pytest.approx(spread_of(rollout).ratio, rel=0.02)
 
 
+def test_where_no_level_can_be_calibrated_one_inflation_serves_the_chain(bench, monkeypatch):
+    monkeypatch.setattr(calibration, "fit_inflation", lambda rollouts: [1.0, 50.0, 100.0])
+    own = load_method(TASK)
+    fit = fit_sample(bench, own, 3, num_samples=4)
+    (c,) = fit.settings.options["inflation"]
+    (found,) = bench.run(fit.settings, 4)
+    assert fit.figures["v_over_b"] == pytest.approx(spread_of(found).ratio, rel=0.02)
+    begun = {**fit.settings.options, "inflation": [3.0]}
+    (first,) = bench.run(fit.settings.model_copy(update={"options": begun}), 4)
+    assert abs(np.log(spread_of(found).ratio)) <= abs(np.log(spread_of(first).ratio)) + 0.02
+    assert 0.1 <= c <= 100
+
+
 def test_the_prototype_is_what_it_was():
     own = load_method("ct-sparse60")
     fixed = prototype(own, 8, "mean")
@@ -213,7 +226,8 @@ def test_fits_are_stored_with_a_copy_of_the_model(root, calibrated):
     fits = document["tasks"][TASK]["covprox"]
     assert {mode: list(found) for mode, found in fits.items()} == {"mean": ["2"], "sample": ["2"]}
     assert fits["mean"]["2"]["items"] == ["still-3", "still-4"], "validation items, no others"
-    assert "sashiko calibrate MODEL --data DATASET --task inpaint-random70" in document["command"]
+    command = "sashiko calibrate MODEL --data DATASET --task inpaint-random70 --mode mean"
+    assert fits["mean"]["2"]["command"] == command
     assert str(root) not in json.dumps(document)
     assert "| inpaint-random70 | mean | 2 |" in (calibrated / "MODEL_CARD.md").read_text()
     assert model_digest(calibrated) != model_digest(root / "model")
