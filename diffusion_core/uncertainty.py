@@ -37,8 +37,10 @@ class Spread:
 
     @property
     def ratio(self) -> float:
-        """V/B; infinite if the mean is exact."""
-        return self.variance / self.error if self.error else float("inf")
+        """V/B; infinite if the mean is exact; nan of no pixels, or samples that are all exact."""
+        if self.error:
+            return self.variance / self.error
+        return float("inf") if self.variance else float("nan")
 
 
 def spread(

@@ -139,6 +139,7 @@ class Histogram:
             Kingma et al. 2021 (arXiv:2107.00630), section 5.1.
         """
         edges = torch.linspace(*ln_range, num_bins + 1, dtype=torch.float64)
+        ln_sigma, integrand = ln_sigma.cpu(), integrand.cpu()
         inside = (ln_sigma >= edges[0]) & (ln_sigma <= edges[-1])
         where, squared = ln_sigma[inside].double(), integrand[inside].double() ** 2
         bins = (torch.bucketize(where, edges) - 1).clamp(0, num_bins - 1)
@@ -158,20 +159,23 @@ class Histogram:
     def quantile(self, u: Tensor) -> Tensor:
         """Piecewise linear in u, and increasing."""
         below, index = self._bin_of(u.double(), self._cumulative())
-        share = (u.double() - below) / self.mass[index]
-        ln_sigma = torch.lerp(self.edges[index], self.edges[index + 1], share.clamp(0, 1))
+        edges, mass = self.edges.to(u.device), self.mass.to(u.device)
+        share = (u.double() - below) / mass[index]
+        ln_sigma = torch.lerp(edges[index], edges[index + 1], share.clamp(0, 1))
         return ln_sigma.to(u.dtype)
 
     def log_density(self, ln_sigma: Tensor) -> Tensor:
         """Constant in each bin."""
         _, index = self._bin_of(ln_sigma.double(), self.edges)
-        return (self.mass / self.edges.diff())[index].log().to(ln_sigma.dtype)
+        height = (self.mass / self.edges.diff()).to(ln_sigma.device)
+        return height[index].log().to(ln_sigma.dtype)
 
     def _cumulative(self) -> Tensor:
         return torch.cat([self.mass.new_zeros(1), self.mass.cumsum(0)])
 
     def _bin_of(self, values: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         """(lower edge, number) of the bin of each value."""
+        edges = edges.to(values.device)
         index = (torch.bucketize(values, edges, right=True) - 1).clamp(0, len(self.mass) - 1)
         return edges[index], index
 

@@ -17,22 +17,32 @@ class GaussianNoise:
 
     Attributes:
         sigma_y: standard deviation in the units of y, >= 0; 0 means exact data. Complex data has
-            it in the real and in the imaginary part each. A tensor gives one level a batch element,
-            or any shape that broadcasts to y.
+            it in the real and in the imaginary part each. A tensor gives one level a batch element
+            (one axis), or any shape that broadcasts to y.
     """
 
     sigma_y: float | Tensor
 
     def __post_init__(self) -> None:
-        if bool(torch.as_tensor(self.sigma_y).lt(0).any()):
+        if not bool(torch.as_tensor(self.sigma_y).ge(0).all()):
             raise ValueError(f"sigma_y must be >= 0, not {self.sigma_y}")
 
     def variance(self, Ax: Data) -> Tensor:
-        """R's diagonal: broadcastable to Ax, in its real dtype."""
+        """R's diagonal: broadcastable to Ax, in its real dtype; its axes are all of Ax's, or none.
+
+        Raises:
+            ValueError: if sigma_y has neither one level, nor one a batch element, nor Ax's axes.
+        """
         variance = torch.as_tensor(self.sigma_y, dtype=Ax.real.dtype, device=Ax.device) ** 2
-        if variance.ndim == 1 and Ax.ndim > 1:
-            variance = variance.reshape(-1, *(1,) * (Ax.ndim - 1))
-        return variance
+        if variance.ndim == 1:
+            if len(variance) not in {1, len(Ax)}:
+                raise ValueError(
+                    f"{len(variance)} levels sigma_y do not fit a batch of {len(Ax)}: give one, "
+                    "one a batch element, or a tensor that has the axes of the data"
+                )
+            return variance.reshape(-1, *(1,) * (Ax.ndim - 1))
+        missing = Ax.ndim - variance.ndim
+        return variance.reshape(*(1,) * missing, *variance.shape) if variance.ndim else variance
 
 
 @dataclass(frozen=True, eq=False)

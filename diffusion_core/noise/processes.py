@@ -234,11 +234,16 @@ def predict_x0(denoise: Denoiser, process: LinearProcess, X_t: Signal, t: float)
         denoise: D(x; sigma) at s = 1.
         process: what made X_t.
         X_t: the noisy image at time t, in the process's own scale.
-        t: time in [0, 1] with s(t) > 0.
+        t: time from 0 to process.t_end, at which there is signal left.
 
     Returns:
         The estimate of x0, shaped like X_t.
+
+    Raises:
+        ValueError: at other times.
     """
+    if not 0.0 <= t <= process.t_end:
+        raise ValueError(f"no signal is left to predict at time {t}: take 0 to {process.t_end}")
     sigma = torch.full((X_t.shape[0],), process.sigma(t), dtype=X_t.dtype, device=X_t.device)
     return denoise(X_t / process.scale(t), sigma)
 

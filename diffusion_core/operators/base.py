@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion_core.protocols import Data, Reach, Signal
+from diffusion_core.protocols import Data, LinearOperator, NonlinearOperator, Reach, Signal
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
@@ -19,6 +21,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     """
     product = (a.conj() * b).real
     return product.reshape(product.shape[0], -1).sum(dim=1)
+
+
+class Unmoved:
+    """An operator without tensors is the same on every device."""
+
+    def to(self, device: torch.device | str) -> Self:  # noqa: ARG002 - as Operator has it
+        """Itself."""
+        return self
 
 
 class Operator(ABC):
@@ -42,6 +52,10 @@ class Operator(ABC):
     def A_adjoint(self, y: Data) -> Signal:
         """Apply the adjoint under <u, v> = Re sum conj(u) v."""
 
+    def measured(self, y: Data) -> Data:
+        """y with 0 for what was not measured, whatever stands there (NaN, say); else as it is."""
+        return y
+
     def normal(self, x: Signal) -> Signal:
         """Apply A' A."""
         return self.A_adjoint(self.A(x))
@@ -55,9 +69,32 @@ class Operator(ABC):
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    """A tensor or operator (or a tuple of them) on `device`; anything else as it is."""
+    """A tensor, operator or module (or a tuple of them) on `device`; anything else as it is."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device)  # which moves a module itself
     if isinstance(value, Tensor | Operator):
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     return value
+
+
+def measured_by(operator: LinearOperator | NonlinearOperator, y: Data) -> Data:
+    """`Operator.measured`, for any operator: foreign ones measure all their data."""
+    return operator.measured(y) if isinstance(operator, Operator) else y
+
+
+def device_of(value: Any) -> torch.device | None:
+    """The device of the first tensor found in an operator, module or tuple; None without one."""
+    match value:
+        case Tensor():
+            return value.device
+        case nn.Module():
+            parts: Iterable[Any] = itertools.chain(value.parameters(), value.buffers())
+        case Operator():
+            parts = vars(value).values()
+        case tuple():
+            parts = value
+        case _:
+            return None
+    return next((found for part in parts if (found := device_of(part)) is not None), None)

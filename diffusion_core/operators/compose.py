@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from diffusion_core.operators.base import Operator
+from diffusion_core.operators.base import Operator, device_of, measured_by
 from diffusion_core.protocols import Data, LinearOperator, Signal
 
 
@@ -35,6 +35,10 @@ class Compose(Operator):
         """inner'(outer'(y)): (B C)' = C' B'."""
         return self.inner.A_adjoint(self.outer.A_adjoint(y))
 
+    def measured(self, y: Data) -> Data:
+        """What the outer operator measured."""
+        return measured_by(self.outer, y)
+
 
 @final
 class Stack(Operator):
@@ -54,7 +58,8 @@ class Stack(Operator):
     ) -> None:
         """Stack operators on images of `signal_shape` (c, h, w). Raises ValueError if mixed."""
         self.operators = tuple(operators)
-        data = [op.A(torch.zeros(1, *signal_shape)) for op in self.operators]
+        probe = torch.zeros(1, *signal_shape, device=device_of(self.operators))
+        data = [op.A(probe) for op in self.operators]
         if len({y.is_complex() for y in data}) != 1:
             raise ValueError("stack operators of real data, or operators of complex data, not both")
         self.shapes = tuple(tuple(y.shape[1:]) for y in data)
@@ -68,6 +73,11 @@ class Stack(Operator):
         parts = zip(self.operators, self.split(y), strict=True)
         images = [op.A_adjoint(part) for op, part in parts]
         return torch.stack(images).sum(dim=0)
+
+    def measured(self, y: Data) -> Data:
+        """What each operator measured."""
+        parts = zip(self.operators, self.split(y), strict=True)
+        return torch.cat([measured_by(op, part).flatten(1) for op, part in parts], dim=1)
 
     def split(self, y: Data) -> list[Tensor]:
         """The parts of stacked data, each in its operator's own shape."""

@@ -54,8 +54,12 @@ class Fourier(Operator):
 
     def A_adjoint(self, y: Data) -> Signal:
         """Zero-filled reconstruction; its real part if the image is known to be real."""
-        image = torch.fft.ifft2(y * self.mask, norm="ortho")
+        image = torch.fft.ifft2(self.measured(y), norm="ortho")
         return image.real if self.channels == 1 else from_complex(image)
+
+    def measured(self, y: Data) -> Data:
+        """0 for modes left out."""
+        return torch.where(self.mask, y, 0)
 
     def spectral_form(self, like: Signal) -> SpectralForm:
         """V' is the unitary Fourier transform and S the mask.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_core.operators.base import Unmoved
 from diffusion_core.protocols import Data, Reach, Signal
 
 # ITU-T T.81, Annex K.1: Tables K.1 (luminance) and K.2 (chrominance).
@@ -44,7 +45,7 @@ _YCBCR = (
 
 
 @dataclass(frozen=True)
-class JPEG:
+class JPEG(Unmoved):
     """A(x) = decode(encode(x)), for images in [-1, 1] of 1 or 3 channels (a NonlinearOperator).
 
     Attributes:

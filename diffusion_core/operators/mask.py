@@ -38,7 +38,11 @@ class Mask(Operator):
 
     def A_adjoint(self, y: Data) -> Signal:
         """Keep the measured pixels: a mask is its own adjoint."""
-        return y * self.mask
+        return self.measured(y)
+
+    def measured(self, y: Data) -> Data:
+        """0 for missing pixels: files mark them by NaN, which times 0 is NaN."""
+        return torch.where(self.mask, y, 0)
 
     def spectral_form(self, like: Signal) -> SpectralForm:
         """U = V = I, and S is the mask."""

@@ -53,6 +53,10 @@ class MultiCoil(Operator):
 
     def A_adjoint(self, y: Data) -> Signal:
         """The coils' zero-filled images, combined by their conjugate sensitivities."""
-        images = torch.fft.ifft2(y * self.mask, norm="ortho")
+        images = torch.fft.ifft2(self.measured(y), norm="ortho")
         combined = (self.sensitivities.conj().to(images.dtype) * images).sum(dim=1, keepdim=True)
         return from_complex(combined)
+
+    def measured(self, y: Data) -> Data:
+        """0 for modes left out, of all coils."""
+        return torch.where(self.mask, y, 0)

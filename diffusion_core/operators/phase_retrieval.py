@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from diffusion_core.operators.base import Unmoved
 from diffusion_core.protocols import Data, Reach, Signal
 
 
 @dataclass(frozen=True)
-class PhaseRetrieval:
+class PhaseRetrieval(Unmoved):
     """A(x) = |F (x + offset)|, the image amid a dark field (protocols.NonlinearOperator).
 
     F is the unitary transform (norm "ortho") of every channel, padded by zeros: with an

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from diffusion_core.operators.base import Unmoved
 from diffusion_core.protocols import Data, Reach, Signal
 
 
 @dataclass(frozen=True)
-class Saturation:
+class Saturation(Unmoved):
     """A(x) = clip(gain x, low, high), pixel by pixel (protocols.NonlinearOperator).
 
     Noise comes before the clipping, y = clip(gain x + n): a clipped datum is the limit itself, and

@@ -51,7 +51,8 @@ def conjugate_gradient(
         scalar_dims: leading axes that count elements: 1, or 2 if channels are systems of their own.
 
     Returns:
-        The solution with the residual reached; no error is raised if that is above the tolerance.
+        The solution with the residual reached; no error is raised if that is above the tolerance,
+        or not a number because the right-hand side was not.
 
     Source: Golub and Van Loan, Matrix Computations, 4th edition, Algorithm 11.5.1.
     """
@@ -62,10 +63,15 @@ def conjugate_gradient(
         return product.sum(dim=axes, keepdim=True)
 
     goal = tolerance**2 * inner(b, b)
+
+    def unsolved(squared: Tensor) -> Tensor:
+        # NaN and infinity are no solution, though they compare as if they were.
+        return ~((squared <= goal) & (squared < torch.inf))
+
     x = torch.zeros_like(b) if start is None else start.clone()
     r = b.clone() if start is None else b - matrix(x)
     squared = inner(r, r)
-    active = squared > goal
+    active = unsolved(squared)
     z = r if precondition is None else precondition(r)
     p = z.clone()
     rho = inner(r, z)
@@ -79,7 +85,7 @@ def conjugate_gradient(
         x = x + alpha * p
         r = r - alpha * Ap
         squared = torch.where(active, inner(r, r), squared)
-        active = active & (squared > goal)
+        active = active & unsolved(squared)
         z = r if precondition is None else precondition(r)
         rho_next = inner(r, z)
         p = z + torch.where(active, rho_next / rho, 0.0) * p

@@ -90,7 +90,11 @@ class LevelCovariance:
             inflation: factor on Sigma.
             padding: pixels by which the circulant canvas exceeds the image at least.
             local: False sets S = 1.
+
+        Raises:
+            ValueError: if mu has other channels than the table.
         """
+        _same_channels(self.basis, mu)
         h, w = mu.shape[-2:]
         if padding and self.reach is not None:
             # The margin's own unknown pixels would pass on what one border tells the opposite one.
@@ -143,6 +147,11 @@ class CovarianceTable:
             mixed(self.log_variance),
             self.reach,
         )
+
+    def mean_like(self, image: Signal) -> Signal:
+        """The mean level of images, shaped like one. Raises ValueError for other channels."""
+        _same_channels(self.basis, image)
+        return self.prior_mean.to(image)[:, None, None].expand_as(image)
 
     def prior(self) -> LevelCovariance:
         """The Gaussian prior of images about `prior_mean`, S = 1."""
@@ -202,7 +211,7 @@ def fit_covariance(
     basis = opponent_basis(images[0].shape[1])
     ends = math.log(_LOWEST_FREQUENCY), math.log(_HIGHEST_FREQUENCY)
     log_frequencies = torch.linspace(*ends, _NUM_FREQUENCIES, dtype=torch.float64)
-    mean = torch.stack([x0.double().mean(dim=(0, 2, 3)) for x0 in images]).mean(dim=0)
+    mean = torch.stack([x0.cpu().double().mean(dim=(0, 2, 3)) for x0 in images]).mean(dim=0)
 
     def spectrum(residuals: Iterable[Tensor]) -> Tensor:
         return radial_spectrum(residuals, basis, log_frequencies).log()
@@ -225,8 +234,16 @@ def fit_covariance(
         log_energy=log_energy,
         log_variance=log_variance,
         prior_mean=mean,
-        prior_log_spectrum=spectrum(x0.double() - mean[:, None, None] for x0 in images),
+        prior_log_spectrum=spectrum(x0.cpu().double() - mean[:, None, None] for x0 in images),
     )
+
+
+def _same_channels(basis: Tensor, image: Signal) -> None:
+    if image.shape[1] != len(basis):
+        raise ValueError(
+            f"a covariance table of {len(basis)} channels does not fit images of {image.shape[1]}: "
+            "take the table of their condition"
+        )
 
 
 def _default_draws(index: int) -> NormalDraws:
@@ -234,9 +251,10 @@ def _default_draws(index: int) -> NormalDraws:
 
 
 def _residual(denoise: Denoiser, x0: Signal, sigma: float, eps: Signal) -> tuple[Tensor, Tensor]:
+    """(mu, x0 - mu in float64), brought to the CPU, where all that is measured is added up."""
     levels = torch.full((x0.shape[0],), sigma, dtype=x0.dtype, device=x0.device)
     mu = denoise(x0 + sigma * eps, levels)
-    return mu, (x0 - mu).double()
+    return mu.cpu(), (x0 - mu).cpu().double()
 
 
 def _local_variance(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,8 @@ class CovProx:
             is than Sigma foresees (misfit.py), place by place where the operator is local: images
             and their parts differ in texture, and the table holds their average.
         local: whether Sigma varies from pixel to pixel (S).
-        start: "kriging", "adjoint" or "noise", each with noise of the first level added.
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise", each with noise of
+            the first level added.
         tolerance: relative residual of the linear solves (of a descent: see descent.py).
         max_steps: CG steps, or gradients, a level at most.
     """
@@ -105,8 +106,11 @@ class CovProx:
             )
         if not all(_values(ramp) for ramp in (self.inflation, self.zeta, self.momentum)):
             raise ValueError("inflation, zeta and momentum take one value or more, not none")
-        if min(_values(self.inflation)) <= 0:
-            raise ValueError(f"inflation must be positive, not {self.inflation}")
+        if not all(0 < c < math.inf for c in _values(self.inflation)):
+            raise ValueError(f"inflation must be positive and finite, not {self.inflation}")
+        for name in ("zeta", "momentum"):
+            if not all(map(math.isfinite, _values(getattr(self, name)))):
+                raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
 
     def __call__(
         self,
@@ -164,6 +168,7 @@ class Chain:
         self.levels = positive_levels(sigmas)
         self.calls = Counted(denoise, operator)
         self.trace: list[dict[str, Any]] = []
+        y = self.calls.checked(y)
         self._step = self.calls.data_step() if self.calls.is_linear else None
         self._padding = 0 if self._step is None else self._step.padding
         self._y, self._noise, self._draws = y, noise, draws

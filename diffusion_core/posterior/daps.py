@@ -52,6 +52,16 @@ class DAPS(DataDraws):
     spread: Literal["sigma", "posterior"] = "sigma"
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.spread not in {"sigma", "posterior"}:
+            raise ValueError(f"daps takes the spread sigma or posterior, not {self.spread!r}")
+        if self.num_ode_steps < 1 or not self.ode_sigma_min > 0 or not self.sigma_data > 0:
+            raise ValueError(
+                "daps needs num_ode_steps >= 1, ode_sigma_min > 0 and sigma_data > 0, not "
+                f"{self.num_ode_steps}, {self.ode_sigma_min} and {self.sigma_data}"
+            )
+
     def __call__(
         self,
         denoise: Denoiser,
@@ -64,6 +74,7 @@ class DAPS(DataDraws):
         """Restore a batch; the last draw by the data is returned. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         x0, step = self.begin(calls, y, noise)
         for i, sigma in enumerate(levels):
             x = x0 + sigma * draws.normal(i, x0, RENOISE)

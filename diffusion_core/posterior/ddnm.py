@@ -33,8 +33,8 @@ class DDNM:
     """A posterior solver (protocols.Solver) for operators with a spectral form.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
-        start: "kriging", "adjoint" or "noise".
+        prior: of the kriging start; None: from scaled A'y.
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
     """
 
     prior: CovarianceTable | None = None
@@ -56,6 +56,7 @@ class DDNM:
         """
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         x = initial_estimate(
             self.start, self.prior, calls, calls.data_step(), y, noise, Accuracy(1e-2, 40)
         )

@@ -32,17 +32,23 @@ class DDRM:
     """A posterior solver (protocols.Solver) for operators with a spectral form.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y. The paper starts unmeasured directions
+        prior: of the kriging start; None: from scaled A'y. The paper starts unmeasured directions
             from 0: "noise".
         eta: share of fresh noise where the data say nothing, or less than x does.
         eta_b: weight of the data where they are less noisy than x.
-        start: "kriging", "adjoint" or "noise".
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
     """
 
     prior: CovarianceTable | None = None
     eta: float = 0.85
     eta_b: float = 1.0
     start: Start = "kriging"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1 or not 0 <= self.eta_b <= 1:
+            raise ValueError(
+                f"ddrm needs eta and eta_b between 0 and 1, not {self.eta} and {self.eta_b}"
+            )
 
     def __call__(
         self,
@@ -60,6 +66,7 @@ class DDRM:
         """
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         x = initial_estimate(
             self.start, self.prior, calls, calls.data_step(), y, noise, Accuracy(1e-2, 40)
         )

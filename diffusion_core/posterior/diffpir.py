@@ -31,11 +31,11 @@ class DiffPIR:
     """A posterior solver (protocols.Solver).
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
+        prior: of the kriging start; None: from scaled A'y.
         lam: lambda; the data step is argmin |y - A x|_R^2 + (lambda / sigma^2) |x - mu|^2, their
             rho = lambda sigma_y^2 / sigma^2.
         zeta: share of fresh noise in the variance of the re-noising.
-        start: "kriging", "adjoint" or "noise".
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
         tolerance: relative residual of iterative data steps.
         max_steps: CG steps a level at most.
     """
@@ -46,6 +46,12 @@ class DiffPIR:
     start: Start = "kriging"
     tolerance: float = 1e-2
     max_steps: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.lam > 0 or not 0 <= self.zeta <= 1:
+            raise ValueError(
+                f"diffpir needs lam > 0 and 0 <= zeta <= 1, not {self.lam} and {self.zeta}"
+            )
 
     def __call__(
         self,
@@ -59,6 +65,7 @@ class DiffPIR:
         """Restore a batch; the last data step's x0 is returned. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         step = calls.data_step()
         accuracy = Accuracy(self.tolerance, self.max_steps)
         x0 = initial_estimate(self.start, self.prior, calls, step, y, noise, accuracy)

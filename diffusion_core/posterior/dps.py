@@ -42,10 +42,10 @@ class DPS:
     """A posterior solver (protocols.Solver), for nonlinear operators too; NFE 3 a level.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
+        prior: of the kriging start; None: from scaled A'y.
         zeta: length of the step down |y - A D|, network units (noise enters by its relative
             weights only).
-        start: "kriging", "adjoint" or "noise".
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
     """
 
     prior: CovarianceTable | None = None
@@ -64,6 +64,7 @@ class DPS:
         """Sample along the levels to 0. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         step = calls.data_step() if calls.is_linear else None
         x = initial_estimate(self.start, self.prior, calls, step, y, noise, Accuracy(1e-2, 40))
         x = x + levels[0] * draws.normal(0, x, RENOISE)

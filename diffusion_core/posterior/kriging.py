@@ -48,6 +48,7 @@ class Kriging:
     ) -> Restoration:
         """E[x0 | y]. See protocols.Solver."""
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         accuracy = Accuracy(self.tolerance, self.max_steps)
         x, steps = kriging_estimate(self.prior, calls, calls.data_step(), y, noise, accuracy)
         return calls.restoration(x, steps=steps)

@@ -32,9 +32,10 @@ def misfit_ratio(
 ) -> Float[Tensor, "b 1 _ _"]:
     """Energy of the residual beyond noise over that of A e: 1 if Sigma is right.
 
-    Energies count in variances of the noise where there is noise, and where A e is not 0: masks and
-    sampling patterns leave zeros for what they did not measure. Two standard deviations of the
-    noise's own energy are added to both, which draws the ratio to 1 where the data cannot tell.
+    Energies count in variances of the noise in batch elements that have noise on every datum (else
+    as they are), and where A e is not 0: masks and sampling patterns leave zeros for what they did
+    not measure. Two standard deviations of the noise's own energy are added to both, which draws
+    the ratio to 1 where the data cannot tell.
 
     Args:
         residual: y - A mu, batch first.
@@ -49,10 +50,13 @@ def misfit_ratio(
     """
     energy = foreseen.abs().square()
     counted = (energy > 0).to(energy)
-    noisy = bool((R > 0).all())
-    weight = counted / R if noisy else counted
-    floor = (2.0 if residual.is_complex() else 1.0) if noisy else 0.0
-    parts = (weight * residual.abs().square() - floor * counted, weight * energy, counted)
+    R = R.reshape(*(1,) * (residual.ndim - R.ndim), *R.shape)
+    noisy = (R > 0).flatten(1).all(dim=1)  # of each element, or of all
+    on_data, on_image = (noisy.reshape(-1, *(1,) * (n - 1)) for n in (residual.ndim, 4))
+    per_datum = 2.0 if residual.is_complex() else 1.0
+    weight = counted / torch.where(on_data, R, 1.0)
+    of_noise = torch.where(on_data, per_datum, 0.0) * counted
+    parts = (weight * residual.abs().square() - of_noise, weight * energy, counted)
     if reach == "plane" or residual.ndim != 4:
         beyond, expected, count = (
             part.flatten(1).sum(dim=1)[:, None, None, None] for part in parts
@@ -60,6 +64,7 @@ def misfit_ratio(
     else:
         beyond, expected, count = (_window_sums(part, size) for part in parts)
     # A sum of n squares of normal noise varies by (2 n)^(1/2), of complex noise by (4 n)^(1/2).
+    floor = torch.where(on_image, per_datum, 0.0).to(count)
     doubt = _DEVIATIONS * (2 * floor * count).sqrt() + torch.finfo(count.dtype).tiny
     return ((beyond + doubt) / (expected + doubt)).clamp(_LEAST, _MOST)
 
@@ -72,4 +77,5 @@ def _window_sums(data: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Tenso
     sums = avg_pool2d(
         data.sum(dim=1, keepdim=True), side, stride=1, padding=radius, divisor_override=1
     )
-    return sums if step == 1 else interpolate(sums, size=size, mode="bilinear")
+    same = tuple(sums.shape[-2:]) == tuple(size)
+    return sums if same else interpolate(sums, size=size, mode="bilinear")

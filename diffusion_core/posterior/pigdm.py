@@ -38,13 +38,13 @@ class PiGDM:
     """A posterior solver (protocols.Solver); a level costs three evaluations (one and a product).
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
+        prior: of the kriging start; None: from scaled A'y.
         sigma_data: standard deviation of images, of r = sigma sigma_data / (sigma^2 +
             sigma_data^2)^(1/2).
         adaptive: guide by r^2 grad log p(y | x) as the paper does; else by sigma^2 grad, which is
             Tweedie's formula and exact where images are white N(0, sigma_data^2).
         eta: stochasticity of DDIM.
-        start: "kriging", "adjoint" or "noise".
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
         tolerance: relative residual of iterative solves.
         max_steps: CG steps a level at most.
     """
@@ -56,6 +56,13 @@ class PiGDM:
     start: Start = "kriging"
     tolerance: float = 1e-2
     max_steps: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0 or not 0 <= self.eta <= 1:
+            raise ValueError(
+                "pigdm needs sigma_data > 0 and 0 <= eta <= 1, not "
+                f"{self.sigma_data} and {self.eta}"
+            )
 
     def __call__(
         self,
@@ -69,6 +76,7 @@ class PiGDM:
         """Restore a batch; the last guided estimate of x0 is returned. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         step = calls.data_step()
         accuracy = Accuracy(self.tolerance, self.max_steps)
         x0 = initial_estimate(self.start, self.prior, calls, step, y, noise, accuracy)

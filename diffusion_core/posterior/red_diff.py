@@ -42,13 +42,13 @@ class REDDiff:
     """A posterior solver (protocols.Solver), for nonlinear operators too; an Adam step a level.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
+        prior: of the kriging start; None: from scaled A'y.
         lam: weight of the denoiser's pull against the misfit's, 1/2 |y - A v|^2 (data that are
             noisier than their mean weigh less).
         learning_rate: of Adam, network units.
         beta1: decay of Adam's mean gradient.
         beta2: decay of Adam's mean squared gradient.
-        start: "kriging", "adjoint" or "noise" (here 0: v carries no noise).
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise" (here 0: v carries no noise).
     """
 
     prior: CovarianceTable | None = None
@@ -57,6 +57,17 @@ class REDDiff:
     beta1: float = 0.9
     beta2: float = 0.99
     start: Start = "kriging"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta1 < 1 or not 0 <= self.beta2 < 1:
+            raise ValueError(
+                f"red-diff needs beta1 and beta2 in [0, 1), not {self.beta1} and {self.beta2}"
+            )
+        if not self.lam >= 0 or not self.learning_rate > 0:
+            raise ValueError(
+                "red-diff needs lam >= 0 and learning_rate > 0, not "
+                f"{self.lam} and {self.learning_rate}"
+            )
 
     def __call__(
         self,
@@ -70,6 +81,7 @@ class REDDiff:
         """Descend along the levels; v is returned. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         step = calls.data_step() if calls.is_linear else None
         v = initial_estimate(self.start, self.prior, calls, step, y, noise, Accuracy(1e-2, 40))
         mean, square = torch.zeros_like(v), torch.zeros_like(v)

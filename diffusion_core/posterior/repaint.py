@@ -41,10 +41,10 @@ class RePaint:
     """A solver for masks (protocols.Solver). It takes the known pixels as they are, noise and all.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
+        prior: of the kriging start; None: from scaled A'y.
         num_resamples: times that each stretch of levels is gone down, r of the paper.
         jump_length: levels of a stretch, j of the paper.
-        start: "kriging", "adjoint" or "noise".
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
     """
 
     prior: CovarianceTable | None = None
@@ -80,6 +80,7 @@ class RePaint:
             )
         levels = [*positive_levels(sigmas), 0.0]
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         x = initial_estimate(
             self.start, self.prior, calls, calls.data_step(), y, noise, Accuracy(1e-2, 40)
         )
@@ -98,7 +99,7 @@ class RePaint:
             # y is as noisy as level sigma_y already.
             added = (sigma_next**2 - sigma_y**2).clamp_min(0.0).sqrt()
             pasted = y + added * draws.normal(k, x, DATA_RE)
-            x = known * pasted + (1.0 - known) * unknown
+            x = torch.where(known > 0, pasted, unknown)
         return calls.restoration(x)
 
     def _path(self, last: int) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_core.operators.base import measured_by
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.linear import Accuracy, DataStep, data_step
 from diffusion_core.protocols import (
@@ -27,7 +28,7 @@ from diffusion_core.protocols import (
     UnsuitedError,
 )
 
-Start = Literal["kriging", "adjoint", "noise"]
+Start = Literal["kriging", "scaled-adjoint", "adjoint", "noise"]
 
 RENOISE, STATE, DATA_RE, DATA_IM, LANGEVIN, PRIOR, PRIOR_STATE, PROBE, ADAPT = range(9)
 """Streams of the keyed noise: what a level's fresh noise is for."""
@@ -107,6 +108,20 @@ class Counted:
             f"{type(self._operator).__name__} needs A and A_adjoint, or A and initial(y)"
         )
 
+    def checked(self, y: Data) -> Data:
+        """The data, 0 in place of what was not measured.
+
+        Raises:
+            ValueError: if a measured one is NaN or infinite.
+        """
+        y = measured_by(self._operator, y)
+        if not bool(y.isfinite().all()):
+            raise ValueError(
+                "the data hold NaN or infinite values where something was measured: mend them, or "
+                "mask them as missing"
+            )
+        return y
+
     def denoise(self, x: Signal, sigma: float) -> Signal:
         """D(x; sigma) for one level of the whole batch, counted."""
         levels = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
@@ -148,11 +163,13 @@ def positive_levels(sigmas: Float[Tensor, " levels"]) -> list[float]:
     """The levels to call the denoiser at; a last level of 0 ends the chain and costs nothing.
 
     Raises:
-        ValueError: if they do not strictly decrease, or none is positive, or one is below 0.
+        ValueError: if they do not strictly decrease, or none is positive, or one is below 0, NaN or
+            infinite.
     """
     levels = [float(s) for s in sigmas]
-    if any(b >= a for a, b in pairwise(levels)) or min(levels, default=-1) < 0:
-        raise ValueError(f"noise levels must strictly decrease, none below 0: {levels}")
+    valid = all(0 <= s < math.inf for s in levels)
+    if not levels or not valid or any(b >= a for a, b in pairwise(levels)):
+        raise ValueError(f"noise levels must strictly decrease, finite, none below 0: {levels}")
     positive = [s for s in levels if s > 0]
     if not positive:
         raise ValueError("at least one noise level must be positive")
@@ -169,7 +186,7 @@ def kriging_estimate(
 ) -> tuple[Signal, int]:
     """E[x0 | y] under the Gaussian prior of images: no network. Returns CG steps beside it."""
     like = torch.zeros_like(calls.A_adjoint(y))
-    mean = prior.prior_mean.to(like)[:, None, None].expand_as(like)
+    mean = prior.mean_like(like)
     covariance = prior.prior().on(mean, padding=step.padding)
     update = step(covariance, noise.variance(y), y - calls.A(mean), accuracy)
     return mean + update.delta, update.num_steps
@@ -186,17 +203,30 @@ def initial_estimate(
 ) -> Signal:
     """Where the chain starts, before noise: kriging, A'y, or 0 ("noise": nothing but noise).
 
-    There is no kriging without a prior or a data step (nonlinear operators): A'y, or their initial.
+    "adjoint" is A'y as published, in whatever units the adjoint has: only noise of a level far
+    above it hides that. "scaled-adjoint" is the multiple of A'y that explains the data best. There
+    is no kriging without a prior or a data step: then it is that, or a nonlinear operator's initial
+    (which all but "noise" are).
 
     Raises:
         ValueError: if the start is none of these.
     """
-    if start not in {"kriging", "adjoint", "noise"}:
-        raise ValueError(f"a chain starts from kriging, adjoint or noise, not {start!r}")
+    if start not in get_args(Start):
+        *others, last = get_args(Start)
+        raise ValueError(f"a chain starts from {', '.join(others)} or {last}, not {start!r}")
     if start == "kriging" and prior is not None and step is not None:
         return kriging_estimate(prior, calls, step, y, noise, accuracy)[0]
     image = calls.initial(y)
-    return torch.zeros_like(image) if start == "noise" else image
+    if start == "noise":
+        return torch.zeros_like(image)
+    return image if start == "adjoint" or not calls.is_linear else _best_scale(calls, image) * image
+
+
+def _best_scale(calls: Counted, image: Signal) -> Tensor:
+    """argmin |y - a A image| over a, of each batch element (b 1 1 1), for image = A'y."""
+    energy = image.square().sum(dim=(1, 2, 3))
+    seen = calls.A(image).abs().square().flatten(1).sum(dim=1)
+    return torch.where(seen > 0, energy / seen, 1.0)[:, None, None, None]
 
 
 def posterior_std(sigma: float, sigma_data: float) -> float:

@@ -40,7 +40,8 @@ def radial_spectrum(
 
     White noise of variance v has the constant spectrum v. A Hann window keeps the jump between
     opposite borders out of the high frequencies. A pair of channels (re, im) shares one spectrum:
-    the phase of a complex image is arbitrary.
+    the phase of a complex image is arbitrary. Fields may live on any device; the sums are made on
+    the CPU.
     """
     num_channels, num_knots = len(basis), len(log_frequencies)
     power = torch.zeros(num_channels, num_knots, dtype=torch.float64)
@@ -48,7 +49,7 @@ def radial_spectrum(
     for field in fields:
         h, w = field.shape[-2:]
         window = torch.outer(_hann(h), _hann(w))
-        opponent = torch.einsum("kc,bchw->bkhw", basis, field.double()) * window
+        opponent = torch.einsum("kc,bchw->bkhw", basis, field.cpu().double()) * window
         periodogram = torch.fft.rfft2(opponent, norm="ortho").abs().square().sum(dim=0)
         periodogram = periodogram / window.square().mean()
         hats = _hat_weights(radial_frequency(h, w), log_frequencies)
@@ -70,9 +71,10 @@ def radial_mean(modes: Float[Tensor, "h w_half"], width: int) -> Float[Tensor, "
     ends = math.log(1.0 / max(modes.shape[0], width)), math.log(math.sqrt(0.5))
     knots = torch.linspace(*ends, _NUM_RINGS, dtype=torch.float64)
     seen = _hat_weights(frequency, knots).sum(dim=(1, 2)) > 0
-    hats = _hat_weights(frequency, knots[seen])
+    frequency, knots = frequency.to(modes.device), knots[seen].to(modes.device)
+    hats = _hat_weights(frequency, knots)
     means = torch.einsum("fhw,hw->f", hats, modes.double()) / hats.sum(dim=(1, 2))
-    return interpolate(frequency.clamp_min(1e-9).log(), knots[seen], means[None])[0]
+    return interpolate(frequency.clamp_min(1e-9).log(), knots, means[None])[0]
 
 
 def gradient_energy(mu: Signal) -> Float[Tensor, "b 1 h w"]:
@@ -98,7 +100,9 @@ def interpolate(
         return values.reshape(-1, *(1,) * x.ndim).expand(-1, *x.shape)
     right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
     left = right - 1
-    weight = ((x - knots[left]) / (knots[right] - knots[left])).clamp(0.0, 1.0)
+    # Knots may have met in the precision of x: there 0 / 0 means the first of them.
+    gap = (knots[right] - knots[left]).clamp_min(torch.finfo(knots.dtype).tiny)
+    weight = ((x - knots[left]) / gap).clamp(0.0, 1.0)
     return values[:, left] * (1.0 - weight) + values[:, right] * weight
 
 
@@ -160,7 +164,8 @@ def _hann(size: int) -> Tensor:
 def _hat_weights(frequency: Tensor, log_knots: Tensor) -> Tensor:
     """(knots, h, w) weights of each mode on each knot: hats, the transpose of interpolation."""
     log_f = frequency.clamp_min(1e-9).log()
-    return interpolate(log_f, log_knots, torch.eye(len(log_knots), dtype=torch.float64))
+    eye = torch.eye(len(log_knots), dtype=torch.float64, device=log_knots.device)
+    return interpolate(log_f, log_knots, eye)
 
 
 def full_spectrum(half: Float[Tensor, "c h w_half"], width: int) -> Float[Tensor, "c h w"]:

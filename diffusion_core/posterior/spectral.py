@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_core.posterior.linear.base import is_uniform
+from diffusion_core.posterior.linear.base import uniform_level
 from diffusion_core.protocols import (
     Data,
     HasSpectralForm,
@@ -59,8 +59,8 @@ def spectral_data(
             f"{solver} needs the singular values of the operator, and {type(operator).__name__} "
             "does not know them: choose pigdm, diffpir or covprox"
         )
-    variance = noise.variance(y)
-    if not is_uniform(variance):
+    level = uniform_level(noise.variance(y))
+    if level is None:
         raise UnsuitedError(
             f"{solver} needs the same noise on every datum: choose pigdm, diffpir or covprox"
         )
@@ -69,6 +69,6 @@ def spectral_data(
     measured = s > _LEAST_SINGULAR_VALUE * s.max()
     inverse = torch.where(measured, 1.0 / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
     data = form.data(y)
-    sigma_y = variance.sqrt().reshape(-1, *(1,) * (data.ndim - 1)).to(s)
+    sigma_y = level.sqrt().reshape(-1, *(1,) * (data.ndim - 1)).to(s)
     noise_std = torch.where(measured, sigma_y * inverse, torch.inf)
     return SpectralData(form, measured, data * inverse, noise_std)

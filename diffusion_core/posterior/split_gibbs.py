@@ -53,6 +53,14 @@ class SplitGibbs(DataDraws):
     num_prior_steps: int = 10
     prior_rho: float = 3.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_prior_steps < 1 or not self.prior_rho > 0:
+            raise ValueError(
+                "split-gibbs needs num_prior_steps >= 1 and prior_rho > 0, not "
+                f"{self.num_prior_steps} and {self.prior_rho}"
+            )
+
     def __call__(
         self,
         denoise: Denoiser,
@@ -65,6 +73,7 @@ class SplitGibbs(DataDraws):
         """Alternate once a level; the last draw by the prior is returned. See protocols.Solver."""
         levels = positive_levels(sigmas)
         calls = Counted(denoise, operator)
+        y = calls.checked(y)
         x0, step = self.begin(calls, y, noise)
         for i, sigma in enumerate(levels):
             z = self.draw(calls, step, x0, sigma, y, noise, draws, i)

@@ -28,7 +28,7 @@ def gaussian_start(
     noise = sigma_max * draws.normal(0, like, _NOISE)
     if prior is None:
         return noise
-    mean = prior.prior_mean.to(like)[:, None, None].expand_as(like)
+    mean = prior.mean_like(like)
     # A canvas twice as large: what is drawn must not wrap round.
     covariance = prior.prior().on(mean, padding=max(like.shape[-2:]))
     xi = draws.normal(0, covariance.white_like(torch.empty_like(like)), _IMAGE)

@@ -8,7 +8,12 @@ import torch
 from dense import GaussianPrior, level_covariance, matrix_of
 
 from diffusion_core.noise.draws import KeyedDraws
-from diffusion_core.posterior.covariance import DEFAULT_SIGMAS, CovarianceTable, fit_covariance
+from diffusion_core.posterior.covariance import (
+    DEFAULT_SIGMAS,
+    ENERGY_FLOOR,
+    CovarianceTable,
+    fit_covariance,
+)
 from diffusion_core.posterior.spectra import (
     fast_size,
     gradient_energy,
@@ -165,7 +170,7 @@ def test_fitting_needs_images_and_increasing_levels():
 def test_flat_images_give_a_usable_table():
     table = fit_covariance(lambda x, s: torch.zeros_like(x), [torch.zeros(1, 1, 32, 32)])
     for value in vars(table).values():
-        assert bool(torch.isfinite(value).all())
+        assert value is None or bool(torch.isfinite(value).all())
     assert bool((table.log_energy.diff(dim=1) > 0).all())
 
 
@@ -270,3 +275,24 @@ def test_a_table_passes_its_reach_on_to_every_level_and_to_the_prior():
         mu = torch.zeros(1, 1, 16, 18)
         assert level.on(mu).canvas == (16, 18)
         assert level.on(mu, padding=2).canvas == (30, 30), "opposite borders are 12 apart"
+
+
+@pytest.mark.parametrize(("channels", "image"), [(1, 3), (3, 1), (2, 1)])
+def test_images_of_other_channels_are_refused(channels, image):
+    table = GaussianPrior((8, 8), channels).table([0.1])
+    mu = torch.zeros(1, image, 8, 8)
+    for ask in (lambda: table.at(0.1).on(mu), lambda: table.mean_like(mu)):
+        with pytest.raises(ValueError, match=f"of {channels} channels does not fit images of"):
+            ask()
+
+
+def test_knots_that_meet_in_single_precision_still_interpolate():
+    # Flat images: several bins at one energy, apart by less than float32 tells.
+    level = level_covariance((8, 8), 1, local=True)
+    flat = float(np.log(ENERGY_FLOOR))
+    knots = flat + 1e-7 * torch.arange(5, dtype=torch.float64)
+    mended = replace(level, log_energy=knots)
+    mu = torch.zeros(1, 1, 8, 8)
+    S = mended.local_std(mu)
+    assert bool(S.isfinite().all())
+    torch.testing.assert_close(S.double(), mended.local_std(mu.double()), rtol=1e-6, atol=0)

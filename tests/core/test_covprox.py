@@ -240,7 +240,7 @@ def test_bad_options_are_refused_in_a_sentence():
         make_solver("covprox", table, {"inflation": [1.0, 0.0]})
     operator, prior, y, _, _ = problem("blur")
     solver = make_solver("covprox", table, {"start": "zero"})
-    with pytest.raises(ValueError, match="starts from kriging, adjoint or noise"):
+    with pytest.raises(ValueError, match="starts from kriging, scaled-adjoint, adjoint or noise"):
         solver(prior.denoise, operator, y, GaussianNoise(0.1), torch.tensor([0.1]), DRAWS)
 
 

@@ -152,7 +152,12 @@ def test_the_start_is_kriging_where_there_is_a_table():
             make_solver(solver, p, {"start": s})(
                 prior.denoise, operator, y, GaussianNoise(0.1), SIGMAS, DRAWS
             ).x
-            for p, s in ((table, "kriging"), (None, "kriging"), (table, "adjoint"), (None, "noise"))
+            for p, s in (
+                (table, "kriging"),
+                (None, "kriging"),
+                (table, "scaled-adjoint"),
+                (None, "noise"),
+            )
         ]
         assert not torch.equal(run[0], run[1])
         assert torch.equal(run[1], run[2])

@@ -24,6 +24,7 @@ from diffusion_core.operators import (
 from diffusion_core.posterior.cg import conjugate_gradient
 from diffusion_core.posterior.gaussian import white_covariance
 from diffusion_core.posterior.linear import Accuracy, data_step
+from diffusion_core.posterior.linear.base import LEAST_BLUR_VARIANCE
 from diffusion_core.posterior.linear.multi_coil import coil_symbol
 
 SIZE = (32, 32)
@@ -343,3 +344,97 @@ def test_cg_starts_where_it_is_told():
     zero = conjugate_gradient(lambda v: v @ H.T, torch.zeros_like(b), tolerance=0.1, max_steps=5)
     assert zero.num_steps == 0
     assert torch.equal(zero.x, torch.zeros_like(b))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_cg_never_takes_what_is_not_a_number_for_solved(bad):
+    b = normal(2, 8)
+    b[1, 3] = bad
+    H = spd(8, 3)
+    result = conjugate_gradient(lambda v: v @ H.T, b, tolerance=1e-10, max_steps=50)
+    torch.testing.assert_close(result.x[0], torch.linalg.solve(H, b[0]), rtol=1e-8, atol=1e-10)
+    assert bool(result.x[1].isnan().any())
+    assert np.isnan(result.relative_residual)
+
+
+# Exact data beside noisy ones ---------------------------------------------------------------------
+
+EXACT_BESIDE = ["identity", "mask", "mosaic", "pool", "bicubic", "fourier-real"]
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", EXACT_BESIDE)
+def test_exact_slices_stand_beside_noisy_ones(name, local):
+    variance = torch.tensor([0.0, 0.05], dtype=torch.float64).reshape(2, 1, 1, 1) ** 2
+    size = SMALLER.get(name, (24, 24))
+    got, expected, update = update_and_oracle(name, variance, local=local, size=size)
+    assert update.delta.isfinite().all()
+    assert relative(got[0], expected[0]) < 1e-6
+    assert relative(got[1], expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mask", "mosaic", "blur", "varying-blur"])
+def test_exact_data_beside_noisy_ones_of_the_same_slice_have_the_least_variance(name):
+    variance = torch.full((1, 1, 16, 16), 0.05**2, dtype=torch.float64)
+    variance[..., :7] = 0.0
+    size = (32, 32) if OPERATORS[name][1] == 3 else (16, 16)
+    got, *_ = run_step(name, variance, True, size=size)
+    floored, *_ = run_step(name, variance.clamp_min(LEAST_BLUR_VARIANCE), True, size=size)
+    assert bool(got.delta.isfinite().all())
+    assert relative(got.delta, floored.delta) < 1e-6
+
+
+def test_a_smooth_filter_before_downsampling_does_not_blow_up_exact_data():
+    taps = torch.exp(-0.5 * ((torch.arange(16) - 7.5) / 2.5) ** 2)
+    operator = Downsample((kernel := torch.outer(taps, taps)) / kernel.sum(), 2, (32, 32))
+    truth = smooth_image(1, 1, (32, 32)).float()
+    residual = operator.A(truth)
+    for local in (False, True):
+        covariance = level_covariance((32, 32), 1, local=local).on(truth, 1.0, local=local)
+        delta = data_step(operator)(covariance, torch.zeros(()), residual, EXACTLY).delta
+        assert float(delta.abs().max()) < 2.0 * float(truth.abs().max())
+        assert float((operator.A(delta) - residual).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["blur", "pool", "bicubic", "fourier-real"])
+def test_a_constant_variance_of_every_datum_is_one_variance(name):
+    make, channels = OPERATORS[name]
+    size = (16, 16) if channels == 3 else SIZE
+    like = make(size).A(torch.zeros(2, channels, *size, dtype=torch.float64)).real
+    each, one = (run_step(name, R, False)[0] for R in (torch.full_like(like, 0.01), 0.01))
+    assert each.num_steps == 0
+    assert torch.equal(each.delta, one.delta)
+
+
+def test_the_coils_preconditioner_of_a_slice_knows_no_other_slice():
+    sensitivities = coils((16, 16)).sensitivities
+    one = MultiCoil(lines_mask((16, 16)), sensitivities)
+    both = MultiCoil(
+        torch.cat([one.mask, torch.ones_like(one.mask)]), torch.cat([sensitivities] * 2)
+    )
+    mu = smooth_image(2, 2, (16, 16))
+    level, variance = level_covariance((16, 16), 2, local=True), torch.tensor(1e-3).double()
+    u = normal(2, 2, 16, 16)
+    gain = variance.reshape(1, 1, 1, 1)
+    alone = data_step(one)._preconditioner(level.on(mu[:1]), gain)(u[:1])
+    beside = data_step(both)._preconditioner(level.on(mu), gain)(u)
+    torch.testing.assert_close(beside[:1], alone, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sigma_y", [0.0, 0.05])
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"projector"}))
+def test_data_steps_run_where_their_tensors_are(name, sigma_y):
+    make, channels = OPERATORS[name]
+    operator, mu = make((16, 16)), smooth_image(2, channels, (16, 16)).float()
+    residual = operator.A(mu + normal(2, channels, 16, 16, stream=1).float())
+    level, found = level_covariance((16, 16), channels, local=True), []
+    for device in ("cpu", "cuda"):
+        step = data_step(operator.to(device))
+        covariance = level.on(mu.to(device), 1.0, step.padding)
+        R = torch.tensor(sigma_y**2, device=device)
+        update = step(covariance, R, residual.to(device), Accuracy(1e-4, 30))
+        assert update.delta.device.type == device
+        found.append(update.delta.cpu())
+    if sigma_y:
+        torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-3)

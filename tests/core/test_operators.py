@@ -23,7 +23,9 @@ from diffusion_core.operators import (
     Mosaic,
     MultiCoil,
     Operator,
+    PhaseRetrieval,
     Pool,
+    Saturation,
     Sparse,
     Stack,
     VaryingBlur,
@@ -536,3 +538,63 @@ def test_operators_stay_on_the_device_and_in_the_precision_of_their_argument(nam
 def test_adjoint_gap_sums_in_double_precision():
     x = normal(1, 1, 64, 64, dtype=torch.float32)
     assert adjoint_gap(Identity(), x, x) < 1e-14
+
+
+def test_operators_without_tensors_move_as_they_are():
+    for operator in (JPEG(30), Saturation(), PhaseRetrieval((4, 4))):
+        assert operator.to("meta") is operator
+
+
+class Module(torch.nn.Module):
+    """A foreign operator, as deepinv's physics are."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.full((1,), 2.0))
+
+    def A(self, x):
+        return self.gain * x
+
+    def A_adjoint(self, y):
+        return self.gain * y
+
+
+def test_foreign_modules_move_with_the_operator_that_holds_them():
+    foreign = Module()
+    for whole in (Compose(Pool(2), foreign), Stack([foreign, Pool(2)], (1, 4, 4))):
+        moved = whole.to("meta")
+        part = moved.inner if isinstance(moved, Compose) else moved.operators[0]
+        assert part.gain.device.type == "meta"
+        assert foreign.gain.device.type == "cpu"
+        assert moved.A(torch.zeros(1, 1, 4, 4, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_on_a_device_are_stacked_there(device):
+    rows = [Compose(Mask(coin(1, 1, 4, 6)).to(device), Pool(1)), Module().to(device)]
+    for operators in (rows, rows[1:]):
+        stack = Stack(operators, (1, 4, 6))
+        assert stack.shapes == ((1, 4, 6),) * len(operators)
+        assert stack.A(torch.zeros(1, 1, 4, 6, device=device)).device.type == device
+
+
+MEASURED = {
+    "mask": (lambda: Mask(coin(2, 1, 6, 8)), (2, 3, 6, 8)),
+    "fourier": (lambda: Fourier(coin(2, 1, 1, 8), channels=2), (2, 2, 6, 8)),
+    "multi-coil": (lambda: MultiCoil(coin(2, 1, 1, 8), coil_maps(size=(6, 8))), (2, 2, 6, 8)),
+    "compose": (lambda: Compose(Mask(coin(2, 1, 3, 4)), Pool(2)), (2, 3, 6, 8)),
+    "stack": (lambda: Stack([Pool(2), Mask(coin(1, 1, 6, 8))], (3, 6, 8)), (2, 3, 6, 8)),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_not_measured_may_be_anything(name):
+    make, shape = MEASURED[name]
+    operator, x = make(), normal(*shape)
+    y = operator.A(x)
+    missing = operator.measured(torch.ones_like(y)) == 0
+    assert 0 < int(missing.sum()) < missing.numel()
+    assert not bool(y[missing].abs().any())
+    broken = y.masked_fill(missing, float("nan"))
+    assert torch.equal(operator.measured(broken), y)
+    assert torch.equal(operator.A_adjoint(broken), operator.A_adjoint(y))

@@ -96,3 +96,9 @@ def test_one_denoiser_serves_every_process(name):
     x0 = predict_x0(lambda x, s: P / (P + s.view(-1, 1, 1, 1) ** 2) * x, process, X_t, t)
     s, variance = process.scale(t), (process.scale(t) * process.sigma(t)) ** 2
     np.testing.assert_allclose(x0, P * s / (s**2 * P + variance) * X_t, rtol=1e-12)
+
+
+@pytest.mark.parametrize("t", [1.0, -0.1, float("nan")])
+def test_no_estimate_where_no_signal_is_left(t):
+    with pytest.raises(ValueError, match="no signal is left"):
+        predict_x0(lambda x, s: x, RectifiedFlow(), torch.zeros(1, 1, 2, 2), t)

@@ -9,6 +9,7 @@ from diffusion_core.noise.likelihood import GaussianNoise, PoissonTransmission
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import SOLVERS, STANDARD, make_solver
 from diffusion_core.posterior.linear import Accuracy, data_step
+from diffusion_core.posterior.run import Counted, initial_estimate
 from diffusion_core.protocols import UnsuitedError
 
 SIGMAS = power_sigmas(3, 0.5, 0.05, 3.0)
@@ -157,7 +158,10 @@ def test_the_matrix_free_solve_converges_within_the_default_steps(name, variance
     assert float((update.delta - exactly).norm() / exactly.norm()) < 0.03
 
 
-@pytest.mark.parametrize("bad", [[0.1, 0.2], [0.2, 0.2], [0.2, -0.1], [0.0], []])
+@pytest.mark.parametrize(
+    "bad",
+    [[0.1, 0.2], [0.2, 0.2], [0.2, -0.1], [0.0], [], [1.0, float("nan"), 0.1], [float("inf"), 0.1]],
+)
 def test_levels_that_do_not_decrease_are_refused(bad):
     make, channels = OPERATORS["mask"]
     operator, prior = make(), GaussianPrior(SIZE, channels)
@@ -228,3 +232,136 @@ def test_an_operator_that_offers_too_little_is_refused_in_a_sentence(solver):
     y = normal(1, 1, *SIZE).abs()
     with pytest.raises(UnsuitedError, match=r"OneWay (has no adjoint|needs A)"):
         made(GaussianPrior(SIZE).denoise, OneWay(), y, GaussianNoise(0.1), SIGMAS, DRAWS)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_data_that_are_not_numbers_are_refused_where_they_were_measured(solver):
+    make, channels = OPERATORS["mask"]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    y = operator.A(prior.mean + 0.5 * normal(2, channels, *SIZE))
+    made = make_solver(solver, prior.table(SIGMAS), {})
+
+    def solve(data):
+        with torch.no_grad():
+            return made(prior.denoise, operator, data, GaussianNoise(0.1), SIGMAS, DRAWS).x
+
+    measured = operator.mask.expand_as(y)
+    nodata = y.masked_fill(~measured, float("nan"))  # as files mark what is missing
+    assert torch.equal(solve(nodata), solve(y))
+    for bad in (float("nan"), float("inf")):
+        broken = y.clone()
+        broken[tuple(measured.nonzero()[0])] = bad
+        with pytest.raises(ValueError, match="NaN or infinite values where something was measured"):
+            solve(broken)
+
+
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"repaint"}))
+@pytest.mark.parametrize("name", ["mask", "pool"])
+def test_exact_and_noisy_elements_stand_in_one_batch(solver, name):
+    make, channels = OPERATORS[name]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    y = operator.A(prior.mean + 0.5 * normal(2, channels, *SIZE))
+    options = {"adapt": True} if solver == "covprox" else {}
+    made = make_solver(solver, prior.table(SIGMAS), options)
+
+    def solve(data, sigma_y):
+        noise = GaussianNoise(torch.tensor(sigma_y, dtype=torch.float64))
+        with torch.no_grad():
+            return made(prior.denoise, operator, data, noise, SIGMAS, DRAWS).x
+
+    both = solve(y, [0.0, 0.1])
+    torch.testing.assert_close(both[:1], solve(y[:1], 0.0), rtol=1e-6, atol=1e-7)
+    assert bool(both.isfinite().all())
+    # The draws of an element depend on its place: the noisy one comes first for the comparison.
+    swapped = solve(y.flip(0), [0.1, 0.0])
+    torch.testing.assert_close(swapped[:1], solve(y[1:], 0.1), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["covprox", "diffpir", "dds", "kriging", "pigdm"])
+def test_exact_and_noisy_data_stand_in_one_image(solver):
+    make, channels = OPERATORS["identity"]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    truth = prior.mean + 0.5 * normal(1, channels, *SIZE)
+    sigma_y = torch.full((1, 1, *SIZE), 0.2, dtype=torch.float64)
+    sigma_y[..., :5] = 0.0
+    y = truth + sigma_y * normal(1, channels, *SIZE, stream=6)
+    made = make_solver(solver, prior.table(SIGMAS), {})
+    x = made(prior.denoise, operator, y, GaussianNoise(sigma_y), SIGMAS, DRAWS).x
+    assert float((x - truth)[..., :5].abs().max()) < 0.06
+    assert 0.05 < float((x - y)[..., 5:].square().mean().sqrt()) < 0.7
+
+
+def test_a_level_for_every_datum_of_one_value_is_one_level():
+    make, channels = OPERATORS["blur"]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    y = operator.A(prior.mean + 0.5 * normal(2, channels, *SIZE))
+    for solver in sorted(SPECTRAL_ONLY):
+        made = make_solver(solver, None, {"start": "noise"})
+        each, one = (
+            made(prior.denoise, operator, y, GaussianNoise(s), SIGMAS, DRAWS).x
+            for s in (torch.full(y.shape, 0.1, dtype=torch.float64), 0.1)
+        )
+        assert torch.equal(each, one)
+
+
+REFUSED = [
+    ("diffpir", {"lam": 0.0}),
+    ("diffpir", {"zeta": 1.5}),
+    ("dds", {"gamma": 0.0}),
+    ("dds", {"eta": 1.2}),
+    ("dds", {"num_cg_steps": 0}),
+    ("pigdm", {"eta": 2.0}),
+    ("ddrm", {"eta": 1.5}),
+    ("ddrm", {"eta_b": -0.1}),
+    ("red-diff", {"beta1": 1.0}),
+    ("red-diff", {"learning_rate": 0.0}),
+    ("daps", {"spread": "postrior"}),
+    ("daps", {"num_ode_steps": 0}),
+    ("split-gibbs", {"num_prior_steps": 0}),
+    ("covprox", {"inflation": float("nan")}),
+    ("covprox", {"inflation": (1.0, float("nan"))}),
+    ("covprox", {"zeta": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(("solver", "options"), REFUSED)
+def test_options_out_of_range_are_refused_in_a_sentence(solver, options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"{solver}.*{name}|{name} must"):
+        make_solver(solver, GaussianPrior(SIZE).table([0.1]), options)
+
+
+def test_solves_of_no_steps_or_no_tolerance_are_refused():
+    for bad in ({"max_steps": 0}, {"tolerance": 0.0}, {"tolerance": float("nan")}):
+        with pytest.raises(ValueError, match="a solve takes a step at least"):
+            Accuracy(**bad)
+
+
+def test_the_scaled_adjoint_explains_the_data_best():
+    make, channels = OPERATORS["blur"]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    y = operator.A(prior.mean + 0.5 * normal(2, channels, *SIZE))
+
+    class Louder:
+        """The same measurement in other units: data, and their adjoint, 30 times as large."""
+
+        def A(self, x):
+            return 30.0 * operator.A(x)
+
+        def A_adjoint(self, y):
+            return 30.0 * operator.A_adjoint(y)
+
+    def start(op, data, name):
+        calls = Counted(prior.denoise, op)
+        noise = GaussianNoise(0.1)
+        return initial_estimate(name, None, calls, calls.data_step(), data, noise, Accuracy())
+
+    scaled = start(operator, y, "scaled-adjoint")
+    torch.testing.assert_close(start(Louder(), 30.0 * y, "scaled-adjoint"), scaled)
+    assert torch.equal(start(operator, y, "kriging"), scaled)  # without a table
+    assert torch.equal(start(operator, y, "adjoint"), operator.A_adjoint(y))
+    for b in range(2):  # <A x, y - A x> = 0: no multiple comes nearer
+        Ax = operator.A(scaled)[b]
+        assert float((Ax * (y[b] - Ax)).sum()) == pytest.approx(0.0, abs=1e-10)
+    with pytest.raises(ValueError, match="starts from kriging"):
+        start(operator, y, "krigging")

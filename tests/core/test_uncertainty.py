@@ -1,5 +1,7 @@
 """V/B of exact posterior samples is 1, of others what theory says; blocks where both vary agree."""
 
+import math
+
 import pytest
 import torch
 
@@ -112,3 +114,10 @@ def test_a_correlation_of_nothing_is_nan():
     samples, truth = exchangeable(3, size=16)
     value = block_log_correlation(samples[:, :1], truth[:1])
     assert value != value
+
+
+def test_no_pixels_have_no_ratio():
+    samples, truth = exchangeable(3, size=4)
+    none = torch.zeros_like(truth, dtype=torch.bool)
+    assert math.isnan(spread(samples, truth, none).ratio)
+    assert math.isnan(Spread().ratio)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from diffusion_core.posterior.cg import Map, conjugate_gradient
@@ -13,7 +15,8 @@ from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.protocols import Data, LinearOperator, Signal
 
 LEAST_BLUR_VARIANCE = 1e-6
-"""Half a step of an 8-bit image: deblurring with exact data would divide by zero."""
+"""Half a step of an 8-bit image: deblurring with exact data would divide by zero, and so would
+weighing exact data against noisy ones of the same image."""
 _SPREAD = 1.5
 """Two circulants stand at mean -+ this many standard deviations of the log gain."""
 
@@ -29,6 +32,13 @@ class Accuracy:
 
     tolerance: float = 1e-3
     max_steps: int = 40
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tolerance < math.inf or self.max_steps < 1:
+            raise ValueError(
+                "a solve takes a step at least, to a tolerance > 0, not "
+                f"{self.max_steps} steps to {self.tolerance}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +163,28 @@ def mean_square(covariance: Covariance) -> Tensor | float:
     return covariance.std.square().mean(dim=(1, 2, 3), keepdim=True)
 
 
-def is_uniform(variance: Tensor) -> bool:
-    """Whether R is a multiple of the identity for each batch element."""
-    return variance.ndim == 0 or variance.numel() == variance.shape[0]
+def uniform_level(variance: Tensor) -> Float[Tensor, "b 1 1 1"] | None:
+    """R of each batch element (or of all) where it is a multiple of the identity; else None.
+
+    Of data (b c h w): a variance of fewer axes lacks the first.
+    """
+    if 1 < variance.ndim < 4:
+        variance = variance.reshape(*(1,) * (4 - variance.ndim), *variance.shape)
+    if variance.ndim == 0 or variance.numel() == variance.shape[0]:
+        return variance.reshape(-1, 1, 1, 1)
+    each = variance.reshape(len(variance), -1)
+    return each[:, :1].reshape(-1, 1, 1, 1) if bool((each == each[:, :1]).all()) else None
+
+
+def is_exact(variance: Tensor) -> Bool[Tensor, "b 1 1 1"]:
+    """Whether all data of a batch element (or of all) are exact."""
+    num_elements = len(variance) if variance.ndim else 1
+    return (variance == 0).reshape(num_elements, -1).all(dim=1).reshape(-1, 1, 1, 1)
+
+
+def positive(variance: Tensor) -> Tensor:
+    """R > 0, for closed forms that divide by it: exact data get the least variance instead."""
+    return torch.where(variance > 0, variance, LEAST_BLUR_VARIANCE)
 
 
 def mean_weight(weight: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from diffusion_core.operators import Identity, Mask, Mosaic
 from diffusion_core.posterior.gaussian import Covariance
-from diffusion_core.posterior.linear.base import Accuracy, DataStep, Update, solve
+from diffusion_core.posterior.linear.base import (
+    Accuracy,
+    DataStep,
+    Update,
+    is_exact,
+    positive,
+    solve,
+)
 from diffusion_core.protocols import Data
 
 _PADDING = 32
@@ -41,7 +48,11 @@ class _Canvas:
 
 
 class MaskStep(DataStep):
-    """Noisy pixels: CG on (C^-1 + S M S / R) u; exact pixels: CG on the hole's block of C^-1."""
+    """Noisy pixels: CG on (C^-1 + S M S / R) u; exact pixels: CG on the hole's block of C^-1.
+
+    Batch elements are of one kind or the other; exact pixels beside noisy ones of the same element
+    are given half a step of an 8-bit image as noise.
+    """
 
     padding = _PADDING
 
@@ -53,6 +64,7 @@ class MaskStep(DataStep):
     ) -> Update:
         """See DataStep."""
         mask = torch.ones_like(residual[:1, :1]) if self.mask is None else self.mask.to(residual)
+        residual = torch.where(mask > 0, residual, 0)  # missing ones may be anything, NaN too
         if covariance.is_white:
             white = covariance.spectrum.flatten()[0]
             return Update(mask * residual * (white / (white + variance)))
@@ -62,13 +74,24 @@ class MaskStep(DataStep):
         std = torch.ones_like(mask[:, :1]) if covariance.std is None else covariance.std
         r = covariance.to_opponent(residual) if apart else residual
         scalar_dims = 2 if apart else 1
-        if bool((variance == 0).all()):
+        exact = is_exact(variance)
+        if bool(exact.all()):
             solved = _hole(canvas, std, mask, r, accuracy, scalar_dims)
         else:
-            solved = _noisy(canvas, std, mask / variance, r, accuracy, scalar_dims)
+            weight = torch.where(mask > 0, mask / positive(variance), 0)
+            solved = _noisy(canvas, std, weight, r, accuracy, scalar_dims)
+            if bool(exact.any()):
+                hole = _hole(canvas, std, mask, r, accuracy, scalar_dims)
+                solved = _chosen(exact, hole, solved)
         delta = std * solved.delta
         delta = covariance.from_opponent(delta) if apart else delta
         return Update(delta, solved.num_steps, solved.relative_residual)
+
+
+def _chosen(which: Tensor, a: Update, b: Update) -> Update:
+    """Batch elements of the one or of the other."""
+    left = max(a.relative_residual, b.relative_residual)
+    return Update(torch.where(which, a.delta, b.delta), max(a.num_steps, b.num_steps), left)
 
 
 class MosaicStep(DataStep):

@@ -59,7 +59,8 @@ class MultiCoilStep(PrimalStep):
         energy = self.coils.sensitivities.abs().square().sum(dim=1, keepdim=True).to(weight)
         mean_energy = energy.mean(dim=(2, 3), keepdim=True)
         symbol = coil_symbol(self.coils).to(weight) / mean_energy
-        symbol = symbol.clamp_min(_LEAST_SYMBOL * float(symbol.max()))
+        largest = symbol.amax(dim=(1, 2, 3), keepdim=True)
+        symbol = symbol.maximum((_LEAST_SYMBOL * largest.double()).to(symbol))
         gain = energy.maximum(1e-4 * mean_energy) * weight
         gain = gain if covariance.std is None else covariance.std**2 * gain
         spectrum = full_spectrum(covariance.spectrum[:1], covariance.canvas[1])

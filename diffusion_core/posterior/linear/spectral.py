@@ -17,12 +17,16 @@ from diffusion_core.posterior.linear.base import (
     Accuracy,
     DualStep,
     Update,
-    is_uniform,
     mean_square,
+    positive,
     solve,
+    uniform_level,
 )
 from diffusion_core.posterior.spectra import full_spectrum
 from diffusion_core.protocols import Data, LinearOperator, Signal
+
+_LEAST_GAIN = 1e-4
+"""Of A A' on the coarse grid, relative to the largest: below it exact data cannot be inverted."""
 
 
 class BlurStep(DualStep):
@@ -36,9 +40,10 @@ class BlurStep(DualStep):
         self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
     ) -> Update:
         """See DataStep."""
-        if not is_uniform(variance):
-            return self.solve(covariance, variance, residual, accuracy, None)
-        level = variance.reshape(-1, 1, 1, 1).clamp_min(LEAST_BLUR_VARIANCE)
+        uniform = uniform_level(variance)
+        if uniform is None:
+            return self.solve(covariance, positive(variance), residual, accuracy, None)
+        level = uniform.clamp_min(LEAST_BLUR_VARIANCE)
         blurred = self.power.to(covariance.spectrum) * covariance.spectrum
         inverse = 1.0 / (mean_square(covariance) * blurred + level)
 
@@ -52,19 +57,25 @@ class BlurStep(DualStep):
 
 
 class PoolStep(DualStep):
-    """Pooling, or a filter before leaving pixels out: A C A' is circulant on the coarse grid."""
+    """Pooling, or a filter before leaving pixels out: A C A' is circulant on the coarse grid.
+
+    A filter that loses modes of the coarse grid is a blur, and exact data are given its noise.
+    """
 
     def __init__(self, operator: LinearOperator, pool: Pool | Downsample) -> None:
         super().__init__(operator)
         self.pool = pool
+        self.floor = LEAST_BLUR_VARIANCE if _loses_modes(pool) else 0.0
 
     def __call__(
         self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy
     ) -> Update:
         """See DataStep."""
-        if not is_uniform(variance):
+        uniform = uniform_level(variance)
+        if uniform is None:
+            variance = positive(variance) if self.floor else variance
             return self.solve(covariance, variance, residual, accuracy, None)
-        level = variance.reshape(-1, 1, 1, 1)
+        level = uniform.clamp_min(self.floor)
         coarse = mean_square(covariance) * self._pooled_spectrum(covariance)
         tiny = torch.finfo(coarse.dtype).tiny
         inverse = 1.0 / (coarse + level).clamp_min(tiny)
@@ -90,6 +101,18 @@ class PoolStep(DualStep):
         return torch.fft.rfft2(column).real.clamp_min(0.0)
 
 
+def _loses_modes(pool: Pool | Downsample) -> bool:
+    """Whether a mode of the coarse grid is measured ten thousand times as weakly as another."""
+    if isinstance(pool, Pool):
+        return False  # A A' is a multiple of the identity
+    transfer, factor = pool.blur.transfer, pool.factor
+    height, width = pool.blur.shape
+    corner = torch.zeros(1, 1, height // factor, width // factor).to(transfer.real)
+    corner[..., 0, 0] = 1.0
+    gain = torch.fft.rfft2(pool.A(pool.A_adjoint(corner))).real
+    return bool(gain.min() < _LEAST_GAIN * gain.max())
+
+
 class FourierStep(DualStep):
     """Single-coil MRI, one datum t(k) a mode: y(k), or for a real image mean of y(k), conj y(-k).
 
@@ -108,20 +131,21 @@ class FourierStep(DualStep):
     ) -> Update:
         """See DataStep."""
         spectrum = covariance.spectrum
-        if not is_uniform(variance) or bool((spectrum != spectrum[:1]).any()):
+        uniform = uniform_level(variance)
+        if uniform is None or bool((spectrum != spectrum[:1]).any()):
             return self.solve(covariance, variance, residual, accuracy, None)
         share = self.mask.to(spectrum.dtype)
         if self.channels == 1:
             share = 0.5 * (share + _mirrored(share.expand(-1, -1, *covariance.canvas)))
         measured = (share > 0).to(spectrum.dtype)
         share = share.clamp_min(0.5)
-        noise = variance.reshape(-1, 1, 1, 1) / share
+        noise = uniform / share
         datum = measured * _modes(self.operator.A_adjoint(residual)) / share
         full = full_spectrum(spectrum[:1], covariance.canvas[1])
         if covariance.std is None:
             return Update(_image(full / (full + noise) * datum, self.channels))
 
-        std, level = covariance.std, variance.reshape(-1, 1, 1, 1) / mean_square(covariance)
+        std, level = covariance.std, uniform / mean_square(covariance)
         inverse = 1.0 / (spectrum + level)
 
         def matrix(v: Tensor) -> Tensor:
