@@ -102,7 +102,7 @@ class LevelCovariance:
         canvas = (fast_size(h + padding), fast_size(w + padding)) if padding else (h, w)
         spectrum = (inflation * self.spectrum(*canvas)).to(mu)
         std = self.local_std(mu) if local and self.log_energy.numel() else None
-        return Covariance(spectrum, self.basis.to(mu), std, canvas)
+        return Covariance(spectrum, self.basis.to(mu), std, canvas, self.reach)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,14 @@ class Covariance:
         basis: (c, c) orthonormal; opponent = basis @ channels.
         std: (b, 1, h, w) S, or None for S = 1.
         canvas: (H, W), at least (h, w).
+        reach: pixels at which C^-1 ends; None: it does not.
     """
 
     spectrum: Float[Tensor, "c H W_half"]
     basis: Float[Tensor, "c c"]
     std: Float[Tensor, "b 1 h w"] | None
     canvas: tuple[int, int]
+    reach: int | None = None
 
     @property
     def is_white(self) -> bool:

@@ -28,7 +28,7 @@ from flows.config import MethodSettings, config_path, load_method, task_names
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
 
-CONVERGED = {"tolerance": 1e-5, "max_steps": 600}
+CONVERGED = {"tolerance": 3e-4, "max_steps": 300}
 """Options of the linear solves on planes that are cut into blocks."""
 
 _NEAR = 1.4

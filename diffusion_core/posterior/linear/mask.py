@@ -6,6 +6,7 @@ into every other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,15 @@ from diffusion_core.posterior.linear.base import (
     positive,
     solve,
 )
+from diffusion_core.posterior.spectra import radial_frequency
 from diffusion_core.protocols import Data
 
 _PADDING = 32
 """Margin of missing pixels, so that opposite borders of a photograph do not touch."""
+_DENSITY_STD = 2.0
+"""Pixels over which the density of the data is averaged for a preconditioner."""
+_LEAST_DENSITY = 1e-3
+"""Density that counts as none, of the largest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,20 +125,56 @@ def _noisy(
     accuracy: Accuracy,
     scalar_dims: int,
 ) -> Update:
-    """CG on (C^-1 + S W S) u = S W r with W = M / R, preconditioned by the circulant at mean W."""
+    """CG on (C^-1 + S W S) u = S W r with W = M / R, preconditioned by circulants.
+
+    One at mean W serves a few steps. A solve that is to converge (C^-1 ends somewhere) has slow
+    modes in the wide margin and in clusters of missing pixels, where W is 0: it takes several.
+    """
     h, w = residual.shape[-2:]
     spectrum = canvas.covariance.spectrum
     inverse = 1.0 / spectrum
     diagonal = canvas.grow((std**2 * weight).expand(len(residual), -1, -1, -1))
-    circulant = spectrum / (1.0 + diagonal.mean(dim=(1, 2, 3), keepdim=True) * spectrum)
+    if canvas.covariance.reach is None:
+        mean = diagonal.mean(dim=(1, 2, 3), keepdim=True)
+        parts: list[tuple[Tensor | None, Tensor]] = [(None, mean)]
+    else:
+        parts = _levels_of_density(diagonal)
+    circulants = [(share, spectrum / (1.0 + level * spectrum)) for share, level in parts]
+
+    def precondition(u: Tensor) -> Tensor:
+        terms = (
+            canvas.filter(u, gain) if share is None else share * canvas.filter(share * u, gain)
+            for share, gain in circulants
+        )
+        return torch.stack(list(terms)).sum(dim=0)
+
     solved = solve(
         lambda u: canvas.filter(u, inverse) + diagonal * u,
         canvas.grow(std * weight * residual),
-        lambda u: canvas.filter(u, circulant),
+        precondition,
         accuracy,
         scalar_dims,
     )
     return Update(solved.delta[..., :h, :w], solved.num_steps, solved.relative_residual)
+
+
+def _levels_of_density(diagonal: Tensor) -> list[tuple[Tensor | None, Tensor]]:
+    """Low, middle and high levels of the local mean of S W S, and each pixel's share of them.
+
+    Returns:
+        (root of the share (b 1 H W), level (b 1 1 1)) of each; the shares sum to 1.
+    """
+    size = diagonal.shape[-2:]
+    squared = radial_frequency(*size).to(diagonal).square()
+    blur = torch.exp(-2.0 * (math.pi * _DENSITY_STD) ** 2 * squared)
+    local = torch.fft.irfft2(torch.fft.rfft2(diagonal.mean(dim=1, keepdim=True)) * blur, s=size)
+    most = local.amax(dim=(1, 2, 3), keepdim=True)
+    depth = (local / most).clamp(_LEAST_DENSITY, 1.0).log() / math.log(_LEAST_DENSITY)
+    place = 2.0 * depth  # 0 where it is densest, 2 where nothing was measured
+    return [
+        ((1.0 - (place - i).abs()).clamp_min(0.0).sqrt(), most * _LEAST_DENSITY ** (i / 2.0))
+        for i in range(3)
+    ]
 
 
 def _hole(
