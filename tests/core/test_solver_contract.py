@@ -331,8 +331,8 @@ def test_options_out_of_range_are_refused_in_a_sentence(solver, options):
         make_solver(solver, GaussianPrior(SIZE).table([0.1]), options)
 
 
-def test_solves_of_no_steps_or_no_tolerance_are_refused():
-    for bad in ({"max_steps": 0}, {"tolerance": 0.0}, {"tolerance": float("nan")}):
+def test_solves_of_no_steps_or_a_negative_tolerance_are_refused():
+    for bad in ({"max_steps": 0}, {"tolerance": -0.1}, {"tolerance": float("nan")}):
         with pytest.raises(ValueError, match="a solve takes a step at least"):
             Accuracy(**bad)
 

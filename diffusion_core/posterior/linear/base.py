@@ -26,7 +26,7 @@ class Accuracy:
     """How far an iterative solve goes.
 
     Attributes:
-        tolerance: relative residual of the linear system to stop at.
+        tolerance: relative residual of the linear system to stop at; 0 takes all steps.
         max_steps: products with its matrix at most.
     """
 
@@ -34,9 +34,9 @@ class Accuracy:
     max_steps: int = 40
 
     def __post_init__(self) -> None:
-        if not 0 < self.tolerance < math.inf or self.max_steps < 1:
+        if not 0 <= self.tolerance < math.inf or self.max_steps < 1:
             raise ValueError(
-                "a solve takes a step at least, to a tolerance > 0, not "
+                "a solve takes a step at least, to a tolerance >= 0, not "
                 f"{self.max_steps} steps to {self.tolerance}"
             )
 
