@@ -357,6 +357,8 @@ def test_cg_never_takes_what_is_not_a_number_for_solved(bad):
     torch.testing.assert_close(result.x[0], torch.linalg.solve(H, b[0]), rtol=1e-8, atol=1e-10)
     assert bool(result.x[1].isnan().any())
     assert np.isnan(result.relative_residual)
+    alone = conjugate_gradient(lambda v: v @ H.T, b[1:], tolerance=1e-10, max_steps=50)
+    assert bool(alone.x.isnan().any())
 
 
 # Exact data beside noisy ones ---------------------------------------------------------------------
