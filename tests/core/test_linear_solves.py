@@ -461,3 +461,7 @@ def test_a_mask_under_a_short_sighted_covariance_equals_a_dense_solve_in_fewer_s
     assert relative(update.delta.flatten(), expected[:, 0]) < 1e-5
     single = step(replace(covariance, reach=None), torch.tensor(0.05**2), mask * r, EXACTLY)
     assert update.num_steps < single.num_steps
+    beside = data_step(Mask(torch.cat([0.0 * mask, mask]) > 0))
+    both = beside(covariance, torch.tensor(0.05**2), torch.cat([r, r]), EXACTLY).delta
+    assert not both[0].any(), "nothing was measured there"
+    torch.testing.assert_close(both[1:], update.delta)

@@ -169,7 +169,9 @@ def _levels_of_density(diagonal: Tensor) -> list[tuple[Tensor | None, Tensor]]:
     blur = torch.exp(-2.0 * (math.pi * _DENSITY_STD) ** 2 * squared)
     local = torch.fft.irfft2(torch.fft.rfft2(diagonal.mean(dim=1, keepdim=True)) * blur, s=size)
     most = local.amax(dim=(1, 2, 3), keepdim=True)
-    depth = (local / most).clamp(_LEAST_DENSITY, 1.0).log() / math.log(_LEAST_DENSITY)
+    depth = (local / most.clamp_min(torch.finfo(most.dtype).tiny)).clamp(
+        _LEAST_DENSITY, 1.0
+    ).log() / math.log(_LEAST_DENSITY)
     place = 2.0 * depth  # 0 where it is densest, 2 where nothing was measured
     return [
         ((1.0 - (place - i).abs()).clamp_min(0.0).sqrt(), most * _LEAST_DENSITY ** (i / 2.0))
