@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 SOLVER = "covprox"
 SIDE_PX = 256
 """Validation items are cut to this about their centre, where no parts are given."""
-_KEPT = frozenset({"mode", "inflation", "zeta", "momentum", "local", "adapt"})
+_KEPT = frozenset(
+    {"mode", "inflation", "zeta", "momentum", "local", "adapt", "tolerance", "max_steps"}
+)
 """Options that a fit decides; the others stay the task's."""
 
 

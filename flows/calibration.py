@@ -39,6 +39,8 @@ MOST_SAMPLE_INFLATION = 10.0
 """A greater c at a level tells that widening the samples there did not make V/B 1."""
 ONE_INFLATION = 3.0
 """Where the search for one c for the whole chain begins."""
+SAMPLE_ACCURACY: Mapping[str, Any] = {"tolerance": 1e-3, "max_steps": 200}
+"""Of the linear solves: a draw begins far from the data, and has that much further to go."""
 PROTOTYPE: Mapping[str, Any] = {"sigma_max": 0.5, "sigma_min": 0.05, "rho": 3.0}
 """Fixed levels of the prototype, with these options; what a fit is held against."""
 PROTOTYPE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -167,8 +169,7 @@ def fit_sample(
     start is far off (a complex image of unknown phase) its bias is in all samples of the first
     levels, and to widen them there ruins the chain: then one c makes V/B = 1 at the end.
     """
-    accuracy = {k: v for k, v in own.options.items() if k in _ACCURACY}
-    options = {**accuracy, "mode": "sample", "zeta": 1.0, "momentum": 0.0}
+    options = {**SAMPLE_ACCURACY, "mode": "sample", "zeta": 1.0, "momentum": 0.0}
     options |= {"local": True, "adapt": True}
     base = own.model_copy(update={"num_levels": num_levels, "options": options})
     rollouts = bench.roll_outs(base, num_samples)
