@@ -43,8 +43,8 @@ class DataDraws:
     """What DAPS and split Gibbs share: their data's half and its options.
 
     Attributes:
-        prior: of the kriging start; None starts from A'y.
-        start: "kriging", "adjoint" or "noise".
+        prior: of the kriging start; None: from scaled A'y.
+        start: "kriging", "scaled-adjoint", "adjoint" or "noise".
         data_draw: "exact" (linear operators), "langevin", or "auto": exact where that can be.
         langevin_steps: of a draw.
         langevin_step: h in units of 1 / (1 / r^2 + L), in (0, 2).
@@ -148,18 +148,26 @@ def misfit_gradient(
     calls: Counted, x: Signal, y: Data, noise: NoiseModel, noise_floor: float = 0.0
 ) -> Signal:
     """Gradient of 1/2 |R^(-1/2) (y - A x)|^2, R held at its value for x."""
+    return data_and_gradient(calls, x, y, noise, noise_floor)[1]
+
+
+def data_and_gradient(
+    calls: Counted, x: Signal, y: Data, noise: NoiseModel, noise_floor: float = 0.0
+) -> tuple[Data, Signal]:
+    """A x beside the gradient of the misfit at x."""
     Ax, pull = calls.pullback(x)
     R = noise.variance(Ax).clamp_min(noise_floor**2)
-    return pull((Ax - y) / R)
+    return Ax, pull((Ax - y) / R)
 
 
 def curvature(
-    gradient: Callable[[Signal], Signal], x: Signal, width: float, probe: Signal
+    gradient: Callable[[Signal], Signal], x: Signal, width: float | Tensor, probe: Signal
 ) -> Tensor:
     """Largest eigenvalue of a Hessian at x, by power iteration on differences of gradients.
 
-    The differences are `width` wide (root mean square), which is as far as the draw goes:
-    quantisation, flat at a point, shows its slope. One value >= 0 a batch element, (b 1 1 1).
+    The differences are `width` wide (root mean square, of all or of each element (b 1 1 1)), which
+    is as far as the draw goes: quantisation, flat at a point, shows its slope. One value >= 0 a
+    batch element, (b 1 1 1).
     """
     origin, v = gradient(x), probe
     largest = torch.zeros_like(x[:, :1, :1, :1])
