@@ -1,0 +1,178 @@
+"""Variants of the training recipe, each trained for the same CPU time, by denoising on validation.
+
+    python -m tests.benchmarks.recipes run --data DATASET [--variant NAME ...] [--seconds 240]
+    python -m tests.benchmarks.recipes report
+
+recipes.yaml holds the variants: changes to the settings of configs/train-starter.yaml, at a quarter
+of its operations a pixel. The product's loop trains each from nothing on one thread, the rate
+falling to 0 with the CPU time that is left; the product's validation function measures PSNR of the
+averaged weights at four levels. Rows go to tests/benchmarks/results/recipes.json, a variant at a
+time; beside them stand operations a pixel (a multiply and an add are two), inference speed, and
+the pixels that a variant saw. Two seeds of the reference say how much is chance.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import click
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_core.networks.precond import Preconditioned
+from diffusion_core.training import loop
+from diffusion_core.training.loop import Callbacks, train
+from flows.api_train import new_network, patch_source, recipe_of
+from flows.config import TrainSettings, config_path, read_settings
+from flows.training.validation import denoising_psnr, validation_images
+from tests.benchmarks.unet_vs_monai import Timed, TimeIsUp, megapixels_per_s, optimisers_of
+
+HERE = Path(__file__).parent
+VARIANTS = HERE / "recipes.yaml"
+RESULTS = HERE / "results" / "recipes.json"
+SIGMAS = (0.05, 0.1, 0.2, 0.5)
+NUM_IMAGES, SIDE_PX = 12, 192
+SIDE_OF_COUNT_PX = 64
+OWN_KEYS = {"optimiser": "muon", "time_share": 1.0}
+"""What a variant may set beside TrainSettings."""
+
+Row = dict[str, Any]
+
+
+def settings_of(variant: Mapping[str, Any], base: Mapping[str, Any], data: Path) -> TrainSettings:
+    """The starter's settings, changed by `base` and then by the variant."""
+    changes = {k: v for k, v in {**base, **variant}.items() if k not in OWN_KEYS}
+    starter = read_settings(TrainSettings, config_path("train-starter.yaml"), [])
+    return TrainSettings(**{**starter.model_dump(), **changes, "data": [data]})
+
+
+def kflop_per_pixel(model: Preconditioned) -> float:
+    """Thousands of operations of one evaluation a pixel; the modulation's are left out."""
+    side = SIDE_OF_COUNT_PX
+    x = torch.zeros(1, 3, side, side)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x, torch.ones(1), torch.zeros(1, dtype=torch.long))
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    return float(convolutions) / side**2 / 1e3
+
+
+def trained(settings: TrainSettings, seconds: float, optimiser: str) -> tuple[Preconditioned, int]:
+    """The averaged network after so many CPU seconds of the product's loop, and its steps."""
+    plain = recipe_of(settings)
+    values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    values |= {"num_steps": 10**9, "log_every_steps": 1, "checkpoint_every_s": 1e9}
+    patches = patch_source(settings)
+    model = new_network(settings)
+    recipe = Timed(**values, seconds=seconds, clock=time.process_time, start=time.process_time())
+
+    def watch(step: int, _metrics: dict[str, float], averaged: Preconditioned) -> None:
+        if time.process_time() - recipe.start >= seconds:
+            raise TimeIsUp(averaged, step)
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as changed:
+        if optimiser != "muon":
+            changed.enter_context(patch.object(loop, "_optimisers", optimisers_of(optimiser)))
+        try:
+            train(model, patches, recipe, Path(folder), Callbacks(on_log=watch))
+        except TimeIsUp as end:
+            return end.averaged.eval(), end.num_steps
+    raise RuntimeError("the loop ended before its time")
+
+
+def measured(name: str, table: Mapping[str, Any], data: Path, seconds: float) -> Row:
+    """Train a variant and measure it."""
+    variant = table["variants"][name]
+    own = {key: variant.get(key, value) for key, value in OWN_KEYS.items()}
+    settings = settings_of(variant, table["base"], data)
+    model, steps = trained(settings, seconds * float(own["time_share"]), str(own["optimiser"]))
+    images = validation_images(settings_of({}, table["base"], data), NUM_IMAGES, SIDE_PX)
+    psnr = denoising_psnr(model, {c: images[c] for c in settings.conditions}, SIGMAS)
+    return {
+        "variant": name,
+        "changes": dict(variant),
+        "seconds": seconds,
+        "steps": steps,
+        "megapixels_seen": round(steps * settings.batch_size * settings.patch_size**2 / 1e6, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "kflop_per_pixel": round(kflop_per_pixel(model), 1),
+        "inference_megapixels_per_s": round(megapixels_per_s(model.network, torch.bfloat16), 2),
+        "psnr": {key: round(value, 3) for key, value in psnr.items()},
+    }
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """Markdown: for each variant the mean over levels by condition, less the reference's."""
+    by_name = {row["variant"]: row for row in rows}
+    conditions = list(dict.fromkeys(key.split("/")[0] for row in rows for key in row["psnr"]))
+    heads = ["variant", "kFLOP/px", "MP/s", "steps", "MP seen", *conditions, "all", "city .2"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    reference = by_name.get("reference")
+    for row in rows:
+        cells = [_cell(row, reference, prefix) for prefix in (*(f"{c}/" for c in conditions), "")]
+        cells.append(_cell(row, reference, "city/sigma-0.2"))
+        facts = [row["kflop_per_pixel"], row["inference_megapixels_per_s"]]
+        facts += [row["steps"], row["megapixels_seen"]]
+        lines.append(f"| {row['variant']} | {' | '.join(map(str, facts))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row, reference: Row | None, prefix: str) -> str:
+    keys = [key for key in row["psnr"] if key.startswith(prefix)]
+    if not keys or (not prefix and reference and keys != list(reference["psnr"])):
+        return ""
+    mean = sum(row["psnr"][key] for key in keys) / len(keys)
+    if reference is None or row is reference:
+        return f"{mean:.2f}"
+    return f"{mean - sum(reference['psnr'][key] for key in keys) / len(keys):+.2f}"
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a file; none if there is no file."""
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
+def keep(row: Row, path: Path) -> None:
+    """Add a row, or replace that of the same variant."""
+    rows = [known for known in rows_of(path) if known["variant"] != row["variant"]] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    """See the module."""
+
+
+@main.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--variant", "names", multiple=True, help="Only these; default all without a row.")
+@click.option("--seconds", default=240.0, show_default=True, help="CPU time of training, each.")
+@click.option("--output", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
+def run(data: Path, names: Sequence[str], seconds: float, output: Path) -> None:
+    """Train variants one after the other on one thread."""
+    torch.set_num_threads(1)
+    table = yaml.safe_load(VARIANTS.read_text())
+    done = {row["variant"] for row in rows_of(output)}
+    for name in names or [name for name in table["variants"] if name not in done]:
+        keep(measured(name, table, data, seconds), output)
+        click.echo(table_of(rows_of(output)))
+
+
+@main.command()
+@click.option("--output", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
+def report(output: Path) -> None:
+    """The table of what was measured."""
+    click.echo(table_of(rows_of(output)))
+
+
+if __name__ == "__main__":
+    main()
