@@ -63,8 +63,8 @@ def calibrate(settings: CalibrateSettings, on_event: EventHandler | None = None)
         on_event: told of progress.
 
     Raises:
-        BadInputError: if the dataset has no images for a task, or the model has no directory of
-            its own to write to.
+        BadInputError: if the dataset has no images for a task, or one of which the data leave
+            nothing open, or the model has no directory of its own to write to.
         BadModelError: if the model cannot be used.
     """
     import torch
@@ -102,6 +102,7 @@ def _fits(
     on_event: EventHandler,
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(mode, number of levels, entry) of what is still to be fitted for a task."""
+    from diffusion_core.posterior.calibration import NothingOpenError
     from flows.calibration import Bench
     from flows.knobs import Knobs
 
@@ -119,7 +120,10 @@ def _fits(
         if start is None and done:
             start = Knobs.of(_method(own, next(iter(done.values()))))
         on_event(Event("step", 0, 0, f"{name}: {mode} mode at {count} levels"))
-        fit, start = _fit(settings, bench, own, mode, count, start, on_event)
+        try:
+            fit, start = _fit(settings, bench, own, mode, count, start, on_event)
+        except NothingOpenError as error:
+            raise _nothing_open(name, mode, items, error.number) from error
         yield mode, count, _entry(fit, items) | {"command": _command(settings, name, mode)}
 
 
@@ -139,6 +143,15 @@ def _fit(
     say = on_event
     knobs, fit = fit_mean(bench, own, count, start, lambda line: say(Event("step", 0, 0, line)))
     return fit, knobs
+
+
+def _nothing_open(task: str, mode: str, items: Sequence[str], number: int | None) -> BadInputError:
+    """What to tell of a task that has nothing to calibrate."""
+    images = ", ".join(dict.fromkeys(items)) if number is None else items[number]
+    return BadInputError(
+        f"task '{task}' cannot be calibrated in {mode} mode on {images}: the data leave no "
+        "pixel open there; name other images with --parts"
+    )
 
 
 def _entry(fit: Fit, items: Sequence[str]) -> dict[str, Any]:

@@ -32,6 +32,22 @@ _CLOSE, _NUM_TRIALS = 0.02, 5
 """Of ln V/B: near enough to 0, and data steps a level at most."""
 
 
+class NothingOpenError(ValueError):
+    """There is no V/B: no pixel is open, or all samples are exact.
+
+    Attributes:
+        number: of the roll-out, from 0; None where V/B is of several together.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        which = "" if number is None else f" of image {number + 1}"
+        super().__init__(
+            f"the data leave nothing{which} open that could be calibrated: no pixel counts as "
+            "unknown, or every estimate is exact"
+        )
+        self.number = number
+
+
 def _as_it_is(x: Signal) -> Signal:
     return x
 
@@ -51,6 +67,11 @@ class RollOut:
     truth: Signal
     view: Callable[[Signal], Signal] = _as_it_is
     unknown: Bool[Tensor, "b c h w"] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any pixel counts."""
+        return self.unknown is None or bool(self.unknown.any())
 
     def log_error(self, estimates: Sequence[Signal]) -> float:
         """Logarithm of the mean squared error over the pixels that count, mean over the chains."""
@@ -85,9 +106,13 @@ def fit_inflation(rollouts: Sequence[RollOut]) -> list[float]:
 
     Raises:
         ValueError: if there is nothing to fit on.
+        NothingOpenError: if the data leave no pixel of a roll-out open, or no spread.
     """
     if not rollouts:
         raise ValueError("calibration needs at least one image")
+    for number, rollout in enumerate(rollouts):
+        if not rollout.is_open:
+            raise NothingOpenError(number)
     first = rollouts[0].chains[0]
     choose = _calibrated if first.solver.mode == "sample" else _least_error
     found: list[float] = []
@@ -163,7 +188,10 @@ def _calibrated(trial: _Trial, start: float) -> tuple[float, Estimates]:
 
     def spread_at(c: float) -> tuple[Spread, Estimates]:
         found = trial.estimates(c)
-        parts = (r.spread(ms) for r, ms in zip(trial.rollouts, found, strict=True))
+        parts = [r.spread(ms) for r, ms in zip(trial.rollouts, found, strict=True)]
+        for number, part in enumerate(parts):
+            if math.isnan(part.ratio):
+                raise NothingOpenError(number)
         return sum(parts, Spread()), found
 
     return match_spread(spread_at, start)
@@ -183,12 +211,17 @@ def match_spread(
 
     Returns:
         The best c tried, and what was found there.
+
+    Raises:
+        NothingOpenError: if V/B is not a number.
     """
     points: list[tuple[float, float]] = []
     best: tuple[float, float, Found] | None = None
     ln_c = math.log(start)
     while True:
         spread_there, found = spread_at(math.exp(ln_c))
+        if math.isnan(spread_there.ratio):
+            raise NothingOpenError
         excess = math.log(max(spread_there.ratio, 1e-6))
         points.append((ln_c, excess))
         if best is None or abs(excess) < best[0]:

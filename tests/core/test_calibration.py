@@ -10,7 +10,13 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Blur, Fourier, Mask
-from diffusion_core.posterior.calibration import RollOut, _least_error, fit_inflation, match_spread
+from diffusion_core.posterior.calibration import (
+    NothingOpenError,
+    RollOut,
+    _least_error,
+    fit_inflation,
+    match_spread,
+)
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.posterior.linear.mask import MaskStep
@@ -310,3 +316,29 @@ def test_errors_count_in_the_units_of_the_view_and_where_it_is_unknown():
 def test_nothing_to_fit_on_is_refused():
     with pytest.raises(ValueError, match="at least one image"):
         fit_inflation([])
+
+
+@pytest.mark.parametrize("mode", ["mean", "sample"])
+def test_an_image_without_an_open_pixel_is_refused_by_its_number(mode):
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    first, second = (roll_out(k, sigmas, blur(), num_chains=2, mode=mode) for k in range(2))
+    closed = RollOut(second.chains, second.truth, unknown=second.truth > 9)
+    with pytest.raises(NothingOpenError, match="nothing of image 2 open") as refused:
+        fit_inflation([first, closed])
+    assert refused.value.number == 1
+    assert [r.chains[0].calls.num_denoiser_calls for r in (first, closed)] == [0, 0]
+
+
+def test_samples_that_are_all_exact_are_refused():
+    # V and B are both 0: exact data everywhere.
+    sigmas = torch.tensor([0.4], dtype=torch.float64)
+    rollout = roll_out(0, sigmas, blur(), num_chains=2, mode="sample")
+    for chain in rollout.chains:
+        chain.condition = lambda level, mu, c: rollout.truth
+    with pytest.raises(NothingOpenError, match="image 1 open"):
+        fit_inflation([rollout])
+
+
+def test_a_spread_that_is_not_a_number_is_refused():
+    with pytest.raises(NothingOpenError, match="leave nothing open that could be calibrated"):
+        match_spread(lambda c: (Spread(), None), 1.0)

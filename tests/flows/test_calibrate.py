@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffusion_core.model import (
     solver_settings,
     store_solver_settings,
 )
+from diffusion_core.posterior.calibration import NothingOpenError
 from domains.base import BadInputError, Item, ItemRecord
 from flows import api_calibrate, calibration
 from flows.api_calibrate import calibrate, figures_table
@@ -312,6 +314,35 @@ def test_what_cannot_be_calibrated_is_said(root, tmp_path):
         calibrate(asked(root, tasks=["ct-sparse20"], output=tmp_path / "out"))
     with pytest.raises(BadInputError, match="say where with --output"):
         calibrate(asked(root, model="starter"))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sample"])
+def test_an_image_whose_data_leave_nothing_open_is_named_with_its_task(root, tmp_path, mode):
+    # Strokes, whose hole counts: here they missed the second image.
+    def known_throughout(task, item):
+        case = case_of(task, item)
+        if item.record.item_id != "still-4":
+            return case
+        return replace(case, hole=np.zeros_like(case.hole))
+
+    task, output = "inpaint-strokes", tmp_path / "out"
+    with (
+        patch("flows.tune.case_of", known_throughout),
+        pytest.raises(
+            BadInputError,
+            match=rf"'inpaint-strokes' cannot be calibrated in {mode} mode on still-4: .*--parts",
+        ),
+    ):
+        calibrate(asked(root, tasks=[task], modes=[mode], output=output))
+    assert not output.exists()
+
+
+def test_images_that_are_exact_together_are_all_named(root, tmp_path):
+    with (
+        patch.object(api_calibrate, "_fit", side_effect=NothingOpenError),
+        pytest.raises(BadInputError, match="on still-3, still-4: the data leave no pixel"),
+    ):
+        calibrate(asked(root, output=tmp_path / "out", modes=["sample"]))
 
 
 def test_the_table_leaves_blank_what_was_not_measured():
