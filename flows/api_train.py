@@ -3,7 +3,10 @@
 runs/NAME/
   settings.json     what was asked (training/run_folder.py); a different one needs another name
   checkpoints/      safetensors, the newest two; a killed run goes on from here
+  snapshots/        averaged weights, for the choice of their length (`ema_snapshots`)
+  best/             the averaged weights of the best restoration score so far (`score`)
   log.jsonl         one line a reading: step, loss, throughput
+  scores.jsonl      one line a restoration score
   model/            the finished model (diffusion_core/model.py)
 """
 
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diffusion_core.networks.precond import Preconditioned
+    from diffusion_core.noise.densities import Histogram
     from diffusion_core.training.loop import Recipe
+    from diffusion_core.training.loss import SigmaDensity
     from diffusion_core.training.patches import PatchSource, Volumes
 
 OnEvent = Callable[[Event], None]
@@ -61,12 +66,12 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
 
     Raises:
         BadInputError: if the settings or the data cannot be used, or the run folder holds other
-            settings; nothing is written then.
+            settings, or another command trains it now; nothing is written then.
         KeyboardInterrupt: if Ctrl-C stopped it; the same settings go on where it was.
     """
     from flows.training.checks import check_data, check_settings
     from flows.training.finish import finish
-    from flows.training.run_folder import open_run
+    from flows.training.run_folder import only_one, open_run, run_path
 
     report = on_event or (lambda _event: None)
     if settings.init_from is not None:  # workers have another working directory
@@ -74,18 +79,17 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
     check_settings(settings)
     settings = settings.model_copy(update={"data": _datasets(settings, report)})
     check_data(settings)
-    run = open_run(settings)
-    payload = {"settings": settings.model_dump(mode="json"), "run": str(run)}
-    _run_workers(settings, payload, report)
-    return finish(settings, run, report)
+    with only_one(run_path(settings)):
+        run = open_run(settings)
+        payload = {"settings": settings.model_dump(mode="json"), "run": str(run)}
+        _run_workers(settings, payload, report)
+        return finish(settings, run, report)
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
     """The core's recipe as the settings give it."""
     from diffusion_core.training.loop import Recipe
-    from diffusion_core.training.loss import SigmaDensity
 
-    low, high = settings.sigma_range
     return Recipe(
         num_steps=settings.num_steps,
         batch_size=settings.batch_size,
@@ -94,14 +98,35 @@ def recipe_of(settings: TrainSettings) -> Recipe:
         warmup_steps=settings.warmup_steps,
         decay_share=settings.decay_share,
         ema_decay=settings.ema_decay,
-        density=SigmaDensity(
-            settings.ln_sigma_mean, settings.ln_sigma_std, settings.uniform_share, low, high
-        ),
+        density=_density(settings),
         bfloat16=settings.dtype == "bfloat16",
         seed=settings.seed,
+        num_snapshots=settings.ema_snapshots,
+        micro_batch=settings.micro_batch,
+        score_every_steps=settings.score.every_steps,
+        prefetch_threads=settings.prefetch_threads,
         log_every_steps=settings.log_every_steps,
         checkpoint_every_s=settings.checkpoint_every_s,
     )
+
+
+def _density(settings: TrainSettings) -> SigmaDensity | Histogram:
+    """Noise levels: by the shares of bins if they are given, else normal and uniform mixed."""
+    import math
+
+    import torch
+
+    from diffusion_core.noise.densities import Histogram
+    from diffusion_core.training.loss import SigmaDensity
+
+    low, high = settings.sigma_range
+    if not settings.level_mass:
+        return SigmaDensity(
+            settings.ln_sigma_mean, settings.ln_sigma_std, settings.uniform_share, low, high
+        )
+    mass = torch.tensor(settings.level_mass, dtype=torch.float64)
+    edges = torch.linspace(math.log(low), math.log(high), len(mass) + 1, dtype=torch.float64)
+    return Histogram(edges, mass / mass.sum())
 
 
 def new_network(settings: TrainSettings) -> Preconditioned:

@@ -176,6 +176,17 @@ class CalibrateSettings(Settings):
 NAME = r"[a-z0-9][a-z0-9._-]*"  # of a folder or model: it cannot lead out of its place
 
 
+class ScoreSettings(Settings):
+    """How a network in training is scored: by short restorations of validation images."""
+
+    every_steps: int = Field(
+        0, ge=0, description="between scores, the best network being kept; 0: none before the end"
+    )
+    num_images: int = Field(2, ge=1, le=100, description="of each condition")
+    side: int = Field(96, ge=32, le=1024, description="of the images' centre crops, pixels")
+    num_levels: int = Field(6, ge=1, le=100, description="evaluations a restoration")
+
+
 class TrainSettings(Settings):
     """`sashiko train configs/train-*.yaml`."""
 
@@ -202,6 +213,11 @@ class TrainSettings(Settings):
     )
     patch_size: int = Field(64, ge=8, le=1024)
     batch_size: int = Field(32, ge=1, le=100_000)
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        description="samples a worker computes at once, gradients added up; 0: its whole share",
+    )
     num_steps: int = Field(ge=1, lt=10**9)
     learning_rate: float = Field(2e-3, gt=0, le=1)
     warmup_steps: int = Field(100, ge=0)
@@ -210,10 +226,26 @@ class TrainSettings(Settings):
     )
     adamw_ratio: float = Field(0.25, gt=0, allow_inf_nan=False)
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_snapshots: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="of averages whose length is chosen at the end by score; 0: none is kept",
+    )
+    ema_lengths: list[float] = Field(
+        [0.03, 0.05, 0.08, 0.12, 0.18],
+        description="to choose from: standard deviations as shares of the run; needs ema_snapshots",
+    )
+    score: ScoreSettings = Field(default_factory=ScoreSettings)
     ln_sigma_mean: float = Field(-1.5, ge=-20, le=20)
     ln_sigma_std: float = Field(1.3, gt=0, le=20)
     uniform_share: float = Field(0.25, ge=0, le=1)
     sigma_range: tuple[float, float] = Field((0.01, 4.0), description="least and greatest level")
+    level_mass: list[float] = Field(
+        default_factory=list,
+        description="shares of the samples in bins of ln sigma, of even width over sigma_range; "
+        "empty: ln_sigma_mean, ln_sigma_std and uniform_share",
+    )
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every_s: float = Field(60.0, ge=0)
@@ -222,6 +254,7 @@ class TrainSettings(Settings):
     num_threads: int = Field(
         0, ge=0, description="CPU threads a worker; 0: the cores shared evenly"
     )
+    prefetch_threads: int = Field(1, ge=1, le=64, description="that draw batches ahead")
     register_as: list[str] = Field(default_factory=list)
     calibration_items: list[str] = Field(
         default_factory=list,
@@ -245,6 +278,20 @@ class TrainSettings(Settings):
             if not 0 < share < float("inf"):
                 raise ValueError(f"the share of '{name}' must be above 0")
         return conditions
+
+    @field_validator("ema_lengths")
+    @classmethod
+    def _are_lengths(cls, lengths: list[float]) -> list[float]:
+        if not all(0 < length <= 0.288 for length in lengths):
+            raise ValueError("lengths are above 0 and at most .288, that of the mean of all steps")
+        return lengths
+
+    @field_validator("level_mass")
+    @classmethod
+    def _are_shares(cls, mass: list[float]) -> list[float]:
+        if not all(0 < share < float("inf") for share in mass):
+            raise ValueError("every bin's share must be above 0")
+        return mass
 
     @field_validator("sigma_range")
     @classmethod

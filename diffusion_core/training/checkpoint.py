@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion_core.training.ema import Ema
-
-_NAME = re.compile(r"step-(\d{9})")
+from diffusion_core.training.files import folders_by_step, publish, staging_for, step_folder
+from diffusion_core.training.power import PowerAverage
 
 
 @dataclass
@@ -27,35 +26,31 @@ class TrainingState:
     ema: Ema
     optimisers: list[torch.optim.Optimizer]
     step: int = 0
+    family: Sequence[PowerAverage] = ()
 
 
 def save_checkpoint(
     folder: Path, state: TrainingState, facts: dict[str, Any], keep: int = 2
 ) -> Path:
     """Write folder/step-NNNNNNNNN by rename, then drop all but the newest `keep`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{state.step:09d}"
-    staging = folder / f".{final.name}.{os.getpid()}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    final = step_folder(folder, state.step)
+    staging = staging_for(final)
     save_file(_contiguous(state.module.state_dict()), staging / "module.safetensors")
     save_file(_contiguous(state.ema.module.state_dict()), staging / "ema.safetensors")
+    for number, average in enumerate(state.family):
+        save_file(_contiguous(average.module.state_dict()), staging / _average(number))
     save_file(_optimiser_tensors(state.optimisers), staging / "optimisers.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": state.step, **facts}))
-    for path in staging.iterdir():
-        _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
-    _sync(folder)
-    for old in _checkpoints(folder)[:-keep]:
+    publish(staging, final)
+    for _, old in folders_by_step(folder)[:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint, or None."""
-    found = _checkpoints(folder) if folder.is_dir() else []
-    return found[-1] if found else None
+    found = folders_by_step(folder)
+    return found[-1][1] if found else None
 
 
 def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
@@ -63,13 +58,15 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((path / "state.json").read_text())
     state.module.load_state_dict(load_file(path / "module.safetensors"))
     state.ema.module.load_state_dict(load_file(path / "ema.safetensors"))
+    for number, average in enumerate(state.family):
+        average.module.load_state_dict(load_file(path / _average(number)))
     _fill_optimisers(state.optimisers, load_file(path / "optimisers.safetensors"))
     state.step = facts["step"]
     return facts
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
+def _average(number: int) -> str:
+    return f"average-{number}.safetensors"
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,11 +92,3 @@ def _fill_optimisers(optimisers: list[torch.optim.Optimizer], tensors: dict[str,
         optimiser.load_state_dict(
             {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from diffusion_core.training.ema import Ema
 from diffusion_core.training.loss import SigmaDensity, denoising_loss, levels_of
 from diffusion_core.training.muon import Muon
 from diffusion_core.training.patches import Batch, PatchSource
+from diffusion_core.training.power import LENGTHS, PowerAverage, save_snapshot, snapshot_steps
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; every field changes the result, save the last two.
+    """How to train; every field changes the result, save the last five.
 
     Attributes:
         num_steps: optimiser steps.
@@ -47,6 +49,12 @@ class Recipe:
         density: noise levels.
         bfloat16: compute F in bfloat16 (weights stay float32).
         seed: of patches and noise.
+        num_snapshots: of the averages whose length is chosen afterwards (power.py); 0: none is
+            kept.
+        micro_batch: samples that a worker computes at once, their gradients added up; 0: its whole
+            share of the batch. The step is the same up to rounding.
+        score_every_steps: how often `on_score` is called; 0: never.
+        prefetch_threads: that draw batches ahead.
         log_every_steps: how often `on_log` is called.
         checkpoint_every_s: seconds between checkpoints.
     """
@@ -61,6 +69,10 @@ class Recipe:
     density: SigmaDensity | Histogram = field(default_factory=SigmaDensity)
     bfloat16: bool = True
     seed: int = 0
+    num_snapshots: int = 0
+    micro_batch: int = 0
+    score_every_steps: int = 0
+    prefetch_threads: int = 1
     log_every_steps: int = 50
     checkpoint_every_s: float = 60.0
 
@@ -78,11 +90,13 @@ class Callbacks:
     Attributes:
         on_log: (step, metrics, averaged model) every `log_every_steps`.
         on_checkpoint: (step, folder) after each.
-        average: averages gradients over the workers in place, before the step.
+        on_score: (step, averaged model) every `score_every_steps`, on rank 0; the others wait.
+        average: averages tensors over the workers in place: gradients and losses, before the step.
     """
 
     on_log: Callable[[int, dict[str, float], Preconditioned], None] = lambda *_: None
     on_checkpoint: Callable[[int, Path], None] = lambda *_: None
+    on_score: Callable[[int, Preconditioned], None] = lambda *_: None
     average: Callable[[Iterable[Tensor]], None] = lambda *_: None
 
 
@@ -103,9 +117,9 @@ def train(
         model: D; trained on `device` in float32 weights.
         patches: the sequence of clean samples; step k takes samples k b .. k b + b - 1.
         recipe: see Recipe.
-        folder: for checkpoints; rank 0 writes them.
+        folder: for checkpoints, and `snapshots` beside it; rank 0 writes them.
         callbacks: see Callbacks.
-        rank: number of this worker; worker r takes every num_workers-th sample from r.
+        rank: number of this worker; it takes the rank-th of num_workers parts of each batch.
         num_workers: workers in all; must divide the batch.
         device: of the model.
     Returns:
@@ -119,11 +133,14 @@ def train(
     model = model.to(device).train()
     to_channels_last(model)
     state = TrainingState(model, Ema(model, recipe.ema_decay), _optimisers(model, recipe))
+    if recipe.num_snapshots:
+        state.family = [PowerAverage(model, length) for length in LENGTHS]
+    meter = _Meter(num_workers)
     if found := latest_checkpoint(folder):
-        load_checkpoint(found, state)
+        meter.go_on(load_checkpoint(found, state))
 
+    snapshots_after = set(snapshot_steps(recipe.num_steps, recipe.num_snapshots))
     samples = _prefetched(patches, recipe, state.step, rank, num_workers)
-    meter = _Meter()
     last_saved = time.monotonic()
     for step in range(state.step, recipe.num_steps):
         batch, sigma, eps = (move(part, device) for part in next(samples))
@@ -131,27 +148,48 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = recipe.rate(step) * group["ratio"]
 
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.bfloat16):
-            loss, weighted = denoising_loss(model, batch, sigma, eps)
-        loss.backward()
-        callbacks.average(p.grad for p in model.parameters() if p.grad is not None)
+        losses = []
+        for part in _micro_batches(len(sigma), recipe.micro_batch):
+            with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.bfloat16):
+                loss, weighted = denoising_loss(model, batch.part(part), sigma[part], eps[part])
+            share = len(weighted) / len(sigma)
+            (loss * share).backward()
+            losses.append(share * torch.stack([loss.detach(), weighted.mean()]))
+        loss_and_error = torch.stack(losses).sum(dim=0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        callbacks.average([*gradients, loss_and_error])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in state.optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         state.step = step + 1
         state.ema.update(model, state.step)
+        for average in state.family:
+            average.update(model, state.step)
 
-        meter.add(loss, weighted, norm, batch)
+        meter.add(loss_and_error, norm, batch)
         if state.step % recipe.log_every_steps == 0:
             metrics = {**meter.read(), "rate": recipe.rate(step)}
             callbacks.on_log(state.step, metrics, state.ema.module)
+        if rank != 0:
+            continue
+        if recipe.score_every_steps and state.step % recipe.score_every_steps == 0:
+            with meter.paused():
+                callbacks.on_score(state.step, state.ema.module)
+        if state.step in snapshots_after:
+            save_snapshot(folder.with_name("snapshots"), state.step, state.family)
         is_last = state.step == recipe.num_steps
-        if rank == 0 and (is_last or time.monotonic() - last_saved > recipe.checkpoint_every_s):
-            path = save_checkpoint(folder, state, {})
+        if is_last or time.monotonic() - last_saved > recipe.checkpoint_every_s:
+            path = save_checkpoint(folder, state, meter.facts())
             callbacks.on_checkpoint(state.step, path)
             last_saved = time.monotonic()
     return state
+
+
+def _micro_batches(count: int, size: int) -> list[slice]:
+    """Parts of `size` samples of a batch of `count`; the last may be smaller. 0: one part."""
+    size = size or count
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def move(part: Batch | Tensor, device: str) -> Any:
@@ -180,12 +218,12 @@ def _optimisers(model: Preconditioned, recipe: Recipe) -> list[torch.optim.Optim
 def _prefetched(
     patches: PatchSource, recipe: Recipe, first_step: int, rank: int, num_workers: int
 ) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Batches from `first_step` on, two drawn ahead in a thread: memory stays bounded."""
-    with ThreadPoolExecutor(1, thread_name_prefix="patches") as pool:
+    """Batches from `first_step` on, a few drawn ahead in threads: memory stays bounded."""
+    with ThreadPoolExecutor(recipe.prefetch_threads, thread_name_prefix="patches") as pool:
         ahead: list[Future[tuple[Batch, Tensor, Tensor]]] = []
         for step in itertools.count(first_step):
             ahead.append(pool.submit(_draw, patches, recipe, step, rank, num_workers))
-            if len(ahead) > 2:
+            if len(ahead) > recipe.prefetch_threads + 1:
                 yield ahead.pop(0).result()
 
 
@@ -202,28 +240,67 @@ def _draw(
 
 
 class _Meter:
-    """Means since the last reading, and throughput."""
+    """Means since the last reading, and throughput over all workers.
 
-    def __init__(self) -> None:
+    What was added since then goes into the checkpoint: a resumed run's readings are those of an
+    undisturbed one. Tensors stay on their device until they are read: a GPU need not be waited
+    for at every step.
+    """
+
+    _NAMES = ("loss", "weighted_error", "gradient_norm")
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._before = torch.zeros(len(self._NAMES), dtype=torch.float64)
+        self._num_before = 0
         self._reset()
 
     def _reset(self) -> None:
         self._since = time.monotonic()
-        self._sums = {"loss": 0.0, "weighted_error": 0.0, "gradient_norm": 0.0}
-        self._steps = 0
+        self._paused_s = 0.0
+        self._seen: list[Tensor] = []
         self._pixels = 0
 
-    def add(self, loss: Tensor, weighted: Tensor, norm: Tensor, batch: Batch) -> None:
-        self._sums["loss"] += loss.item()
-        self._sums["weighted_error"] += weighted.mean().item()
-        self._sums["gradient_norm"] += norm.item()
-        self._steps += 1
+    def add(self, losses: Tensor, norm: Tensor, batch: Batch) -> None:
+        """Take in a step: loss and weighted error, gradient norm, and its patches."""
+        self._seen.append(torch.cat([losses, norm.reshape(1)]).detach())
         b, _, h, w = batch.x0.shape
-        self._pixels += b * h * w
+        self._pixels += b * h * w * self._num_workers
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no training, told apart from the throughput."""
+        begin = time.monotonic()
+        yield
+        self._paused_s += time.monotonic() - begin
+
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run must know of the steps since the last reading."""
+        return {"meter": {"sums": self._sums().tolist(), "steps": self._steps()}}
+
+    def go_on(self, facts: dict[str, Any]) -> None:
+        """Take up what `facts` gave; a checkpoint of an older version has none."""
+        if kept := facts.get("meter"):
+            self._before = torch.tensor(kept["sums"], dtype=torch.float64)
+            self._num_before = kept["steps"]
 
     def read(self) -> dict[str, float]:
+        """The means, and a new beginning."""
+        means = self._sums() / max(1, self._steps())
         seconds = max(1e-9, time.monotonic() - self._since)
-        means = {name: total / max(1, self._steps) for name, total in self._sums.items()}
-        means["megapixels_per_s"] = self._pixels / 1e6 / seconds
+        metrics = dict(zip(self._NAMES, means.tolist(), strict=True))
+        training_s = max(1e-9, seconds - self._paused_s)
+        metrics["megapixels_per_s"] = self._pixels / 1e6 / training_s
+        if self._paused_s:
+            metrics["score_share"] = self._paused_s / seconds
+        self._before, self._num_before = torch.zeros_like(self._before), 0
         self._reset()
-        return means
+        return metrics
+
+    def _sums(self) -> Tensor:
+        if not self._seen:
+            return self._before.clone()
+        return self._before + torch.stack(self._seen).cpu().double().sum(dim=0)
+
+    def _steps(self) -> int:
+        return self._num_before + len(self._seen)

@@ -50,6 +50,10 @@ class Batch:
     condition: Tensor
     channels: Tensor
 
+    def part(self, samples: slice) -> Batch:
+        """Some of the samples; shares memory."""
+        return Batch(self.x0[samples], self.condition[samples], self.channels[samples])
+
 
 class PatchSource:
     """Draws patches from volumes held in memory.

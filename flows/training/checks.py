@@ -37,15 +37,23 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 def check_data(settings: TrainSettings) -> None:
-    """Refuse datasets that lack a condition or a calibration item; reads no more than it must.
+    """Refuse datasets that lack a condition, a calibration item or the images of a score.
+
+    No more is read than must be.
 
     Raises:
         BadInputError: if one cannot be read, or names what they lack.
     """
     from flows.store import Dataset
 
-    held = {record.item_id for path in settings.data for record in Dataset(path).items()}
+    held = {record.item_id: record for path in settings.data for record in Dataset(path).items()}
     absent = [name for name in settings.calibration_items if name not in held]
+    scored = settings.score.every_steps or (settings.ema_snapshots and settings.ema_lengths)
+    if scored and not any(record.split == "validation" for record in held.values()):
+        raise BadInputError(
+            "no validation image to score the network by: give the data a validation split, or "
+            "set score.every_steps=0 and ema_snapshots=0"
+        )
     if absent:
         raise BadInputError(
             f"no dataset holds the calibration item '{absent[0]}': "

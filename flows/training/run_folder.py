@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from domains.base import BadInputError
 from flows.config import TrainSettings
-from flows.training.finish import started_from
+from flows.training.card import started_from
 
-SETTINGS, LOG, CHECKPOINTS = "settings.json", "log.jsonl", "checkpoints"
+SETTINGS, LOCK, LOG, SCORES = "settings.json", "lock", "log.jsonl", "scores.jsonl"
+CHECKPOINTS, SNAPSHOTS, BEST = "checkpoints", "snapshots", "best"
 
 _MAY_CHANGE = {
     "output",
@@ -21,15 +26,50 @@ _MAY_CHANGE = {
     "picture_every_steps",
     "register_as",
     "calibration_items",
+    "micro_batch",
+    "prefetch_threads",
+    "score",
+    "ema_lengths",
     "data",
     "extra_samples",
 }
-"""What may differ when a run is taken up again: none of it changes the weights. Calibration items
-change the tables, which are measured anew whenever the run is finished; data is compared by its
-content (below), wherever it lies."""
+"""What may differ when a run is taken up again: none of it changes what is learned. Calibration
+items change the tables, which are measured anew whenever the run is finished, as score and
+ema_lengths change which averaged weights are shipped; data is compared by its content (below),
+wherever it lies."""
 
 _DATA, _START = "data_digests", "init_digest"
 _CALLED = {_DATA: "data", _START: "init_from"}
+
+
+def run_path(settings: TrainSettings) -> Path:
+    """The run's folder."""
+    return (settings.output / settings.name).resolve()
+
+
+@contextmanager
+def only_one(run: Path) -> Iterator[None]:
+    """Hold a run's folder against any other command that would train it; killed or not, it ends.
+
+    Raises:
+        BadInputError: if another command trains it now, or the folder cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a")
+    except OSError as error:
+        raise BadInputError(
+            f"{run}: cannot be written ({error.strerror}); choose another `output`"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInputError(
+                f"{run} is being trained by another command: wait for it, stop it, or give this "
+                "one another name"
+            ) from error
+        yield
 
 
 def open_run(settings: TrainSettings) -> Path:
@@ -44,7 +84,7 @@ def open_run(settings: TrainSettings) -> Path:
     from diffusion_core.training.checkpoint import latest_checkpoint
     from flows.report.write import write_whole
 
-    run = (settings.output / settings.name).resolve()
+    run = run_path(settings)
     asked = asked_of(settings)
     begun = latest_checkpoint(run / CHECKPOINTS) is not None
     if begun and (differing := _differing(_kept(run), asked)):
@@ -55,7 +95,10 @@ def open_run(settings: TrainSettings) -> Path:
     try:
         write_whole(run / SETTINGS, (json.dumps(asked, indent=2) + "\n").encode())
         if not begun:
-            (run / LOG).unlink(missing_ok=True)
+            for name in (LOG, SCORES):
+                (run / name).unlink(missing_ok=True)
+            for name in (SNAPSHOTS, BEST):
+                shutil.rmtree(run / name, ignore_errors=True)
     except OSError as error:
         raise BadInputError(
             f"{run}: cannot be written ({error.strerror}); choose another `output`"

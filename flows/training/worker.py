@@ -68,6 +68,7 @@ def work(
 
     from diffusion_core.training.loop import Callbacks, train
     from flows.api_train import new_network, patch_source, recipe_of
+    from flows.training.choice import score_and_keep
 
     settings = TrainSettings(**payload["settings"])
     run = Path(payload["run"])
@@ -80,12 +81,15 @@ def work(
             journal.read(step, metrics, averaged)
             tell({"step": step, **metrics})
 
+        def on_score(step: int, averaged: Preconditioned) -> None:
+            journal.score(score_and_keep(settings, run, step, averaged))
+
         train(
             new_network(settings),
             patches,
             recipe_of(settings),
             run / "checkpoints",
-            Callbacks(on_log=on_log, average=average),
+            Callbacks(on_log=on_log, on_score=on_score, average=average),
             rank=rank,
             num_workers=num_workers,
             device=device,
@@ -128,6 +132,13 @@ class _Journal:
             self._tracked.log_picture(
                 f"pictures/step-{step:07d}.png", sample_picture(self._settings, averaged)
             )
+
+    def score(self, entry: dict[str, Any]) -> None:
+        """Log a restoration score, which its own file holds already."""
+        if self._tracked is not None:
+            parts = {f"score/{name}": db for name, db in entry["parts"].items()}
+            figures = {"score_db": entry["score_db"], "score_s": entry["seconds"]}
+            self._tracked.log_metrics({**figures, **parts}, entry["step"])
 
 
 def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndarray[Any, Any]:

@@ -32,7 +32,7 @@ class Killed(Exception):
     pass
 
 
-def run(folder, *, kill_at=None, num_steps=8, **changes):
+def run(folder, *, kill_at=None, num_steps=8, log_every_steps=1, callbacks=None, **changes):
     losses = {}
 
     def on_log(step, metrics, _averaged):
@@ -44,9 +44,10 @@ def run(folder, *, kill_at=None, num_steps=8, **changes):
 
     recipe = Recipe(
         num_steps=num_steps, batch_size=4, warmup_steps=2, bfloat16=False, seed=5,
-        log_every_steps=1, checkpoint_every_s=0.0, **changes,
+        log_every_steps=log_every_steps, checkpoint_every_s=0.0, **changes,
     )  # fmt: skip
-    state = train(small_network(), patches(), recipe, folder, Callbacks(on_log, on_checkpoint))
+    told = Callbacks(on_log, on_checkpoint, **(callbacks or {}))
+    state = train(small_network(), patches(), recipe, folder, told)
     return losses, state
 
 
@@ -60,6 +61,50 @@ def test_a_killed_run_goes_on_to_the_same_curve_and_weights(tmp_path):
     assert all(resumed[step] == undisturbed[step] for step in resumed)
     pairs = zip(state.ema.module.parameters(), resumed_state.ema.module.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def weights(state):
+    return torch.cat([p.detach().flatten() for p in state.module.parameters()])
+
+
+def test_small_batches_whose_gradients_are_added_take_the_step_of_the_large_one(tmp_path):
+    whole, state = run(tmp_path / "a", num_steps=3)
+    # 3 of 4 at a time: parts of unequal size weigh by their samples.
+    parts, accumulated = run(tmp_path / "b", num_steps=3, micro_batch=3)
+    assert parts == pytest.approx(whole, rel=1e-5)
+    # Muon's bfloat16 iteration turns a gradient's last bits into 1e-2 of an update.
+    start = torch.cat([p.detach().flatten() for p in small_network().parameters()])
+    moved = (weights(state) - start).norm()
+    assert (weights(accumulated) - weights(state)).norm() < 2e-2 * moved
+
+
+def test_two_threads_draw_the_batches_of_one(tmp_path):
+    one, _ = run(tmp_path / "a", num_steps=4)
+    two, _ = run(tmp_path / "b", num_steps=4, prefetch_threads=3)
+    assert one == two
+
+
+def test_readings_over_several_steps_are_the_same_after_a_kill_between_them(tmp_path):
+    undisturbed, _ = run(tmp_path / "a", log_every_steps=4)
+    with pytest.raises(Killed):
+        run(tmp_path / "b", log_every_steps=4, kill_at=6)
+    resumed, _ = run(tmp_path / "b", log_every_steps=4)
+    assert resumed == pytest.approx({8: undisturbed[8]}, rel=1e-12)
+
+
+def test_a_killed_run_leaves_the_averages_and_snapshots_of_an_undisturbed_one(tmp_path):
+    scored = []
+    told = {"on_score": lambda step, _model: scored.append(step)}
+    run(tmp_path / "a" / "steps", num_snapshots=3, score_every_steps=3, callbacks=told)
+    assert scored == [3, 6]
+    with pytest.raises(Killed):
+        run(tmp_path / "b" / "steps", num_snapshots=3, kill_at=4)
+    run(tmp_path / "b" / "steps", num_snapshots=3)
+    files = [sorted((tmp_path / x).rglob("average-*.safetensors")) for x in "ab"]
+    assert len(files[0]) == 2 * (3 + 2)  # snapshots and the two newest checkpoints
+    for one, other in zip(*files, strict=True):
+        assert one.relative_to(tmp_path / "a") == other.relative_to(tmp_path / "b")
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_torn_checkpoint_is_not_taken_for_a_whole_one(tmp_path):

@@ -9,52 +9,23 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
+from train_kit import dataset_of, settings
 
-from domains.base import BadInputError, Item, ItemRecord
+from domains.base import BadInputError
 from flows.api_train import train
-from flows.config import ComputeSettings, TrainSettings
-from flows.store import DatasetWriter
-
-
-def photograph(number: int, split: str) -> Item:
-    """A smooth random colour image with edges."""
-    rng = np.random.default_rng(number)
-    field = np.cumsum(np.cumsum(rng.normal(size=(3, 1, 64, 64)), axis=2), axis=3)
-    pixels = (127.5 + 60 * np.tanh(field / 20)).astype(np.uint8)
-    record = ItemRecord(
-        item_id=f"photo-{number}", domain="city", shape=(3, 1, 64, 64), dtype="uint8",
-        units="intensity", source_digest=f"{number:064x}", source_format="png", split=split,
-        meta={"value_range": [0.0, 255.0]},
-    )  # fmt: skip
-    return Item(pixels, record)
+from flows.config import ComputeSettings
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "photos.zarr"
-    with DatasetWriter(path) as writer:
-        for number in range(4):
-            writer.add(photograph(number, "validation" if number == 3 else "train"))
-    return path
+    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
-
-
-def settings(dataset, output, **changes) -> TrainSettings:
-    values = {
-        "name": "small", "data": [dataset], "output": output, "conditions": {"city": 1.0},
-        "network": {"widths": [8, 8], "depths": [1, 1], "num_features": 8}, "patch_size": 32,
-        "batch_size": 4, "num_steps": 30, "warmup_steps": 2, "dtype": "float32",
-        "checkpoint_every_s": 0.0, "log_every_steps": 1, "picture_every_steps": 10,
-        "compute": ComputeSettings(executor="inline"), "num_threads": 1,
-    }  # fmt: skip
-    return TrainSettings(**{**values, **changes})
+def home(registry_home):
+    """MLflow's tables made once for all tests: that takes seconds."""
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -128,19 +99,11 @@ def test_a_run_of_that_name_with_other_settings_is_refused(dataset, tmp_path):
         train(settings(dataset, tmp_path, num_steps=2, learning_rate=1.0))
 
 
-def copy_with(dataset, path, numbers):
-    """A dataset of other photographs; the fixture's own content for its own numbers."""
-    with DatasetWriter(path) as writer:
-        for number in numbers:
-            writer.add(photograph(number, "validation" if number == 3 else "train"))
-    return path
-
-
 def test_data_is_known_by_its_content_wherever_it_lies(dataset, tmp_path):
     first = train(settings(dataset, tmp_path, num_steps=2))
-    moved = copy_with(dataset, tmp_path / "moved.zarr", range(4))
+    moved = dataset_of(tmp_path / "moved.zarr", range(4))
     assert train(settings(moved, tmp_path, num_steps=2)).digest == first.digest
-    other = copy_with(dataset, tmp_path / "other.zarr", (0, 1, 3))
+    other = dataset_of(tmp_path / "other.zarr", (0, 1, 3))
     with pytest.raises(BadInputError, match=r"other settings \(data\)"):
         train(settings(other, tmp_path, num_steps=2))
 
@@ -225,7 +188,10 @@ def test_half_a_settings_file_is_bad_input_and_is_never_written(dataset, tmp_pat
         {"sigma_range": (0.0, 4.0)}, {"sigma_range": (4.0, 0.01)}, {"seed": -1},
         {"log_every_steps": 0}, {"picture_every_steps": 0}, {"checkpoint_every_s": -1.0},
         {"num_threads": -1}, {"warmup_steps": -1}, {"conditions": {}}, {"conditions": {"city": 0}},
-        {"register_as": ["a/b"]}, {"least_view_scale": 2.0},
+        {"register_as": ["a/b"]}, {"least_view_scale": 2.0}, {"micro_batch": -1},
+        {"ema_snapshots": -1}, {"ema_lengths": [0.3]}, {"ema_lengths": [0.0]},
+        {"level_mass": [1.0, 0.0]}, {"score": {"num_levels": 0}}, {"score": {"side": 8}},
+        {"prefetch_threads": 0},
     ],
 )  # fmt: skip
 def test_numbers_and_names_out_of_range_are_refused_at_once(dataset, tmp_path, wrong):
@@ -266,7 +232,7 @@ def test_what_a_ray_worker_cannot_use_is_said_in_one_sentence_and_not_tried_agai
     """Only the workers read all of the data: a damaged chunk is theirs to find."""
     from ray.train.torch import TorchTrainer
 
-    data = copy_with(None, tmp_path / "damaged.zarr", range(4))
+    data = dataset_of(tmp_path / "damaged.zarr", range(4))
     chunks = [p for p in data.rglob("*photo-2*/pixels/c/**/*") if p.is_file()]
     chunks[0].write_bytes(b"damaged")
     fits = []

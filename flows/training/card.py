@@ -1,0 +1,153 @@
+"""What a model says of itself: sources, licences, recipe, figures, limits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flows.api_train import allowed, recipe_of
+from flows.config import TrainSettings
+
+if TYPE_CHECKING:
+    from flows.training.choice import Choice
+
+FIGURE_SIDE = 192
+"""Of the crops that denoising is measured on, pixels."""
+
+
+def started_from(settings: TrainSettings) -> str | None:
+    """Digest of the model whose weights the run began with."""
+    from diffusion_core.model import model_digest
+
+    return model_digest(settings.init_from) if settings.init_from else None
+
+
+def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
+    """What the model learned from and was measured on: label, digest, licence, split."""
+    from flows.store import Dataset
+
+    return [
+        {
+            "item": record.item_id,
+            "domain": record.domain,
+            "split": record.split,
+            "group": record.group,
+            "licence": record.licence,
+            "source_sha256": record.source_digest,
+            "shape_czhw": list(record.shape),
+        }
+        for path in settings.data
+        for record in Dataset(path).items()
+        if record.split in ("train", "validation") and allowed(record.meta, settings)
+    ]
+
+
+def _began(settings: TrainSettings) -> str:
+    digest = started_from(settings)
+    return f"The weights began as those of model {digest[:12]}." if digest else ""
+
+
+def _averaged(settings: TrainSettings, chosen: Choice) -> str:
+    """Which average of the weights this is."""
+    kind, _, figure = chosen.name.rpartition("-")
+    if kind == "length":
+        return f"weights averaged by a power function of length {figure} of the run"
+    when = f", of step {figure}" if kind == "best-step" else ""
+    return f"averaged weights (decay {settings.ema_decay:g}){when}"
+
+
+def _levels(settings: TrainSettings) -> str:
+    """The density of the noise levels."""
+    if settings.level_mass:
+        return f"ln sigma by {len(settings.level_mass)} bins over {settings.sigma_range}"
+    return (
+        f"ln sigma ~ N({settings.ln_sigma_mean:g}, {settings.ln_sigma_std:g}^2) with "
+        f"{settings.uniform_share:.0%} log-uniform over {settings.sigma_range}"
+    )
+
+
+def _scores(chosen: Choice) -> str:
+    """The candidates that the weights were chosen from."""
+    if not chosen.scores:
+        return ""
+    rows = "\n".join(f"| {name} | {db:.2f} |" for name, db in chosen.scores.items())
+    return f"""
+Chosen by the mean PSNR of short restorations of validation crops (70% of pixels missing, 4 x 4
+pooling): {chosen.name}.
+
+| averaged weights | dB |
+|---|---|
+{rows}
+"""
+
+
+def _calibrated(settings: TrainSettings) -> str:
+    items = ", ".join(settings.calibration_items)
+    return (
+        f"""
+The covariance tables were measured on validation images and on slices of {items}, which the
+network also learned from: validation scans of the same resolution were not to be had.
+"""
+        if items
+        else ""
+    )
+
+
+def model_card(
+    settings: TrainSettings,
+    chosen: Choice,
+    metrics: dict[str, float],
+    sources: list[dict[str, Any]],
+) -> str:
+    """The model card in Markdown."""
+    recipe = recipe_of(settings)
+    megapixels = chosen.step * settings.batch_size * settings.patch_size**2 / 1e6
+    figures = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
+    data = "\n".join(
+        f"| {s['item']} | {s['domain']} | {s['split']} | {s['licence'] or 'not stated'} "
+        f"| {s['source_sha256'][:12]} |"
+        for s in sources
+    )
+    return f"""# Model card: {settings.name}
+
+A denoiser D(x; sigma) for {", ".join(settings.conditions)}: one local U-Net for all of them.
+Made by `sashiko train` with the settings in config.json ("training").
+
+## Recipe
+
+{chosen.step} steps of {settings.batch_size} patches of {settings.patch_size}^2:
+{megapixels:.0f} MP; Muon on convolutions at {recipe.learning_rate:g}, AdamW on the rest at
+{recipe.learning_rate * recipe.adamw_ratio:g}, held and then brought to 0 over the last
+{recipe.decay_share:.0%}; {_averaged(settings, chosen)};
+{_levels(settings)}; seed {settings.seed}.
+{_began(settings)}
+{_scores(chosen)}
+## Denoising on validation images
+
+PSNR in dB (network units span 2), mean over centre crops of up to {FIGURE_SIDE}^2.
+
+| condition / sigma | dB |
+|---|---|
+{figures}
+
+## Data and licences
+
+| item | domain | split | licence | sha256 |
+|---|---|---|---|---|
+{data}
+{_calibrated(settings)}
+## Intended use
+
+Restoring under-measured or damaged images of the kinds above, with a person who looks at the
+result. Restored pixels are estimates, not measurements: outputs carry this model's digest and
+the residual against what was measured.
+
+## Limits
+
+Few sources: with one or two people a modality, no figure here speaks of differences between
+patients. Contrasts, scanners, resolutions and scenes unlike those above are untested. Holes
+wider than about 100 pixels are beyond the network's reach.
+
+## Not for
+
+Diagnosis or treatment decisions from restored images alone; identifying people; evidence.
+"""
