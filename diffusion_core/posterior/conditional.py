@@ -7,8 +7,10 @@ whatever the step:
 
     x <- x - h grad U(x) + sqrt(2 h) (xi_k + xi_(k+1)) / 2,  h = step / (1 / r^2 + L)
 
-L is the steepest curvature of the misfit, measured at every draw. The chain starts from a draw of
-N(centre, r^2 I), so that what the data do not see has its law from the first step on.
+L is the steepest curvature of the misfit, measured at every draw about its start, and on the way:
+an operator may bend more where the chain goes, and a step too long for that would not end. The
+chain starts from a draw of N(centre, r^2 I), so that what the data do not see has its law from the
+first step on.
 """
 
 from __future__ import annotations
@@ -133,15 +135,27 @@ class DataDraws:
             return misfit_gradient(calls, at, y, noise, self.noise_floor)
 
         probe = draws.normal(0, centre, PROBE)
-        h = self.langevin_step / (1.0 / spread**2 + curvature(slope, centre, spread, probe))
+        L = curvature(slope, centre, spread, probe)
         first = level * (self.langevin_steps + 1)
         before = draws.normal(first, x, LANGEVIN)
+        gradient, way = slope(x), torch.zeros_like(x)
         for k in range(self.langevin_steps):
+            if k:
+                behind, gradient = gradient, slope(x)
+                L = torch.maximum(L, _secant(way, gradient - behind))
             after = draws.normal(first + k + 1, x, LANGEVIN)
-            down = slope(x) + (x - centre) / spread**2
-            x = x - h * down + (0.5 * h).sqrt() * (before + after)
-            before = after
+            h = self.langevin_step / (1.0 / spread**2 + L)
+            down = gradient + (x - centre) / spread**2
+            way = (0.5 * h).sqrt() * (before + after) - h * down
+            x, before = x + way, after
         return x
+
+
+def _secant(way: Signal, turned: Signal) -> Tensor:
+    """Curvature along a way, from how the gradient turned on it; 0 where there was none."""
+    squared = (way * way).sum(dim=(1, 2, 3), keepdim=True)
+    along = (way * turned).sum(dim=(1, 2, 3), keepdim=True)
+    return torch.where(squared > 0, along / squared, 0.0)
 
 
 def misfit_gradient(
