@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.descent import descend
 from diffusion_core.posterior.gaussian import Covariance
-from diffusion_core.posterior.linear import Accuracy
+from diffusion_core.posterior.linear import Accuracy, Update
 from diffusion_core.posterior.misfit import misfit_ratio
 from diffusion_core.posterior.run import (
     ADAPT,
@@ -203,24 +202,35 @@ class Chain:
         covariance = table.on(mu, c, padding, local=solver.local)
         if solver.adapt:
             if self._misfit is None:  # at the first level, of its first estimate
-                self._misfit = self.misfit(
-                    A_mu, R, table.on(mu, 1.0, padding, local=solver.local), mu
-                )
-            covariance = _scaled(covariance, self._misfit, mu)
+                foreseen = table.on(mu, 1.0, padding, local=solver.local)
+                self._misfit = self.misfit(A_mu, R, foreseen, mu)
+            covariance = covariance.times(self._misfit.expand_as(mu[:, :1]))
         centre, A_centre, y = mu, A_mu, self._y
         if solver.mode == "sample":
             centre = mu + self._draw_of(covariance, level, mu, STATE)
             y = y - measurement_noise(R, self._draws, level, y)
             A_centre = self.calls.A(centre)
-        if self._step is None:
-            probe = self._draw_of(covariance, level, mu, PROBE)
-            update = descend(self.calls, covariance, self._noise, y, centre, probe, self._accuracy)
-        else:
-            update = self._step(covariance, R, y - A_centre, self._accuracy)
+        update = self._update(level, covariance, R, y - A_centre, centre, A_centre)
         self.trace.append(
             {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
         )
         return centre + update.delta
+
+    def _update(
+        self,
+        level: int,
+        covariance: Covariance,
+        R: Tensor,
+        residual: Data,
+        centre: Signal,
+        A_centre: Data,
+    ) -> Update:
+        """How far the data A(centre) + residual move the centre."""
+        if self._step is not None:
+            return self._step(covariance, R, residual, self._accuracy)
+        y = A_centre + residual
+        probe = self._draw_of(covariance, level, centre, PROBE)
+        return descend(self.calls, covariance, self._noise, y, centre, probe, self._accuracy)
 
     def _draw_of(self, covariance: Covariance, level: int, mu: Signal, stream: int) -> Signal:
         """A draw of N(0, Sigma) for the image."""
@@ -230,11 +240,18 @@ class Chain:
     def misfit(
         self, A_mu: Data, R: Tensor, covariance: Covariance, mu: Signal
     ) -> Float[Tensor, "b 1 _ _"]:
-        """The data's misfit over what Sigma foresees: see misfit.py."""
-        size = mu.shape[-2], mu.shape[-1]
+        """The factor on Sigma that the data tell of: see misfit.py."""
         e = self._draw_of(covariance, 0, mu, ADAPT)
         foreseen = self.calls.A(e) if self._step else self.calls.A(mu + e) - A_mu
-        return misfit_ratio(self._y - A_mu, foreseen, R, self.calls.reach, size).to(mu)
+        after_all = len(self.levels)  # the levels' own noise is for their draws
+        n = measurement_noise(R, self._draws, after_all, A_mu)
+
+        def update(factor: Tensor, residual: Data) -> Signal:
+            scaled = covariance.times(factor.expand_as(mu[:, :1]))
+            return self._update(0, scaled, R, residual, mu, A_mu).delta
+
+        is_local = self.calls.reach != "plane"
+        return misfit_ratio(update, covariance, self._y - A_mu, foreseen, n, is_local=is_local)
 
     def advance(self, level: int, m: Signal) -> None:
         """Take m as the level's estimate, and bring x to the next level if there is one."""
@@ -250,12 +267,6 @@ class Chain:
         scale = self.solver.zeta_at(progress) * sigma_next
         if scale:
             self.x = self.x + scale * self._draws.normal(level + 1, m, RENOISE)
-
-
-def _scaled(covariance: Covariance, factor: Float[Tensor, "b 1 _ _"], mu: Signal) -> Covariance:
-    """Sigma times a factor of each batch element, or of each of its pixels."""
-    std = torch.ones_like(mu[:, :1]) if covariance.std is None else covariance.std
-    return replace(covariance, std=std * factor.sqrt())
 
 
 def _values(ramp: Ramp | None) -> tuple[float, ...]:

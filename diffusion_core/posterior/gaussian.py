@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,15 @@ class Covariance:
         """S C^(1/2) xi, xi white noise on the canvas: a draw of N(0, Sigma) on `size` (h, w)."""
         h, w = size
         return self._scaled(self.filter(xi, self.spectrum.sqrt())[..., :h, :w])
+
+    def whiten(self, x: Signal) -> Signal:
+        """C^(-1/2) S^(-1) x: white noise for a draw on a canvas of the image's size."""
+        return self.filter(x if self.std is None else x / self.std, self.spectrum.rsqrt())
+
+    def times(self, factor: Float[Tensor, "b 1 h w"]) -> Self:
+        """Sigma with S^2 times a factor > 0 of each pixel."""
+        root = factor.sqrt()
+        return replace(self, std=root if self.std is None else self.std * root)
 
     def white_like(self, mu: Signal) -> Tensor:
         """An empty tensor of the shape of white noise on the canvas: (b c H W)."""

@@ -20,8 +20,6 @@ from diffusion_core.posterior.calibration import (
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.posterior.linear.mask import MaskStep
-from diffusion_core.posterior.misfit import WINDOW_RADIUS_PX, misfit_ratio
-from diffusion_core.posterior.run import ADAPT
 from diffusion_core.uncertainty import Spread
 
 SIZE = (24, 20)
@@ -179,17 +177,23 @@ def at_a_fresh_state(number, operator, factor, **options):
     return chain, chain.denoise(0)
 
 
-@pytest.mark.parametrize("operator", [mask, blur])
+def lines():
+    """Every other line of k-space, complex."""
+    measured = (torch.arange(SIZE[0]) % 2 == 0)[None, None, :, None]
+    return Fourier(measured.expand(1, 1, *SIZE).contiguous(), 1)
+
+
+@pytest.mark.parametrize("operator", [mask, blur, lines])
 def test_the_misfit_of_the_data_tells_the_factor_without_the_truth(operator):
+    # Doubt draws the factor towards 1, the more the fewer directions the data determine.
     found = []
     for number in range(30):
         chain, mu = at_a_fresh_state(number, operator(), FACTOR)
         A_mu = chain.calls.A(mu)
         covariance = chain.solver.prior.at(0.4).on(mu, local=False)
-        R = torch.full_like(A_mu, SIGMA_Y**2)
+        R = torch.full_like(A_mu.real, SIGMA_Y**2)
         found.append(float(chain.misfit(A_mu, R, covariance, mu).mean()))
-    # Doubt draws the factor towards 1, the more the fewer data there are.
-    assert 0.7 * FACTOR < sum(found) / 30 < 1.02 * FACTOR
+    assert 0.7 * FACTOR < sum(found) / 30 < 1.05 * FACTOR
 
 
 def test_an_adapted_chain_multiplies_its_inflation_by_the_misfit():
@@ -205,26 +209,6 @@ def test_an_adapted_chain_multiplies_its_inflation_by_the_misfit():
     again = adapted.condition(0, mu + 1.0, 3.0)
     expected = plain.condition(0, mu + 1.0, 3.0 * factor)
     torch.testing.assert_close(again, expected, rtol=1e-6, atol=1e-8)
-
-
-def test_the_misfit_of_exact_and_of_complex_data():
-    # Exact data: nothing is taken off; unmeasured lines do not count.
-    lines = (torch.arange(SIZE[0]) % 2 == 0)[None, None, :, None].expand(1, 1, *SIZE).contiguous()
-    chain, mu = at_a_fresh_state(0, Fourier(lines, 1), 1.0)
-    covariance = chain.solver.prior.at(0.4).on(mu, local=False)
-    size = (mu.shape[-2], mu.shape[-1])
-    e = covariance.apply_root(chain._draws.normal(0, covariance.white_like(mu), ADAPT), size)
-    A_e, A_mu = chain.calls.A(e), chain.calls.A(mu)
-    gap = (chain._y - A_mu).abs().square()
-    exact = chain.misfit(A_mu, torch.zeros_like(A_mu.real), covariance, mu)
-    seen = A_e.abs() > 0
-    expected = gap[seen].sum() / A_e.abs().square().sum()
-    assert float(exact) == pytest.approx(float(expected))
-    noisy = chain.misfit(A_mu, torch.full_like(A_mu.real, 0.01), covariance, mu)
-    # |n|^2 has the mean 2 R and the variance 4 R^2; doubt draws the ratio to 1.
-    doubt = 2 * 2 * 0.01 * int(seen.sum()) ** 0.5
-    beyond = ((gap[seen] - 2 * 0.01).sum() + doubt) / (A_e.abs().square().sum() + doubt)
-    assert float(noisy) == pytest.approx(float(beyond))
 
 
 def test_each_image_of_a_batch_has_its_own_misfit():
@@ -247,50 +231,6 @@ def test_each_image_of_a_batch_has_its_own_misfit():
     wrong = Chain(solver, PRIOR.denoise, operator, y[1:], noise, sigmas, draws)
     wrong._misfit = torch.full((1, 1, 1, 1), a, dtype=torch.float64)
     assert float((m[1:] - wrong.condition(0, mu[1:])).abs().max()) > 0.02
-
-
-def two_sided(width, factor=1):
-    """(residual, foreseen, R): noise-free misfit 1 on the left, 9 on the right, of data."""
-    side = (64 // factor, width // factor)
-    foreseen = normal(1, 2, *side, key="foreseen")
-    amplitude = torch.ones(side[1], dtype=torch.float64)
-    amplitude[side[1] // 2 :] = 3.0
-    return normal(1, 2, *side, key="residual") * amplitude, foreseen, torch.zeros(1)
-
-
-@pytest.mark.parametrize("factor", [1, 4])
-def test_a_local_operator_has_its_misfit_place_by_place(factor):
-    residual, foreseen, R = two_sided(256, factor)
-    ratio = misfit_ratio(residual, foreseen, R, factor - 1, (64, 256))
-    assert ratio.shape == (1, 1, 64, 256)
-    far = WINDOW_RADIUS_PX + factor
-    assert float(ratio[..., : 128 - far].mean()) == pytest.approx(1.0, rel=0.1)
-    assert float(ratio[..., 128 + far :].mean()) == pytest.approx(9.0, rel=0.1)
-    whole = misfit_ratio(residual, foreseen, R, "plane", (64, 256))
-    assert whole.shape == (1, 1, 1, 1)
-    assert float(whole) == pytest.approx(5.0, rel=0.1)
-
-
-def test_a_tile_finds_the_misfit_of_the_whole_image():
-    residual, foreseen, R = two_sided(256)
-    whole = misfit_ratio(residual, foreseen, R, 0, (64, 256))
-    tile = misfit_ratio(residual[..., 48:208], foreseen[..., 48:208], R, 0, (64, 160))
-    inner = slice(48 + WINDOW_RADIUS_PX, 208 - WINDOW_RADIUS_PX)
-    torch.testing.assert_close(tile[..., WINDOW_RADIUS_PX:-WINDOW_RADIUS_PX], whole[..., inner])
-
-
-def test_without_evidence_the_misfit_is_1_and_it_is_bounded():
-    residual, foreseen, _ = two_sided(256)
-    nothing = misfit_ratio(residual, 0 * foreseen, torch.zeros(1), 0, (64, 256))
-    torch.testing.assert_close(nothing, torch.ones_like(nothing))
-    # Noise of 100 times the size of A e hides it.
-    noise = 100 * normal(1, 2, 64, 256, key="noise")
-    drowned = misfit_ratio(noise + foreseen, foreseen, torch.tensor([1e4]), 0, (64, 256))
-    assert 0.1 <= float(drowned.min()) < 1 < float(drowned.max()) < 3
-    loud = misfit_ratio(100 * residual, foreseen, torch.zeros(1), 0, (64, 256))
-    assert float(loud.max()) == 20
-    exact = misfit_ratio(0 * residual, foreseen, torch.zeros(1), 0, (64, 256))
-    assert float(exact.min()) == pytest.approx(0.1)
 
 
 def test_the_denoiser_is_called_once_a_level():
