@@ -111,7 +111,7 @@ def _fits(
     if not left:
         return
     task, own = load_task(name), load_method(name)
-    cases = list(_cases(task, dataset, parts))
+    cases = list(_cases(name, task, dataset, parts))
     bench = Bench(model, cases, task.region)
     items = [case.truth.record.item_id for case in cases]
     start: Knobs | None = None
@@ -168,12 +168,12 @@ def _method(own: MethodSettings, entry: Mapping[str, Any]) -> MethodSettings:
 
 
 def _cases(
-    task: Task, dataset: Dataset, parts: Mapping[str, Sequence[Selection]]
+    name: str, task: Task, dataset: Dataset, parts: Mapping[str, Sequence[Selection]]
 ) -> Iterator[Case]:
     """The task's calibration images, measured, each slice by itself: its scale is its own."""
     from flows.tune import case_of, cut
 
-    chosen = parts.get(task.domain) or _validation(dataset, task.domain)
+    chosen = parts.get(name) or parts.get(task.domain) or _validation(dataset, task.domain)
     if not chosen:
         raise BadInputError(
             f"{dataset.path} has no validation item of the domain '{task.domain}': "
@@ -197,7 +197,7 @@ def _validation(dataset: Dataset, domain: str) -> list[Selection]:
 
 
 def _parts(path: Path | None) -> dict[str, list[Selection]]:
-    """Images by domain, from a YAML file: see configs/calibrate-starter.yaml."""
+    """Images by domain or task, from a YAML file: see configs/calibrate-starter.yaml."""
     from flows.tune import Selection
 
     if path is None:

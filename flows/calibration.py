@@ -41,6 +41,8 @@ ONE_INFLATION = 3.0
 """Where the search for one c for the whole chain begins."""
 SAMPLE_ACCURACY: Mapping[str, Any] = {"tolerance": 1e-3, "max_steps": 200}
 """Of the linear solves: a draw begins far from the data, and has that much further to go."""
+SAMPLE_SIGMA_MIN = 0.05
+"""A sample's last level lies no higher, though a mean need not go so far (denoising)."""
 PROTOTYPE: Mapping[str, Any] = {"sigma_max": 0.5, "sigma_min": 0.05, "rho": 3.0}
 """Fixed levels of the prototype, with these options; what a fit is held against."""
 PROTOTYPE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -171,7 +173,9 @@ def fit_sample(
     """
     options = {**SAMPLE_ACCURACY, "mode": "sample", "zeta": 1.0, "momentum": 0.0}
     options |= {"local": True, "adapt": True}
-    base = own.model_copy(update={"num_levels": num_levels, "options": options})
+    sigma_min = min(own.sigma_min, SAMPLE_SIGMA_MIN)
+    levels = {"num_levels": num_levels, "sigma_min": sigma_min}
+    base = own.model_copy(update={**levels, "options": options})
     rollouts = bench.roll_outs(base, num_samples)
     inflation = fit_inflation(rollouts)
     if max(inflation) > MOST_SAMPLE_INFLATION:

@@ -44,7 +44,13 @@ TEST: Mapping[str, Sequence[Selection]] = {
         Selection("pan2", size=(128, 128)),
         Selection("bikes-3", 3, size=(128, 128)),
     ),
+    "demosaic": (
+        Selection("china", size=(128, 128)),
+        Selection("sample-geotiff", size=(128, 128)),
+        Selection("bikes-3", 3, size=(128, 128)),
+    ),
 }
+"""Images by domain, or by task where some of the domain's have no meaning."""
 SOURCES = ("fixed", "task file", "model")
 
 Row = dict[str, Any]
@@ -59,7 +65,7 @@ def measure(
 ) -> Iterator[Row]:
     """Rows of a task, for (mode, number of evaluations) and settings from `sources`."""
     protocol, own = load_task(task), load_method(task)
-    items = [cut(dataset, part) for part in TEST[protocol.domain]]
+    items = [cut(dataset, part) for part in TEST.get(task, TEST[protocol.domain])]
     cases = [case_of(protocol, i.slices(z, z + 1)) for i in items for z in range(i.pixels.shape[1])]
     names = [f"{case.truth.record.item_id}/{_slice(case.truth.record.meta)}" for case in cases]
     bench = Bench(model, cases, protocol.region)
