@@ -31,7 +31,7 @@ from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.descent import descend
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear import Accuracy, Update
-from diffusion_core.posterior.misfit import misfit_ratio
+from diffusion_core.posterior.misfit import misfit_by_place, misfit_of_image
 from diffusion_core.posterior.run import (
     ADAPT,
     PROBE,
@@ -243,15 +243,18 @@ class Chain:
         """The factor on Sigma that the data tell of: see misfit.py."""
         e = self._draw_of(covariance, 0, mu, ADAPT)
         foreseen = self.calls.A(e) if self._step else self.calls.A(mu + e) - A_mu
-        after_all = len(self.levels)  # the levels' own noise is for their draws
-        n = measurement_noise(R, self._draws, after_all, A_mu)
+        residual = self._y - A_mu
+        if self.calls.reach != "plane":
+            size = mu.shape[-2], mu.shape[-1]
+            return misfit_by_place(residual, foreseen, R, size).to(mu)
+        unused = len(self.levels)  # the noise of the levels is for their draws
+        n = measurement_noise(R, self._draws, unused, A_mu)
 
         def update(factor: Tensor, residual: Data) -> Signal:
             scaled = covariance.times(factor.expand_as(mu[:, :1]))
             return self._update(0, scaled, R, residual, mu, A_mu).delta
 
-        is_local = self.calls.reach != "plane"
-        return misfit_ratio(update, covariance, self._y - A_mu, foreseen, n, is_local=is_local)
+        return misfit_of_image(update, covariance, residual, foreseen, n)
 
     def advance(self, level: int, m: Signal) -> None:
         """Take m as the level's estimate, and bring x to the next level if there is one."""
