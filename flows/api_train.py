@@ -5,6 +5,7 @@ runs/NAME/
   checkpoints/      safetensors, the newest two; a killed run goes on from here
   snapshots/        averaged weights, for the choice of their length (`ema_snapshots`)
   best/             the averaged weights of the best restoration score so far (`score`)
+  views.zarr        what patches are drawn from, while they do not fit into memory
   log.jsonl         one line a reading: step, loss, throughput
   scores.jsonl      one line a restoration score
   model/            the finished model (diffusion_core/model.py)
@@ -13,24 +14,45 @@ runs/NAME/
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domains.base import BadInputError, Domain
-from domains.registry import domain_names, load_domain
+from domains.base import BadInputError
 from flows.config import Home, TrainSettings
 from flows.engine.events import Event
+from flows.training.data import (
+    VIEWS,
+    allowed,
+    cache_bytes,
+    condition_channels,
+    condition_domains,
+    large_views,
+    load_windows,
+    patch_source,
+    prepare_views,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.densities import Histogram
     from diffusion_core.training.loop import Recipe
     from diffusion_core.training.loss import SigmaDensity
-    from diffusion_core.training.patches import PatchSource, Volumes
+
+__all__ = [
+    "TrainResult",
+    "allowed",
+    "condition_channels",
+    "condition_domains",
+    "large_views",
+    "load_windows",
+    "new_network",
+    "patch_source",
+    "recipe_of",
+    "train",
+]
 
 OnEvent = Callable[[Event], None]
 
@@ -74,16 +96,37 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
     from flows.training.run_folder import only_one, open_run, run_path
 
     report = on_event or (lambda _event: None)
-    if settings.init_from is not None:  # workers have another working directory
-        settings = settings.model_copy(update={"init_from": settings.init_from.resolve()})
+    settings = resolved(settings)
     check_settings(settings)
     settings = settings.model_copy(update={"data": _datasets(settings, report)})
     check_data(settings)
     with only_one(run_path(settings)):
         run = open_run(settings)
-        payload = {"settings": settings.model_dump(mode="json"), "run": str(run)}
-        _run_workers(settings, payload, report)
+        if steps_left(settings, run):
+            views = prepare_views(settings, run)
+            payload = {
+                "settings": settings.model_dump(mode="json"),
+                "run": str(run),
+                "views": views and str(views),
+                "cache_bytes": cache_bytes(settings),
+            }
+            _run_workers(settings, payload, report)
+        shutil.rmtree(run / VIEWS, ignore_errors=True)
         return finish(settings, run, report)
+
+
+def resolved(settings: TrainSettings) -> TrainSettings:
+    """Settings whose paths hold in workers, which have another working directory."""
+    if settings.init_from is None:
+        return settings
+    return settings.model_copy(update={"init_from": settings.init_from.resolve()})
+
+
+def steps_left(settings: TrainSettings, run: Path) -> int:
+    """Steps that a run has still to take."""
+    from flows.training.run_folder import steps_done
+
+    return max(0, settings.num_steps - steps_done(run))
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
@@ -171,108 +214,29 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
     module.begin_from(start.module, [known.index(c) for c in begin_as])
 
 
-def condition_channels(settings: TrainSettings) -> dict[str, int]:
-    """Condition -> channels, in the order of the settings.
-
-    Raises:
-        BadInputError: if no domain has a condition of that name.
-    """
-    known = {c: int(domain.conditions[c]) for c, domain in condition_domains().items()}
-    unknown = [name for name in settings.conditions if name not in known]
-    if unknown:
-        raise BadInputError(
-            f"no domain knows the condition '{unknown[0]}': choose from {', '.join(known)}"
-        )
-    return {name: known[name] for name in settings.conditions}
-
-
-def load_windows(
-    settings: TrainSettings, split: str
-) -> Iterator[tuple[str, Sequence[np.ndarray[Any, Any]]]]:
-    """(condition, its views (c z h w)) of every item of a split that may be used."""
-    from flows.store import Dataset
-
-    for path in settings.data:
-        dataset = Dataset(path)
-        for record in dataset.items():
-            if record.split == split and allowed(record.meta, settings):
-                domain = load_domain(record.domain)
-                yield from domain.training_windows(dataset.read(record.item_id)).items()
-
-
-def large_views(
-    views: Sequence[np.ndarray[Any, Any]], settings: TrainSettings
-) -> list[np.ndarray[Any, Any]]:
-    """The views (c z h w) of an item that a patch fits into and that are not too coarse."""
-    least_width = settings.least_view_scale * views[0].shape[-1]
-    size = settings.patch_size
-    return [v for v in views if min(v.shape[-2:]) >= size and v.shape[-1] >= least_width]
-
-
-def patch_source(settings: TrainSettings) -> PatchSource:
-    """The sequence of training patches, from the datasets' train split.
-
-    Raises:
-        BadInputError: if a condition has no image of at least the patch's size.
-    """
-    from diffusion_core.training.patches import PatchSource, Volumes
-
-    own: dict[str, list[Volumes]] = {}
-    for condition, views in load_windows(settings, "train"):
-        if large := large_views(views, settings):
-            # The fourth root keeps a large scan from drowning small ones, which differ more from
-            # it than its slices do from each other.
-            own.setdefault(condition, []).append(Volumes(large, views[0].size ** 0.25))
-    domains = condition_domains()
-    items: dict[str, list[Volumes]] = {}
-    for condition in condition_channels(settings):
-        source = domains[condition].drawn_from.get(condition, "")
-        items[condition] = _evenly(own.get(condition, []), own.get(source, []))
-    try:
-        return PatchSource(
-            items,
-            settings.conditions,
-            settings.patch_size,
-            settings.seed,
-            lambda name, patch, rng: domains[name].augment(name, patch, rng),
-        )
-    except ValueError as error:
-        raise BadInputError(str(error)) from error
-
-
-def condition_domains() -> dict[str, Domain]:
-    """Condition -> the domain that it belongs to."""
-    found = [load_domain(name) for name in domain_names()]
-    return {condition: domain for domain in found for condition in domain.conditions}
-
-
-def _evenly(own: list[Volumes], drawn: list[Volumes]) -> list[Volumes]:
-    """A condition's own images and those drawn from another's, half of the samples each."""
-    from diffusion_core.training.patches import Volumes
-
-    def scaled(volumes: list[Volumes]) -> list[Volumes]:
-        total = sum(v.weight for v in volumes)
-        return [Volumes(v.views, v.weight / total) for v in volumes]
-
-    return scaled(own) + scaled(drawn)
-
-
-def allowed(meta: Any, settings: TrainSettings) -> bool:
-    """Shipped weights learn only from what may be shipped."""
-    return bool(meta.get("ships", True)) or not settings.shippable_only
-
-
 def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
     """The datasets to train on; with none named, the samples, ingested once."""
-    if settings.data:
-        return [path.resolve() for path in settings.data]
     from flows.api_data import ingest_samples
 
-    extra = settings.extra_samples
-    path = Home().home / "datasets" / ("samples-extra.zarr" if extra else "samples.zarr")
-    if not path.exists():
-        ingest_samples(path, splits=("train", "validation"), extra=extra, on_event=report)
+    if known := known_datasets(settings):
+        return known
+    path = _samples(settings)
+    splits = ("train", "validation")
+    ingest_samples(path, splits=splits, extra=settings.extra_samples, on_event=report)
     return [path.resolve()]
+
+
+def known_datasets(settings: TrainSettings) -> list[Path]:
+    """The datasets to train on; none if they are the samples and those are not ingested yet."""
+    if settings.data:
+        return [path.resolve() for path in settings.data]
+    path = _samples(settings)
+    return [path.resolve()] if path.exists() else []
+
+
+def _samples(settings: TrainSettings) -> Path:
+    name = "samples-extra.zarr" if settings.extra_samples else "samples.zarr"
+    return Home().home / "datasets" / name
 
 
 def _run_workers(settings: TrainSettings, payload: dict[str, Any], report: OnEvent) -> None:
@@ -284,6 +248,14 @@ def _run_workers(settings: TrainSettings, payload: dict[str, Any], report: OnEve
             worker.work(payload)
         else:
             on_ray.run_on_ray(settings, payload)
+
+
+def _paced(reading: dict[str, float]) -> str:
+    """A reading of the log in words."""
+    words = f"loss {reading['loss']:.3f}, {reading['megapixels_per_s']:.2f} MP/s"
+    if "peak_share" not in reading:  # a line of an older version
+        return words
+    return f"{words} ({reading['peak_share']:.0%} of the measured peak)"
 
 
 class _follow:  # noqa: N801  # reads as a statement: `with _follow(log)`
@@ -310,7 +282,7 @@ class _follow:  # noqa: N801  # reads as a statement: `with _follow(log)`
             stopped = self._stop.wait(1.0)
             for line in self._new_lines():
                 reading = json.loads(line)
-                message = f"loss {reading['loss']:.3f}, {reading['megapixels_per_s']:.2f} MP/s"
+                message = _paced(reading)
                 step = int(reading["step"])
                 self._report(Event("train", step, self._total, message, reading))
 

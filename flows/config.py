@@ -254,6 +254,13 @@ class TrainSettings(Settings):
     num_threads: int = Field(
         0, ge=0, description="CPU threads a worker; 0: the cores shared evenly"
     )
+    data_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a worker's bound for training images, which are read from Zarr as patches "
+        "touch them where they do not fit; default: its part of 40% of the machine's memory",
+    )
     prefetch_threads: int = Field(1, ge=1, le=64, description="that draw batches ahead")
     register_as: list[str] = Field(default_factory=list)
     calibration_items: list[str] = Field(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,16 +23,29 @@ _FLAT_STD = 0.03  # network units: air, sky; worth a look now and then only
 _MAX_REDRAWS = 4
 
 
+class View(Protocol):
+    """An image or volume (c z h w) in network units: an array, or what reads like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, z, h, w)."""
+        ...
+
+    def __getitem__(self, where: Any, /) -> Array:
+        """view[:, z, y0:y1, x0:x1]: a window (c h w) of one slice, float."""
+        ...
+
+
 @dataclass(frozen=True)
 class Volumes:
     """One item to draw from.
 
     Attributes:
-        views: (c z h w) each, float, in network units; one is picked at random.
+        views: one is picked at random.
         weight: how often the item is picked, against the others of its condition.
     """
 
-    views: Sequence[Array]
+    views: Sequence[View]
     weight: float = 1.0
 
 
@@ -56,7 +69,7 @@ class Batch:
 
 
 class PatchSource:
-    """Draws patches from volumes held in memory.
+    """Draws patches from volumes, held in memory or not.
 
     Args:
         items: what to draw from, for each condition; views as large as a patch at least.
@@ -121,7 +134,8 @@ class PatchSource:
         y = rng.integers(volume.shape[2] - self._size + 1)
         x = rng.integers(volume.shape[3] - self._size + 1)
         crop: Array = volume[:, z, y : y + self._size, x : x + self._size]
-        return crop.astype(np.float32)
+        # In one order of memory: sums of a crop come out alike wherever it was read from.
+        return crop.astype(np.float32, order="C")
 
 
 def _normalised(weights: Array) -> Array:

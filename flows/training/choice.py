@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.api_train import new_network
 from flows.config import TrainSettings
-from flows.training.run_folder import BEST, CHECKPOINTS, SCORES, SNAPSHOTS
+from flows.training.run_folder import BEST, CHECKPOINTS, SCORES, SNAPSHOTS, steps_done
 from flows.training.score import Score, restoration_score
 
 if TYPE_CHECKING:
@@ -43,15 +43,6 @@ class Choice:
     module: Preconditioned
     name: str = "newest"
     scores: dict[str, float] = field(default_factory=dict)
-
-
-def steps_done(run: Path) -> int:
-    """Steps of the newest checkpoint.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    return int(json.loads((_newest(run) / "state.json").read_text())["step"])
 
 
 def chosen_average(

@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     "calibration_items",
     "micro_batch",
     "prefetch_threads",
+    "data_memory_gb",
     "score",
     "ema_lengths",
     "data",
@@ -81,17 +82,11 @@ def open_run(settings: TrainSettings) -> Path:
     Raises:
         BadInputError: if the folder cannot be made, or holds a run that learned otherwise.
     """
-    from diffusion_core.training.checkpoint import latest_checkpoint
     from flows.report.write import write_whole
 
     run = run_path(settings)
     asked = asked_of(settings)
-    begun = latest_checkpoint(run / CHECKPOINTS) is not None
-    if begun and (differing := _differing(_kept(run), asked)):
-        raise BadInputError(
-            f"{run} holds a run with other settings ({', '.join(differing)}): "
-            "give this one another name, or remove it"
-        )
+    begun = _refuse_other(run, asked)
     try:
         write_whole(run / SETTINGS, (json.dumps(asked, indent=2) + "\n").encode())
         if not begun:
@@ -104,6 +99,40 @@ def open_run(settings: TrainSettings) -> Path:
             f"{run}: cannot be written ({error.strerror}); choose another `output`"
         ) from error
     return run
+
+
+def check_run(settings: TrainSettings) -> None:
+    """Refuse a name whose folder holds a run that learned otherwise, or that is training now.
+
+    Nothing is written.
+
+    Raises:
+        BadInputError: if so.
+    """
+    run = run_path(settings)
+    if (run / LOCK).is_file():
+        with only_one(run):
+            pass
+    _refuse_other(run, asked_of(settings))
+
+
+def steps_done(run: Path) -> int:
+    """Steps of the newest checkpoint, 0 without one."""
+    from diffusion_core.training.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(run / CHECKPOINTS)
+    return int(json.loads((found / "state.json").read_text())["step"]) if found else 0
+
+
+def _refuse_other(run: Path, asked: dict[str, Any]) -> bool:
+    """Whether a run has begun there; raises BadInputError if it learned otherwise."""
+    begun = steps_done(run) > 0
+    if begun and (differing := _differing(_kept(run), asked)):
+        raise BadInputError(
+            f"{run} holds a run with other settings ({', '.join(differing)}): "
+            "give this one another name, or remove it"
+        )
+    return begun
 
 
 def asked_of(settings: TrainSettings) -> dict[str, Any]:

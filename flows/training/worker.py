@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import TrainSettings
+from flows.training.run_folder import CHECKPOINTS, LOG
+from flows.training.system import system_metrics
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +59,8 @@ def work(
     """Train from the newest checkpoint to the last step, in this process.
 
     Args:
-        payload: {"settings": TrainSettings as JSON, "run": the run's folder}.
+        payload: {"settings": TrainSettings as JSON, "run": the run's folder, "views": store of
+            views or None, "cache_bytes": of it in memory}.
         rank: number of this worker; 0 writes the log, checkpoints and MLflow.
         num_workers: in all.
         average: averages gradients over the workers.
@@ -74,8 +77,11 @@ def work(
     run = Path(payload["run"])
     if num_threads := payload.get("num_threads", settings.num_threads):
         torch.set_num_threads(num_threads)
-    patches = patch_source(settings)
-    with _Journal(settings, run, active=rank == 0) as journal:
+    views = payload["views"] and Path(payload["views"])
+    patches = patch_source(settings, views, payload["cache_bytes"])
+    model = new_network(settings)
+    pace = Pace(settings, model, device, num_workers) if rank == 0 else None
+    with _Journal(settings, run, pace) as journal:
 
         def on_log(step: int, metrics: dict[str, float], averaged: Preconditioned) -> None:
             journal.read(step, metrics, averaged)
@@ -85,10 +91,10 @@ def work(
             journal.score(score_and_keep(settings, run, step, averaged))
 
         train(
-            new_network(settings),
+            model,
             patches,
             recipe_of(settings),
-            run / "checkpoints",
+            run / CHECKPOINTS,
             Callbacks(on_log=on_log, on_score=on_score, average=average),
             rank=rank,
             num_workers=num_workers,
@@ -96,22 +102,54 @@ def work(
         )
 
 
-class _Journal:
-    """The run's log.jsonl and its MLflow run; silent on all workers but the first."""
+class Pace:
+    """Throughput against the roof: a bfloat16 (or float32) matrix product on the same device.
 
-    def __init__(self, settings: TrainSettings, run: Path, *, active: bool) -> None:
-        self._settings, self._run, self._active = settings, run, active
+    Attributes:
+        flop_per_pixel: of a training step: three evaluations' worth.
+        peak: FLOP/s of all workers together, if each has a device as this one's.
+        device: torch device.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, model: Preconditioned, device: str, num_workers: int
+    ) -> None:
+        from diffusion_core.training.throughput import (
+            TRAINING_PASSES,
+            flop_per_pixel,
+            measured_peak,
+        )
+
+        self.flop_per_pixel = TRAINING_PASSES * flop_per_pixel(model)
+        self.peak = num_workers * measured_peak(device, bfloat16=settings.dtype == "bfloat16")
+        self.device = device
+
+    def of(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Operations a second, and their share of the roof."""
+        rate = metrics["megapixels_per_s"] * 1e6 * self.flop_per_pixel
+        return {"teraflop_per_s": rate / 1e12, "peak_share": rate / self.peak}
+
+
+class _Journal:
+    """The run's log.jsonl and its MLflow run; silent on all workers but the first, with a pace."""
+
+    def __init__(self, settings: TrainSettings, run: Path, pace: Pace | None) -> None:
+        self._settings, self._run, self._pace = settings, run, pace
         self._tracking: Any = None
         self._tracked: TrackedRun | None = None
 
     def __enter__(self) -> _Journal:
-        if self._active:
+        if self._pace is not None:
             from flows.tracking import track_run
 
             self._tracking = track_run(
                 "sashiko-train",
                 self._settings.name,
-                params=self._settings.model_dump(mode="json", exclude={"data", "output"}),
+                params={
+                    **self._settings.model_dump(mode="json", exclude={"data", "output"}),
+                    "peak_teraflop_per_s": round(self._pace.peak / 1e12, 4),
+                    "training_flop_per_pixel": round(self._pace.flop_per_pixel),
+                },
             )
             self._tracked = self._tracking.__enter__()
         return self
@@ -122,11 +160,12 @@ class _Journal:
 
     def read(self, step: int, metrics: dict[str, float], averaged: Preconditioned) -> None:
         """Log one reading, and now and then a picture of what the averaged model makes of noise."""
-        if self._tracked is None:
+        if self._tracked is None or self._pace is None:
             return
-        with (self._run / "log.jsonl").open("a") as file:
+        metrics = {**metrics, **self._pace.of(metrics)}
+        with (self._run / LOG).open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._tracked.log_metrics(metrics, step)
+        self._tracked.log_metrics({**metrics, **system_metrics(self._run, self._pace.device)}, step)
         every = self._settings.picture_every_steps
         if step // every > (step - self._settings.log_every_steps) // every:
             self._tracked.log_picture(

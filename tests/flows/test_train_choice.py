@@ -54,6 +54,9 @@ def test_the_best_by_restoration_is_shipped_and_every_candidate_is_told(dataset,
     assert [entry["step"] for entry in scored] == [3, 6]
     best = max(scored, key=lambda entry: entry["score_db"])
     assert [p.name for p in (run / "best").iterdir()] == [f"step-{best['step']:09d}"]
+    readings = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(0 < reading["peak_share"] < 1 for reading in readings)
+    assert [reading["step"] for reading in readings if "score_share" in reading] == [4, 7]
     config = Model.load(result.model_path).config
     scores = config["restoration_scores_db"]
     assert list(scores) == ["newest", f"best-step-{best['step']}", "length-0.05", "length-0.2"]
@@ -66,6 +69,30 @@ def test_the_best_by_restoration_is_shipped_and_every_candidate_is_told(dataset,
     card = (result.model_path / "MODEL_CARD.md").read_text()
     assert f"| {config['average']} |" in card
     assert len(list((run / "snapshots").iterdir())) == 4
+
+
+def test_curves_pictures_and_the_machine_s_figures_are_in_mlflow(dataset, tmp_path):
+    from flows.tracking import open_client
+
+    train(settings(dataset, tmp_path, num_steps=4, score={**SMALL_SCORE, "every_steps": 2},
+                   picture_every_steps=2))  # fmt: skip
+    client = open_client()
+    experiment = client.get_experiment_by_name("sashiko-train")
+    [run] = client.search_runs([experiment.experiment_id])
+    told = run.data.metrics
+    assert {"loss", "megapixels_per_s", "peak_share", "rate", "score_db", "score/city/pool4"} <= {
+        *told
+    }
+    assert told["system/process_memory_megabytes"] > 100
+    assert 0 < told["system/system_memory_usage_percentage"] <= 100
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 4
+    assert len(client.get_metric_history(run.info.run_id, "score_db")) == 2
+    assert len(client.list_artifacts(run.info.run_id, "pictures")) == 2
+    peak = float(run.data.params["peak_teraflop_per_s"])
+    work = float(run.data.params["training_flop_per_pixel"])
+    rate = told["megapixels_per_s"] * work / 1e6
+    assert told["teraflop_per_s"] == pytest.approx(rate, rel=1e-3)
+    assert told["peak_share"] == pytest.approx(rate / peak, rel=0.05)
 
 
 def test_a_worse_network_scores_less_and_only_the_best_is_kept(dataset, tmp_path):

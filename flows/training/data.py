@@ -1,0 +1,206 @@
+"""From datasets to the sequence of patches: in memory while they fit, else through Zarr."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domains.base import Array, BadInputError, Domain, ItemRecord
+from domains.registry import domain_names, load_domain
+from flows.config import TrainSettings
+
+if TYPE_CHECKING:
+    from diffusion_core.training.patches import PatchSource, View, Volumes
+    from flows.store import Dataset
+
+VIEWS = "views.zarr"
+_SHARE_OF_MEMORY = 0.4
+"""Of the machine's, for all workers' views, unless the settings give a bound."""
+_FLOAT_BYTES = 4
+
+
+def condition_channels(settings: TrainSettings) -> dict[str, int]:
+    """Condition -> channels, in the order of the settings.
+
+    Raises:
+        BadInputError: if no domain has a condition of that name.
+    """
+    known = {c: int(domain.conditions[c]) for c, domain in condition_domains().items()}
+    unknown = [name for name in settings.conditions if name not in known]
+    if unknown:
+        raise BadInputError(
+            f"no domain knows the condition '{unknown[0]}': choose from {', '.join(known)}"
+        )
+    return {name: known[name] for name in settings.conditions}
+
+
+def condition_domains() -> dict[str, Domain]:
+    """Condition -> the domain that it belongs to."""
+    found = [load_domain(name) for name in domain_names()]
+    return {condition: domain for domain in found for condition in domain.conditions}
+
+
+def allowed(meta: Any, settings: TrainSettings) -> bool:
+    """Shipped weights learn only from what may be shipped."""
+    return bool(meta.get("ships", True)) or not settings.shippable_only
+
+
+def records_of(settings: TrainSettings, split: str) -> Iterator[tuple[Dataset, ItemRecord]]:
+    """(its dataset, record) of every item of a split that may be used."""
+    from flows.store import Dataset
+
+    for dataset in map(Dataset, settings.data):
+        for record in dataset.items():
+            if record.split == split and allowed(record.meta, settings):
+                yield dataset, record
+
+
+def load_windows(settings: TrainSettings, split: str) -> Iterator[tuple[str, Sequence[Array]]]:
+    """(condition, its views (c z h w)) of every item of a split that may be used.
+
+    Conditions that nothing is drawn from are left out.
+    """
+    sources = _sources(settings)
+    for dataset, record in records_of(settings, split):
+        windows = load_domain(record.domain).training_windows(dataset.read(record.item_id))
+        yield from ((name, views) for name, views in windows.items() if name in sources)
+
+
+def large_views(views: Sequence[Array], settings: TrainSettings) -> list[Array]:
+    """The views (c z h w) of an item that a patch fits into and that are not too coarse."""
+    least_width = settings.least_view_scale * views[0].shape[-1]
+    size = settings.patch_size
+    return [v for v in views if min(v.shape[-2:]) >= size and v.shape[-1] >= least_width]
+
+
+def patch_source(
+    settings: TrainSettings, views: Path | None = None, cache_bytes: int = 0
+) -> PatchSource:
+    """The sequence of training patches, from the datasets' train split.
+
+    Args:
+        settings: see TrainSettings.
+        views: store that `prepare_views` wrote; None holds all views in memory.
+        cache_bytes: of its chunks that are kept in memory.
+
+    Raises:
+        BadInputError: if a condition has no image of at least the patch's size.
+    """
+    from diffusion_core.training.patches import PatchSource, Volumes
+    from flows.training.views import Views
+
+    found: Iterator[tuple[str, Sequence[View], float]]
+    found = _weighed(settings) if views is None else Views(views, cache_bytes).items()
+    own: dict[str, list[Volumes]] = {}
+    for condition, large, weight in found:
+        own.setdefault(condition, []).append(Volumes(large, weight))
+    domains = condition_domains()
+    items: dict[str, list[Volumes]] = {}
+    for condition in condition_channels(settings):
+        source = domains[condition].drawn_from.get(condition, "")
+        items[condition] = _evenly(own.get(condition, []), own.get(source, []))
+    try:
+        return PatchSource(
+            items,
+            settings.conditions,
+            settings.patch_size,
+            settings.seed,
+            lambda name, patch, rng: domains[name].augment(name, patch, rng),
+        )
+    except ValueError as error:
+        raise BadInputError(str(error)) from error
+
+
+def prepare_views(settings: TrainSettings, run: Path) -> Path | None:
+    """Write the views into the run's folder if they do not fit into memory; None if they do.
+
+    Those of an earlier command are taken if they were made of the same data.
+    """
+    from flows.training.views import key_of, write_views
+
+    path, key = run / VIEWS, _key(settings)
+    if views_fit(settings, view_bytes(settings)):
+        return None
+    if key_of(path) != key:
+        shutil.rmtree(path, ignore_errors=True)
+        write_views(path, _weighed(settings), key)
+    return path
+
+
+def cache_bytes(settings: TrainSettings) -> int:
+    """Memory that a worker may fill with views: as set, or its part of this machine's."""
+    from flows.engine.memory import machine_bytes
+
+    if settings.data_memory_gb is not None:
+        return int(settings.data_memory_gb * 1e9)
+    return int(_SHARE_OF_MEMORY * machine_bytes() / max(1, settings.compute.num_workers))
+
+
+def views_fit(settings: TrainSettings, num_bytes: int) -> bool:
+    """Whether a worker may hold so many bytes of views."""
+    return num_bytes <= cache_bytes(settings)
+
+
+def view_bytes(settings: TrainSettings) -> int:
+    """Bytes of all training views, about: the least item of each kind is turned into views."""
+    sources = _sources(settings)
+    kinds: dict[tuple[str, int], list[tuple[Dataset, ItemRecord]]] = {}
+    for dataset, record in records_of(settings, "train"):
+        kinds.setdefault((record.domain, record.shape[0]), []).append((dataset, record))
+    total = 0.0
+    for (domain, _), found in kinds.items():
+        dataset, least = min(found, key=lambda one: prod(one[1].shape))
+        windows = load_domain(domain).training_windows(dataset.read(least.item_id))
+        wanted = [view for name, views in windows.items() if name in sources for view in views]
+        # Views along other axes share their memory.
+        each = sum({_owner(view): view.size * _FLOAT_BYTES for view in wanted}.values())
+        total += each / prod(least.shape) * sum(prod(record.shape) for _, record in found)
+    return int(total)
+
+
+def _sources(settings: TrainSettings) -> set[str]:
+    """The conditions whose images are drawn from: those asked for, and what they are made of."""
+    domains = condition_domains()
+    made_of = {domains[c].drawn_from.get(c, c) for c in settings.conditions if c in domains}
+    return {*settings.conditions} | made_of
+
+
+def _weighed(settings: TrainSettings) -> Iterator[tuple[str, list[Array], float]]:
+    """(condition, views that are large enough, weight) of every training item."""
+    for condition, views in load_windows(settings, "train"):
+        if large := large_views(views, settings):
+            # The fourth root keeps a large scan from drowning small ones, which differ more from
+            # it than its slices do from each other.
+            yield condition, large, views[0].size ** 0.25
+
+
+def _evenly(own: list[Volumes], drawn: list[Volumes]) -> list[Volumes]:
+    """A condition's own images and those drawn from another's, half of the samples each."""
+    from diffusion_core.training.patches import Volumes
+
+    def scaled(volumes: list[Volumes]) -> list[Volumes]:
+        total = sum(v.weight for v in volumes)
+        return [Volumes(v.views, v.weight / total) for v in volumes]
+
+    return scaled(own) + scaled(drawn)
+
+
+def _key(settings: TrainSettings) -> dict[str, Any]:
+    """What stored views depend on: the data's content, and which of it is wanted."""
+    from flows.store import Dataset
+
+    return {
+        "data": [Dataset(path).digest for path in settings.data],
+        "conditions": sorted(_sources(settings)),
+        "patch_size": settings.patch_size,
+        "least_view_scale": settings.least_view_scale,
+        "shippable_only": settings.shippable_only,
+    }
+
+
+def _owner(array: Array) -> int:
+    """Which memory an array is a view of."""
+    return id(array if array.base is None else array.base)
