@@ -1,12 +1,13 @@
 """Variants of the training recipe, each trained for the same CPU time, by denoising on validation.
 
-    python -m tests.benchmarks.recipes run --data DATASET [--variant NAME ...] [--seconds 240]
+    python -m tests.benchmarks.recipes run --data DATASET [--variant NAME ...] [--steps 800]
     python -m tests.benchmarks.recipes report
 
 recipes.yaml holds the variants: changes to the settings of configs/train-starter.yaml, at a quarter
-of its operations a pixel. The product's loop trains each from nothing on one thread, the rate
-falling to 0 with the CPU time that is left; the product's validation function measures PSNR of the
-averaged weights at four levels. Rows go to tests/benchmarks/results/recipes.json, a variant at a
+of its operations a pixel. The product's loop trains each from nothing on one thread, for the steps
+that take as long as those of the reference: steps of both are timed in turn before, so that what
+else the machine does falls on both. The product's validation function measures PSNR of the averaged
+weights at four levels. Rows go to tests/benchmarks/results/recipes.json, a variant at a
 time; beside them stand operations a pixel (a multiply and an add are two), inference speed, and
 the pixels that a variant saw. Two seeds of the reference say how much is chance.
 """
@@ -17,8 +18,9 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,11 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.training import loop
-from diffusion_core.training.loop import Callbacks, train
-from flows.api_train import new_network, patch_source, recipe_of
+from diffusion_core.training.loop import Callbacks, Recipe, train
+from diffusion_core.training.patches import PatchSource
+from flows.api_train import new_network, recipe_of
 from flows.config import TrainSettings, config_path, read_settings
+from flows.training.data import patch_source
 from flows.training.validation import denoising_psnr, validation_images
-from tests.benchmarks.unet_vs_monai import Timed, TimeIsUp, megapixels_per_s, optimisers_of
+from tests.benchmarks.unet_vs_monai import megapixels_per_s, optimisers_of
 
 HERE = Path(__file__).parent
 VARIANTS = HERE / "recipes.yaml"
@@ -42,6 +46,8 @@ RESULTS = HERE / "results" / "recipes.json"
 SIGMAS = (0.05, 0.1, 0.2, 0.5)
 NUM_IMAGES, SIDE_PX = 12, 192
 SIDE_OF_COUNT_PX = 64
+NUM_STEPS = 800
+NUM_TIMED_STEPS, NUM_TIMINGS = 8, 2
 OWN_KEYS = {"optimiser": "muon", "time_share": 1.0}
 """What a variant may set beside TrainSettings."""
 
@@ -65,41 +71,70 @@ def kflop_per_pixel(model: Preconditioned) -> float:
     return float(convolutions) / side**2 / 1e3
 
 
-def trained(settings: TrainSettings, seconds: float, optimiser: str) -> tuple[Preconditioned, int]:
-    """The averaged network after so many CPU seconds of the product's loop, and its steps."""
-    plain = recipe_of(settings)
-    values = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    values |= {"num_steps": 10**9, "log_every_steps": 1, "checkpoint_every_s": 1e9}
-    patches = patch_source(settings)
-    model = new_network(settings)
-    recipe = Timed(**values, seconds=seconds, clock=time.process_time, start=time.process_time())
-
-    def watch(step: int, _metrics: dict[str, float], averaged: Preconditioned) -> None:
-        if time.process_time() - recipe.start >= seconds:
-            raise TimeIsUp(averaged, step)
-
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as changed:
-        if optimiser != "muon":
-            changed.enter_context(patch.object(loop, "_optimisers", optimisers_of(optimiser)))
-        try:
-            train(model, patches, recipe, Path(folder), Callbacks(on_log=watch))
-        except TimeIsUp as end:
-            return end.averaged.eval(), end.num_steps
-    raise RuntimeError("the loop ended before its time")
+def trained(settings: TrainSettings, num_steps: int, optimiser: str) -> Preconditioned:
+    """The averaged network after so many steps of the product's loop, from nothing."""
+    recipe = replace(_bare(settings), num_steps=num_steps)
+    with tempfile.TemporaryDirectory() as folder, _optimisers(optimiser):
+        state = train(new_network(settings), patch_source(settings), recipe, Path(folder))
+    return state.ema.module.eval()
 
 
-def measured(name: str, table: Mapping[str, Any], data: Path, seconds: float) -> Row:
+def step_seconds(settings: TrainSettings, patches: PatchSource, optimiser: str) -> float:
+    """CPU time of a training step, the least of some."""
+    clock: list[float] = []
+    recipe = replace(_bare(settings), num_steps=NUM_TIMED_STEPS, log_every_steps=1)
+    told = Callbacks(on_log=lambda *_: clock.append(time.process_time()))
+    with tempfile.TemporaryDirectory() as folder, _optimisers(optimiser):
+        train(new_network(settings), patches, recipe, Path(folder), told)
+    return min(after - before for before, after in pairwise(clock))
+
+
+def _bare(settings: TrainSettings) -> Recipe:
+    """The settings' recipe without snapshots, scores and checkpoints on the way."""
+    return replace(
+        recipe_of(settings), num_snapshots=0, score_every_steps=0, checkpoint_every_s=1e9
+    )
+
+
+def _optimisers(kind: str) -> AbstractContextManager[Any]:
+    """Muon as in the product, or AdamW alone."""
+    return (
+        nullcontext() if kind == "muon" else patch.object(loop, "_optimisers", optimisers_of(kind))
+    )
+
+
+def steps_of(settings: TrainSettings, reference: TrainSettings, optimiser: str, steps: int) -> int:
+    """Steps that take as long as so many of the reference: timed in turn, for the load varies."""
+    costs = {"network", "patch_size", "batch_size"}
+    if optimiser == "muon" and settings.model_dump(include=costs) == reference.model_dump(
+        include=costs
+    ):
+        return steps
+    sources = patch_source(settings), patch_source(reference)
+    ours, theirs = [], []
+    for _ in range(NUM_TIMINGS):
+        ours.append(step_seconds(settings, sources[0], optimiser))
+        theirs.append(step_seconds(reference, sources[1], "muon"))
+    return round(steps * min(theirs) / min(ours))
+
+
+def measured(name: str, table: Mapping[str, Any], data: Path, reference_steps: int) -> Row:
     """Train a variant and measure it."""
     variant = table["variants"][name]
     own = {key: variant.get(key, value) for key, value in OWN_KEYS.items()}
+    optimiser, time_share = str(own["optimiser"]), float(own["time_share"])
     settings = settings_of(variant, table["base"], data)
-    model, steps = trained(settings, seconds * float(own["time_share"]), str(own["optimiser"]))
-    images = validation_images(settings_of({}, table["base"], data), NUM_IMAGES, SIDE_PX)
+    reference = settings_of({}, table["base"], data)
+    steps = round(time_share * steps_of(settings, reference, optimiser, reference_steps))
+    start = time.process_time()
+    model = trained(settings, steps, optimiser)
+    seconds = time.process_time() - start
+    images = validation_images(reference, NUM_IMAGES, SIDE_PX)
     psnr = denoising_psnr(model, {c: images[c] for c in settings.conditions}, SIGMAS)
     return {
         "variant": name,
         "changes": dict(variant),
-        "seconds": seconds,
+        "cpu_seconds": round(seconds),
         "steps": steps,
         "megapixels_seen": round(steps * settings.batch_size * settings.patch_size**2 / 1e6, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -155,15 +190,15 @@ def main() -> None:
 @main.command()
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--variant", "names", multiple=True, help="Only these; default all without a row.")
-@click.option("--seconds", default=240.0, show_default=True, help="CPU time of training, each.")
+@click.option("--steps", default=NUM_STEPS, show_default=True, help="Of the reference.")
 @click.option("--output", default=RESULTS, type=click.Path(path_type=Path), show_default=True)
-def run(data: Path, names: Sequence[str], seconds: float, output: Path) -> None:
+def run(data: Path, names: Sequence[str], steps: int, output: Path) -> None:
     """Train variants one after the other on one thread."""
     torch.set_num_threads(1)
     table = yaml.safe_load(VARIANTS.read_text())
     done = {row["variant"] for row in rows_of(output)}
     for name in names or [name for name in table["variants"] if name not in done]:
-        keep(measured(name, table, data, seconds), output)
+        keep(measured(name, table, data, steps), output)
         click.echo(table_of(rows_of(output)))
 
 
