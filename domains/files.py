@@ -88,7 +88,8 @@ def require_finite(path: Path, pixels: Array) -> None:
     num_bad = int(pixels.size - np.count_nonzero(np.isfinite(pixels)))
     if num_bad:
         raise BadInputError(
-            f"{path}: {num_bad} pixels are NaN or infinite; replace them by numbers first"
+            f"{path}: {num_bad} pixels are NaN or infinite; write a number in their place, and "
+            "mark them in a mask (white = missing) to have them restored"
         )
 
 

@@ -24,6 +24,8 @@ FORMATS = {
 }  # fmt: skip
 VIDEO_SUFFIXES = (".mp4", ".avi")
 SUFFIXES = tuple(FORMATS)
+_GDAL_NODATA = 42113
+"""The TIFF tag that names the value of pixels without data."""
 
 
 def read(path: Path) -> Item:
@@ -59,6 +61,7 @@ def _item(path: Path, pixels: Array, source_format: str, meta: dict[str, Any]) -
     require_finite(path, pixels)
     digest = file_digest(path)
     c, z, h, w = pixels.shape
+    seen = pixels[pixels != meta["nodata"]] if "nodata" in meta else pixels
     record = ItemRecord(
         item_id=keyed_id("city", digest, b""),
         domain="city",
@@ -67,7 +70,7 @@ def _item(path: Path, pixels: Array, source_format: str, meta: dict[str, Any]) -
         units="intensity",
         source_digest=digest,
         source_format=source_format,
-        meta={**meta, "value_range": value_range(pixels)},
+        meta={**meta, "value_range": value_range(seen if seen.size else pixels)},
     )
     return Item(np.ascontiguousarray(pixels), record)
 
@@ -174,6 +177,7 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
 
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
+        nodata = _nodata(tiff.pages.first.tags.get(_GDAL_NODATA))
         axes, shape = series.axes, series.shape
         size = dict(zip(axes, shape, strict=True))
         require_size(path, shape, (size["Y"], size["X"]))
@@ -198,7 +202,16 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     layout = "planar" if bands and axes.index(bands[0]) < axes.index("Y") else "interleaved"
-    return pixels, {"layout": layout}
+    return pixels, {"layout": layout, **nodata}
+
+
+def _nodata(tag: Any) -> dict[str, float]:
+    """The no-data value that GDAL wrote as text, where it is a number other than 0."""
+    try:
+        value = float(str(tag.value).strip(" \0"))
+    except (AttributeError, ValueError):
+        return {}
+    return {"nodata": value} if np.isfinite(value) and value else {}
 
 
 def _read_video(path: Path) -> Array:

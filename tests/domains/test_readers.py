@@ -371,6 +371,26 @@ def test_tiff_of_any_bands_round_trips(tmp_path, shape, kind, options, layout):
     assert again.record.meta == item.record.meta
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("-9999", -9999.0), ("-9999.0 ", -9999.0), ("0", None), ("nan", None), ("none", None)],
+)
+def test_the_no_data_value_that_a_tiff_names_is_kept_and_not_counted(tmp_path, text, expected):
+    image = image_of((20, 30), "u1").astype("f4") / 255
+    image[3:6, 4] = -9999.0 if expected else 0.0
+    tag = [(42113, "s", 0, text, True)]
+    tifffile.imwrite(tmp_path / "a.tif", image, metadata=None, extratags=tag)
+    meta = city_reader.read(tmp_path / "a.tif").record.meta
+    assert meta.get("nodata") == expected
+    assert meta["value_range"] == [0.0, 1.0]
+
+
+def test_an_image_of_nothing_but_no_data_is_read(tmp_path):
+    tag = [(42113, "s", 0, "7", True)]
+    tifffile.imwrite(tmp_path / "a.tif", np.full((20, 20), 7, "u2"), extratags=tag)
+    assert city_reader.read(tmp_path / "a.tif").record.meta["value_range"] == [0.0, 255.0]
+
+
 def test_pages_of_a_tiff_are_frames(tmp_path):
     pages = image_of((4, 20, 30), "u1")
     tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack", metadata=None)
@@ -502,7 +522,10 @@ BAD_CITY = {
     "alpha.png": (transparent, "transparent"),
     "key.png": (colour_key, "transparen"),
     "cmyk.jpg": (lambda p: Image.new("CMYK", (20, 20)).save(p), "CMYK"),
-    "nan.tif": (lambda p: tifffile.imwrite(p, np.full((20, 20), np.nan, "f4")), "400 pixels"),
+    "nan.tif": (
+        lambda p: tifffile.imwrite(p, np.full((20, 20), np.nan, "f4")),
+        "mark them in a mask",
+    ),
     "complex.tif": (lambda p: tifffile.imwrite(p, np.zeros((20, 20), "c8")), "complex64"),
     "notes.txt": (lambda p: p.write_text("notes"), "not an image we read"),
 }
