@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from flows.api_restore import RestoreResult
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
+    from flows.training.plan import TrainPlan
 
 
 def plan_text(plan: Plan) -> str:
@@ -22,6 +23,32 @@ def plan_text(plan: Plan) -> str:
         f"{size(plan.predicted_bytes)} written"
     )
     return f"{table(['item', 'task', 'method', 'blocks', 's a block'], rows)}\n{total}"
+
+
+def train_plan_text(plan: TrainPlan) -> str:
+    """What a training would do and take, for people."""
+    data = "the samples, which are not ingested yet"
+    if plan.data_bytes is not None:
+        where = "held in memory" if plan.data_in_memory else "read from Zarr as they are drawn"
+        data = f"{plan.num_items} training items, {size(plan.data_bytes)} of views, {where}"
+    gpu = f", {size(plan.gpu_bytes)} of the GPU's" if plan.gpu_bytes else ""
+    done = f" ({plan.steps_done} done)" if plan.steps_done else ""
+    scores = "" if plan.score_share is None else f", scores {plan.score_share:.1%} of it"
+    rows = [
+        ["steps", f"{plan.num_steps}{done}, {plan.megapixels:.0f} MP to come"],
+        ["network", f"{plan.num_parameters / 1e6:.2f} M parameters, "
+         f"{plan.flop_per_pixel / 1e3:.0f} kFLOP a pixel"],
+        ["data", data],
+        ["workers", f"{plan.num_workers} on {plan.device}, {plan.num_threads} threads each"],
+        ["memory", f"{size(plan.worker_bytes)} a worker{gpu}; the machine has "
+         f"{size(plan.machine_bytes)}"],
+        ["disk", size(plan.disk_bytes)],
+        ["speed", f"{plan.megapixels_per_s:.3g} MP/s, {plan.seconds_per_step:.3g} s a step, "
+         f"{plan.peak_share:.0%} of the measured peak of "
+         f"{plan.peak_flop_per_s / 1e12:.3g} TFLOP/s"],
+        ["time", f"about {duration(plan.seconds)}{scores}; from {plan.measured}"],
+    ]  # fmt: skip
+    return "\n".join(f"{name:<8} {text}" for name, text in rows)
 
 
 def restored_text(result: RestoreResult) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from flows import quiet
-from flows.answers import models_text, plan_text, restored_text
+from flows.answers import models_text, plan_text, restored_text, train_plan_text
 from flows.console import (
     BAD_INPUT,
     INTERRUPTED,
@@ -165,16 +165,26 @@ def simulate(as_json: bool, **options: Any) -> int:
 @cli.command()
 @click.argument("config", type=PATH)
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change a setting.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print what it would take, do nothing.")
 @prefect_flag
 @json_flag
-def train(config: Path, changes: Sequence[str], prefect: bool, as_json: bool) -> int:
+def train(
+    config: Path, changes: Sequence[str], plan_only: bool, prefect: bool, as_json: bool
+) -> int:
     """Train a model as a configuration file says.
 
     A run that was killed goes on where it was when the same command is given again.
     """
     from flows.config import TrainSettings, read_settings
 
-    result = _run("train", read_settings(TrainSettings, config, changes), prefect=prefect)
+    settings = read_settings(TrainSettings, config, changes)
+    if plan_only:
+        from flows.training.plan import plan_training
+
+        planned = plan_training(settings)
+        _answer(planned, train_plan_text(planned), as_json=as_json)
+        return OK
+    result = _run("train", settings, prefect=prefect)
     lines = [f"model: {result.model_path}  (digest {result.digest[:12]})"]
     lines += [f"registered: {name} version {v}" for name, v in result.versions.items()]
     _answer(result, "\n".join(lines), as_json=as_json)

@@ -1,0 +1,126 @@
+"""`sashiko train --plan` says what a training takes, starts nothing, keeps nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from train_kit import dataset_of, settings
+
+from domains.base import BadInputError
+from flows.answers import train_plan_text
+from flows.api_train import new_network, train
+from flows.config import ComputeSettings
+from flows.training.plan import plan_training
+from flows.training.run_folder import only_one
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
+
+
+@pytest.fixture(autouse=True)
+def home(registry_home):
+    """MLflow's tables made once for all tests."""
+
+
+DRIVER = """
+import json, sys
+from flows.cli import run
+code = run(["train", sys.argv[1], "--plan", "--json"])
+loaded = [name for name in ("ray", "prefect", "mlflow") if name in sys.modules]
+print(json.dumps({"code": code, "loaded": loaded}), file=sys.stderr)
+"""
+
+
+def test_the_command_starts_nothing_and_leaves_no_file(dataset, tmp_path):
+    config = tmp_path / "train.yaml"
+    asked = settings(dataset, tmp_path / "runs", compute=ComputeSettings(num_workers=2),
+                     score={"every_steps": 10, "num_images": 1, "side": 32})  # fmt: skip
+    config.write_text(asked.model_dump_json())
+    env = {**os.environ, "SASHIKO_HOME": str(tmp_path / "new-home")}
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(config)], capture_output=True, text=True, env=env
+    )
+    assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "loaded": []}, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    plan = json.loads(done.stdout)
+    assert plan["num_workers"] == 2
+    assert plan["megapixels"] == pytest.approx(30 * 4 * 32**2 / 1e6)
+    assert 0 < plan["score_share"] < 1
+
+
+def test_the_figures_are_those_of_the_training(dataset, tmp_path):
+    asked = settings(dataset, tmp_path, num_steps=8, ema_snapshots=2)
+    plan = plan_training(asked)
+    model = new_network(asked)
+    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (plan.num_steps, plan.steps_done, plan.num_items) == (8, 0, 3)
+    assert plan.data_bytes == 3 * 3 * 64 * 64 * 4
+    assert plan.data_in_memory
+    # Of a network this small the process is nearly all: what it grows by is foretold from below.
+    assert 100e6 < plan.worker_bytes < plan.machine_bytes
+    assert plan.seconds == pytest.approx(8 * plan.seconds_per_step)
+    assert plan.megapixels_per_s * plan.seconds_per_step == pytest.approx(4 * 32**2 / 1e6)
+
+    train(asked)
+    run = tmp_path / "small"
+    weights = [p for p in run.rglob("*.safetensors") if "covariance" not in p.name]
+    used = sum(p.stat().st_size for p in weights)
+    assert used <= plan.disk_bytes < 2 * used
+    again = plan_training(asked)
+    assert (again.steps_done, again.megapixels, again.seconds) == (8, 0.0, 0.0)
+    words = train_plan_text(plan)
+    assert "3 training items" in words
+    assert "2 steps of 1 and of 4 samples" in words
+
+
+def test_a_smaller_micro_batch_takes_less_memory(dataset, tmp_path):
+    wide = {"widths": [48, 48], "depths": [1, 1], "num_features": 8}
+    big = settings(dataset, tmp_path, network=wide, patch_size=64, batch_size=16)
+    plain = plan_training(big)
+    small = plan_training(big.model_copy(update={"micro_batch": 1}))
+    assert small.worker_bytes < plain.worker_bytes
+
+
+def test_data_that_does_not_fit_is_read_from_zarr_and_said_so(dataset, tmp_path):
+    asked = settings(dataset, tmp_path, num_steps=2, data_memory_gb=1e-5)
+    plan = plan_training(asked)
+    whole = plan_training(asked.model_copy(update={"data_memory_gb": 1.0}))
+    assert not plan.data_in_memory
+    assert "read from Zarr" in train_plan_text(plan)
+    assert plan.disk_bytes == whole.disk_bytes + plan.data_bytes
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"network": {"bogus": 3}}, "'network'"),
+        ({"patch_size": 34}, "does not divide by 4"),
+        ({"data": [Path("/nope.zarr")]}, "not a store"),
+        ({"conditions": {"ct": 1.0}}, "no training image for ct"),
+        ({"batch_size": 9, "compute": ComputeSettings(num_workers=2)}, "does not divide by 2"),
+    ],
+)
+def test_what_training_would_refuse_is_refused(dataset, tmp_path, wrong, named):
+    with pytest.raises(BadInputError, match=named):
+        plan_training(settings(dataset, tmp_path / "runs", **wrong))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_that_is_taken_or_in_use_is_refused(dataset, tmp_path):
+    train(settings(dataset, tmp_path, num_steps=1))
+    with pytest.raises(BadInputError, match=r"other settings \(num_steps\)"):
+        plan_training(settings(dataset, tmp_path, num_steps=2))
+    with only_one(tmp_path / "small"), pytest.raises(BadInputError, match="another command"):
+        plan_training(settings(dataset, tmp_path, num_steps=1))
+
+
+def test_without_ingested_samples_the_rest_is_told(tmp_path):
+    plan = plan_training(settings(None, tmp_path, data=[]))
+    assert plan.data_bytes is None
+    assert "not ingested yet" in train_plan_text(plan)
