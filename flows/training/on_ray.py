@@ -109,8 +109,10 @@ def _lost(error: Any) -> str:
 
     reason = str(error)
     for failure in error.worker_failures.values():
-        # A lost worker is a RayError; its neighbours' collectives fail by RuntimeError.
-        if not isinstance(failure, RayError | RuntimeError | OSError):
+        # A lost worker is a RayError, or Ray Train's own word for one (no public class); its
+        # neighbours' collectives fail by RuntimeError.
+        rays_own = type(failure).__module__.startswith("ray.")
+        if not rays_own and not isinstance(failure, RayError | RuntimeError | OSError):
             raise failure from error
         reason = f"{type(failure).__name__} ({str(failure).partition(chr(10))[0]})"
     return reason

@@ -248,6 +248,7 @@ def test_what_a_ray_worker_cannot_use_is_said_in_one_sentence_and_not_tried_agai
 def test_only_lost_workers_are_tried_again():
     from ray.exceptions import ActorDiedError
     from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
     from flows.training.on_ray import _lost
 
@@ -255,6 +256,7 @@ def test_only_lost_workers_are_tried_again():
         return _lost(WorkerGroupError("Traceback", dict(enumerate(failures.values()))))
 
     assert lost(a=RuntimeError("Connection closed by peer\nmore"), b=ActorDiedError())
+    assert "HealthCheck" in lost(a=WorkerHealthCheckFailedError("killed", ActorDiedError()))
     assert "peer)" in lost(a=RuntimeError("Connection closed by peer\nmore"))
     with pytest.raises(BadInputError, match=r"^no image$"):
         lost(a=RuntimeError("Connection closed by peer"), b=BadInputError("no image"))
@@ -326,6 +328,32 @@ def test_ctrl_c_with_ray_is_130_and_leaves_what_to_go_on_from(dataset, tmp_path)
     assert list(checkpoints.glob("step-*"))
 
 
+@pytest.mark.ray
+def test_a_killed_ray_worker_is_replaced_and_the_curve_is_the_undisturbed_one(dataset, tmp_path):
+    """kill -9 of one of two workers in mid-run: both begin again from the newest checkpoint."""
+    import psutil
+
+    train(settings(dataset, tmp_path / "a"))
+    log = tmp_path / "b" / "small" / "log.jsonl"
+    killed = []
+
+    def kill_one(event):
+        if event.kind == "train" and event.done >= 5 and not killed:
+            ours = psutil.Process().children(recursive=True)
+            workers = [p for p in ours if "RayTrainWorker" in " ".join(p.cmdline())]
+            killed.append(workers[-1].pid)
+            workers[-1].kill()
+
+    pair = ComputeSettings(executor="ray", num_workers=2)
+    # Slow enough to be met on the way: readings are told once a second.
+    train(settings(dataset, tmp_path / "b", compute=pair, batch_size=4), kill_one)
+    assert killed
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert max(steps) == 30
+    assert steps.count(1) == 1  # from a checkpoint, not from the beginning
+    assert losses(log.parent) == pytest.approx(losses(tmp_path / "a" / "small"), rel=1e-3)
+
+
 def test_missing_data_and_unknown_conditions_are_named(dataset, tmp_path):
     with pytest.raises(BadInputError, match="no training image for ct"):
         train(settings(dataset, tmp_path, conditions={"ct": 1.0}))
@@ -335,13 +363,13 @@ def test_missing_data_and_unknown_conditions_are_named(dataset, tmp_path):
 
 @pytest.mark.ray
 def test_two_ray_workers_give_the_curve_of_one(dataset, tmp_path):
-    """float32 sums in another order: 1e-4 of the loss over these steps."""
+    """Sums in another order: 1e-3 of the loss at every step, which is the mean of both workers."""
     alone = settings(dataset, tmp_path / "a", num_steps=6)
     train(alone)
     pair = ComputeSettings(executor="ray", num_workers=2)
     train(settings(dataset, tmp_path / "b", num_steps=6, compute=pair))
-    rank0 = losses(tmp_path / "b" / "small")
-    assert list(rank0) == list(range(1, 7))
+    curve = losses(tmp_path / "b" / "small")
+    assert curve == pytest.approx(losses(tmp_path / "a" / "small"), rel=1e-3)
     from safetensors.torch import load_file
 
     ends = [
