@@ -48,6 +48,13 @@ def test_the_sequence_from_zarr_is_that_from_memory(dataset, tmp_path):
         assert torch.equal(drawn, getattr(whole, name)), name
 
 
+def test_what_a_condition_is_made_of_is_read_and_nothing_else(dataset, tmp_path):
+    grey = settings(dataset, tmp_path, conditions={"city-grey": 1.0})
+    batch = patch_source(grey).batch(0, 2)  # from colour photographs: there are no others
+    assert torch.equal(batch.channels.sum(dim=1), torch.ones(2))
+    assert {name for name, _ in data.load_windows(grey, "train")} == {"city"}
+
+
 def test_windows_across_chunks_are_those_of_the_array(tmp_path):
     rng = np.random.default_rng(0)
     volume = rng.normal(size=(2, 3, CHUNK_PX + 37, 2 * CHUNK_PX + 5)).astype(np.float32)
