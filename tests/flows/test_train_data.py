@@ -146,6 +146,20 @@ def test_the_views_size_is_foretold(dataset, tmp_path):
     assert not views_fit(bound, 10**6 + 1)
 
 
+def test_views_that_share_memory_count_once(dataset, tmp_path, monkeypatch):
+    class Cut:
+        """An item's pixels along two axes, and at half the size."""
+
+        def training_windows(self, item):
+            volume = item.pixels.astype(np.float32)
+            return {"city": [volume, volume.transpose(0, 2, 1, 3), volume[..., ::2].copy()]}
+
+    monkeypatch.setattr(data, "load_domain", lambda _name: Cut())
+    asked = settings(dataset, tmp_path)
+    monkeypatch.setattr(data, "_sources", lambda _settings: {"city"})
+    assert view_bytes(asked) == 3 * (3 * 64 * 64 * 4) * 3 // 2
+
+
 def test_a_damaged_chunk_of_views_is_said(dataset, tmp_path):
     asked = settings(dataset, tmp_path, data_memory_gb=1e-9)
     path = prepare_views(asked, tmp_path)
