@@ -79,12 +79,15 @@ def test_the_figures_are_those_of_the_training(dataset, tmp_path):
     assert "2 steps of 1 and of 4 samples" in words
 
 
-def test_a_smaller_micro_batch_takes_less_memory(dataset, tmp_path):
+def test_a_smaller_micro_batch_takes_less_memory_and_snapshots_take_disk(dataset, tmp_path):
     wide = {"widths": [48, 48], "depths": [1, 1], "num_features": 8}
     big = settings(dataset, tmp_path, network=wide, patch_size=64, batch_size=16)
+    small = plan_training(big.model_copy(update={"micro_batch": 1}))  # the heap only grows
     plain = plan_training(big)
-    small = plan_training(big.model_copy(update={"micro_batch": 1}))
     assert small.worker_bytes < plain.worker_bytes
+    more = plan_training(big.model_copy(update={"ema_snapshots": 5}))
+    most = plan_training(big.model_copy(update={"ema_snapshots": 8}))
+    assert most.disk_bytes - more.disk_bytes == 3 * 2 * 4 * plain.num_parameters
 
 
 def test_data_that_does_not_fit_is_read_from_zarr_and_said_so(dataset, tmp_path):
