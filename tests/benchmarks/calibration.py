@@ -46,7 +46,6 @@ TEST: Mapping[str, Sequence[Selection]] = {
     ),
     "demosaic": (
         Selection("china", size=(128, 128)),
-        Selection("sample-geotiff", size=(128, 128)),
         Selection("bikes-3", 3, size=(128, 128)),
     ),
 }
