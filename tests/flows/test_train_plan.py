@@ -13,6 +13,7 @@ from domains.base import BadInputError
 from flows.answers import train_plan_text
 from flows.api_train import new_network, train
 from flows.config import ComputeSettings
+from flows.training import plan
 from flows.training.plan import plan_training
 from flows.training.run_folder import only_one
 
@@ -48,55 +49,73 @@ def test_the_command_starts_nothing_and_leaves_no_file(dataset, tmp_path):
     )
     assert json.loads(done.stderr.splitlines()[-1]) == {"code": 0, "loaded": []}, done.stderr
     assert sorted(tmp_path.rglob("*")) == before
-    plan = json.loads(done.stdout)
-    assert plan["num_workers"] == 2
-    assert plan["megapixels"] == pytest.approx(30 * 4 * 32**2 / 1e6)
-    assert 0 < plan["score_share"] < 1
+    told = json.loads(done.stdout)
+    assert told["num_workers"] == 2
+    assert told["megapixels"] == pytest.approx(30 * 4 * 32**2 / 1e6)
+    assert 0 < told["score_share"] < 1
 
 
 def test_the_figures_are_those_of_the_training(dataset, tmp_path):
     asked = settings(dataset, tmp_path, num_steps=8, ema_snapshots=2)
-    plan = plan_training(asked)
+    planned = plan_training(asked)
     model = new_network(asked)
-    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
-    assert (plan.num_steps, plan.steps_done, plan.num_items) == (8, 0, 3)
-    assert plan.data_bytes == 3 * 3 * 64 * 64 * 4
-    assert plan.data_in_memory
+    assert planned.num_parameters == sum(p.numel() for p in model.parameters())
+    assert (planned.num_steps, planned.steps_done, planned.num_items) == (8, 0, 3)
+    assert planned.data_bytes == 3 * 3 * 64 * 64 * 4
+    assert planned.data_in_memory
     # Of a network this small the process is nearly all: what it grows by is foretold from below.
-    assert 100e6 < plan.worker_bytes < plan.machine_bytes
-    assert plan.seconds == pytest.approx(8 * plan.seconds_per_step)
-    assert plan.megapixels_per_s * plan.seconds_per_step == pytest.approx(4 * 32**2 / 1e6)
+    assert 100e6 < planned.worker_bytes < planned.machine_bytes
+    assert planned.seconds == pytest.approx(8 * planned.seconds_per_step)
+    assert planned.megapixels_per_s * planned.seconds_per_step == pytest.approx(4 * 32**2 / 1e6)
 
     train(asked)
     run = tmp_path / "small"
     weights = [p for p in run.rglob("*.safetensors") if "covariance" not in p.name]
     used = sum(p.stat().st_size for p in weights)
-    assert used <= plan.disk_bytes < 2 * used
+    assert used <= planned.disk_bytes < 2 * used
     again = plan_training(asked)
     assert (again.steps_done, again.megapixels, again.seconds) == (8, 0.0, 0.0)
-    words = train_plan_text(plan)
+    words = train_plan_text(planned)
     assert "3 training items" in words
     assert "2 steps of 1 and of 4 samples" in words
 
 
-def test_a_smaller_micro_batch_takes_less_memory_and_snapshots_take_disk(dataset, tmp_path):
-    wide = {"widths": [48, 48], "depths": [1, 1], "num_features": 8}
-    big = settings(dataset, tmp_path, network=wide, patch_size=64, batch_size=16)
-    small = plan_training(big.model_copy(update={"micro_batch": 1}))  # the heap only grows
-    plain = plan_training(big)
-    assert small.worker_bytes < plain.worker_bytes
+def test_a_step_s_time_and_memory_are_those_of_the_timed_steps_carried_on(
+    dataset, tmp_path, monkeypatch
+):
+    """A device on which a step takes 1 + 2 b seconds and 100 + 10 b MB, for b samples."""
+    tried = []
+
+    def trial(_settings, samples, _device):
+        tried.append(samples)
+        return plan._Trial(1 + 2 * samples, int(1e8 + 1e7 * samples), 0, 1000)
+
+    monkeypatch.setattr(plan, "_trial", trial)
+    big = settings(dataset, tmp_path, patch_size=64, batch_size=200, num_steps=10)
+    whole = plan_training(big)
+    assert tried == [1, plan._MOST_PIXELS // 64**2]
+    assert whole.seconds_per_step == pytest.approx(401)
+    assert whole.seconds == pytest.approx(4010)
+    assert whole.worker_bytes == pytest.approx(2.1e9 + whole.data_bytes)
+    micro = plan_training(big.model_copy(update={"micro_batch": 20}))
+    assert micro.seconds_per_step == pytest.approx(401)
+    assert micro.worker_bytes == pytest.approx(3e8 + whole.data_bytes)
+    pair = ComputeSettings(executor="ray", num_workers=2, num_gpus_per_worker=0)
+    halves = plan_training(big.model_copy(update={"compute": pair}))
+    assert halves.seconds_per_step == pytest.approx(201)
+    assert halves.worker_bytes == pytest.approx(1.1e9 + whole.data_bytes)
     more = plan_training(big.model_copy(update={"ema_snapshots": 5}))
     most = plan_training(big.model_copy(update={"ema_snapshots": 8}))
-    assert most.disk_bytes - more.disk_bytes == 3 * 2 * 4 * plain.num_parameters
+    assert most.disk_bytes - more.disk_bytes == 3 * 2 * 4 * whole.num_parameters
 
 
 def test_data_that_does_not_fit_is_read_from_zarr_and_said_so(dataset, tmp_path):
     asked = settings(dataset, tmp_path, num_steps=2, data_memory_gb=1e-5)
-    plan = plan_training(asked)
+    planned = plan_training(asked)
     whole = plan_training(asked.model_copy(update={"data_memory_gb": 1.0}))
-    assert not plan.data_in_memory
-    assert "read from Zarr" in train_plan_text(plan)
-    assert plan.disk_bytes == whole.disk_bytes + plan.data_bytes
+    assert not planned.data_in_memory
+    assert "read from Zarr" in train_plan_text(planned)
+    assert planned.disk_bytes == whole.disk_bytes + planned.data_bytes
 
 
 @pytest.mark.parametrize(
@@ -124,6 +143,6 @@ def test_a_name_that_is_taken_or_in_use_is_refused(dataset, tmp_path):
 
 
 def test_without_ingested_samples_the_rest_is_told(tmp_path):
-    plan = plan_training(settings(None, tmp_path, data=[]))
-    assert plan.data_bytes is None
-    assert "not ingested yet" in train_plan_text(plan)
+    planned = plan_training(settings(None, tmp_path, data=[]))
+    assert planned.data_bytes is None
+    assert "not ingested yet" in train_plan_text(planned)
