@@ -14,7 +14,8 @@ settings on JPEG, eight levels with fresh noise, were given up when a test windo
                          and TV with the clipped likelihood
     phase-retrieval      moduli of the twice oversampled transform, noise .05 (CT at 128^2): the
                          best by data of 4 runs of hybrid input-output, where CovProx starts too
-    deblur-lens ...      the task's own frozen baselines (configs/baselines) and kriging
+    deblur-lens ...      the task's own frozen baselines (configs/baselines) and kriging; CovProx
+                         as the model was calibrated for the task, if it was
     despeckle-l4         --model DIR: one that knows city-log (configs/train-speckle.yaml)
 """
 
@@ -33,7 +34,7 @@ import torch
 from skimage.metrics import structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-from diffusion_core.model import Model
+from diffusion_core.model import Model, solver_settings
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
@@ -49,7 +50,7 @@ from diffusion_core.protocols import Data, NoiseModel, Signal
 from domains.classical import TVSettings, minimise_tv_masked
 from domains.registry import load_domain
 from flows.config import config_path, load_method, load_task
-from flows.engine.methods import baseline_params
+from flows.engine.methods import baseline_params, calibrated_method
 from flows.store import Dataset
 from tests.benchmarks import ours
 from tests.benchmarks.cases import TEST, Case, Part, cases, cut, shrunk
@@ -266,6 +267,8 @@ def restore(case: Case, name: str, model: Model) -> ours.Run:
     problem = case.problem
     if name in {"covprox", "kriging"}:
         own = load_method(case.task.name)
+        fits = solver_settings(model.path).get("tasks", {}).get(case.task.name, {})
+        own = calibrated_method(own, fits, "mean", own.num_levels)
         sigmas = power_sigmas(own.num_levels, own.sigma_max, own.sigma_min, own.rho)
         options = own.options if name == "covprox" else {}
         return ours.run(ours.Method(name, name, sigmas, options), case, model)
