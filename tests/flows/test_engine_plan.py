@@ -284,7 +284,7 @@ def test_what_is_left_open_comes_from_the_task():
 
 def test_solves_on_planes_cut_into_blocks_converge_unless_an_accuracy_is_asked_for():
     own = resolve_method(None, entry())
-    assert converged(own, None).options == {**own.options, "tolerance": 3e-4, "max_steps": 300}
+    assert converged(own, None).options == {**own.options, "tolerance": 3e-5, "max_steps": 300}
     asked = MethodSettings(options={"tolerance": 1e-3})
     kept = converged(resolve_method(asked, entry()), asked)
     assert (kept.options["tolerance"], kept.options["max_steps"]) == (1e-3, 300)
