@@ -23,36 +23,13 @@ from typing import TYPE_CHECKING, Any
 from domains.base import BadInputError
 from flows.config import Home, TrainSettings
 from flows.engine.events import Event
-from flows.training.data import (
-    VIEWS,
-    allowed,
-    cache_bytes,
-    condition_channels,
-    condition_domains,
-    large_views,
-    load_windows,
-    patch_source,
-    prepare_views,
-)
+from flows.training.data import VIEWS, cache_bytes, prepare_views
 
 if TYPE_CHECKING:
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.densities import Histogram
     from diffusion_core.training.loop import Recipe
     from diffusion_core.training.loss import SigmaDensity
-
-__all__ = [
-    "TrainResult",
-    "allowed",
-    "condition_channels",
-    "condition_domains",
-    "large_views",
-    "load_windows",
-    "new_network",
-    "patch_source",
-    "recipe_of",
-    "train",
-]
 
 OnEvent = Callable[[Event], None]
 

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from flows import quiet
 from flows.answers import models_text, plan_text, restored_text, train_plan_text
+from flows.cli_options import (
+    compute_options,
+    computing,
+    given,
+    json_flag,
+    method_of,
+    model_option,
+    prefect_flag,
+    seed_option,
+)
 from flows.console import (
     BAD_INPUT,
     INTERRUPTED,
@@ -32,45 +42,7 @@ from flows.console import (
 if TYPE_CHECKING:
     from flows.api_review import Comparison
 
-F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-
-json_flag = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
-prefect_flag = click.option(
-    "--prefect/--no-prefect", default=True, help="Run as a Prefect flow, or call directly."
-)
-model_option = click.option(
-    "--model",
-    help="champion, starter, a directory or models:/NAME@ALIAS.  "
-    "[default: champion of the domain, the starter while it has none]",
-)
-seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
-
-
-def compute_options(command: F) -> F:
-    """Options of every command that computes with a model."""
-    dtype = click.Choice(["bfloat16", "float32"])
-    executor = click.Choice(["ray", "inline"])
-    for option in (
-        seed_option,
-        click.option("--ray-address", help="Of a running Ray cluster.  [default: Ray is started]"),
-        click.option(
-            "--memory-limit-gb",
-            type=float,
-            help="Refuse plans beyond this, all workers together.",
-        ),
-        click.option(
-            "--gpus-per-worker",
-            "num_gpus_per_worker",
-            type=float,
-            help="May be a fraction.  [default: 1 where torch sees a GPU, else 0]",
-        ),
-        click.option("--workers", "num_workers", type=int, help="[default: one a core or GPU]"),
-        click.option("--executor", type=executor, help="[default: ray]"),
-        click.option("--dtype", type=dtype, help="Of the network.  [default: bfloat16]"),
-    ):
-        command = option(command)
-    return command
 
 
 class _InOrder(click.Group):
@@ -141,7 +113,7 @@ def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
     """
     from flows.config import IngestSettings
 
-    result = _run("ingest", IngestSettings(**_given(options)), prefect=prefect)
+    result = _run("ingest", IngestSettings(**given(options)), prefect=prefect)
     _answer(result, f"dataset: {options['output']}", as_json=as_json)
     return _exit_code(result)
 
@@ -157,7 +129,7 @@ def simulate(as_json: bool, **options: Any) -> int:
     """Make a task's measurements of a clean dataset."""
     from flows.config import SimulateSettings
 
-    result = _run("simulate", SimulateSettings(**_given(options)), prefect=False)
+    result = _run("simulate", SimulateSettings(**given(options)), prefect=False)
     _answer(result, f"measurements: {options['output']}", as_json=as_json)
     return OK
 
@@ -207,7 +179,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
     """
     from flows.config import CalibrateSettings
 
-    result = _run("calibrate", CalibrateSettings(**_given(options)), prefect=False)
+    result = _run("calibrate", CalibrateSettings(**given(options)), prefect=False)
     text = f"{result.table()}\nmodel: {result.model_path}  (digest {result.digest[:12]})"
     _answer(result, text, as_json=as_json)
     return OK
@@ -233,7 +205,7 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
     """
     from flows.config import EvaluateSettings
 
-    result = _run("evaluate", EvaluateSettings(**_computing(options)), prefect=prefect)
+    result = _run("evaluate", EvaluateSettings(**computing(options)), prefect=prefect)
     click.echo(result.table())
     click.echo(f"rows: {result.json_path}")
     if report is not None:
@@ -266,8 +238,8 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     """
     from flows.config import RestoreSettings
 
-    options["method"] = _method(options.pop("method"), options.pop("levels"))
-    settings = RestoreSettings(**_computing(options))
+    options["method"] = method_of(options.pop("method"), options.pop("levels"))
+    settings = RestoreSettings(**computing(options))
     if plan_only:
         from flows.api_restore import plan
 
@@ -295,7 +267,7 @@ def generate(as_json: bool, **options: Any) -> int:
     from flows.api_generate import generated_text
     from flows.config import GenerateSettings
 
-    result = _run("generate", GenerateSettings(**_given(options)), prefect=False)
+    result = _run("generate", GenerateSettings(**given(options)), prefect=False)
     _answer(result, generated_text(result), as_json=as_json)
     return OK
 
@@ -316,7 +288,7 @@ def review(answer: bool | None, prefect: bool, as_json: bool, **options: Any) ->
 
     if answer is not None:
         options["answer"] = "yes" if answer else "no"
-    settings = ReviewSettings(**_computing(options))
+    settings = ReviewSettings(**computing(options))
     ask = _ask_here if answer is None and sys.stdin.isatty() else None
     if answer is None and ask is None and not (prefect and _has_server()):
         raise click.UsageError(
@@ -374,7 +346,7 @@ def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
     """Restore what is new in an inbox, and report."""
     from flows.config import NightlySettings
 
-    result = _run("nightly", NightlySettings(**_computing(options)), prefect=prefect)
+    result = _run("nightly", NightlySettings(**computing(options)), prefect=prefect)
     _answer(result, result.summary(), as_json=as_json)
     return _exit_code(result)
 
@@ -411,7 +383,7 @@ def serve(**options: Any) -> int:
     from flows.config import ServeSettings
     from flows.serve import serve as run_server
 
-    run_server(ServeSettings(**_given(options)), say=lambda line: click.echo(line, err=True))
+    run_server(ServeSettings(**given(options)), say=lambda line: click.echo(line, err=True))
     return OK
 
 
@@ -469,32 +441,6 @@ def _answer(value: Any, text: str, *, as_json: bool) -> None:
 
 def _exit_code(result: Any) -> int:
     return QUARANTINED if result.quarantined else OK
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the user gave: the settings know the defaults of the others."""
-    given = {k: v for k, v in options.items() if v is not None and v != ()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
-
-
-def _computing(options: Mapping[str, Any]) -> dict[str, Any]:
-    """As _given, with the options of `compute` in their place."""
-    given = _given(options)
-    names = ("executor", "num_workers", "num_gpus_per_worker", "ray_address")
-    compute = {name: given.pop(name) for name in names if name in given}
-    if "memory_limit_gb" in given:
-        compute["memory_limit_bytes"] = int(given.pop("memory_limit_gb") * 1e9)
-    return {**given, "compute": compute} if compute else given
-
-
-def _method(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
-    """Settings of the method; None leaves it to the task."""
-    if name is None and num_levels is None:
-        return None
-    from flows.config import MethodSettings
-
-    fields = {"name": name, "num_levels": num_levels}
-    return MethodSettings(**_given(fields)).model_dump(exclude_unset=True)  # the rest is the task's
 
 
 def _ask_here(comparison: Comparison) -> bool:

@@ -26,6 +26,7 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
+from diffusion_core.disk import sync
 from domains.base import Array, BadInputError
 
 MANIFEST = "manifest.json"
@@ -172,7 +173,7 @@ class StoreWriter:
             raise BadInputError(
                 f"{self.path}: another process made it meanwhile; that one is whole and stays"
             ) from error
-        _flush(self.path.parent)
+        sync(self.path.parent)
 
 
 def _staging_prefix(path: Path) -> str:
@@ -191,13 +192,5 @@ def _flush_tree(folder: Path) -> None:
     """Flush every file and folder below to disk, so that a power cut cannot tear a store."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _flush(Path(parent, name))
-        _flush(Path(parent))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(parent, name))
+        sync(Path(parent))

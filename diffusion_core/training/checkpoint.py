@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.files import folders_by_step, publish, staging_for, step_folder
-from diffusion_core.training.power import PowerAverage
+from diffusion_core.training.power import PowerAverage, average_file
 
 
 @dataclass
@@ -38,7 +38,7 @@ def save_checkpoint(
     save_file(_contiguous(state.module.state_dict()), staging / "module.safetensors")
     save_file(_contiguous(state.ema.module.state_dict()), staging / "ema.safetensors")
     for number, average in enumerate(state.family):
-        save_file(_contiguous(average.module.state_dict()), staging / _average(number))
+        save_file(_contiguous(average.module.state_dict()), staging / average_file(number))
     save_file(_optimiser_tensors(state.optimisers), staging / "optimisers.safetensors")
     (staging / "state.json").write_text(json.dumps({"step": state.step, **facts}))
     publish(staging, final)
@@ -59,14 +59,10 @@ def load_checkpoint(path: Path, state: TrainingState) -> dict[str, Any]:
     state.module.load_state_dict(load_file(path / "module.safetensors"))
     state.ema.module.load_state_dict(load_file(path / "ema.safetensors"))
     for number, average in enumerate(state.family):
-        average.module.load_state_dict(load_file(path / _average(number)))
+        average.module.load_state_dict(load_file(path / average_file(number)))
     _fill_optimisers(state.optimisers, load_file(path / "optimisers.safetensors"))
     state.step = facts["step"]
     return facts
-
-
-def _average(number: int) -> str:
-    return f"average-{number}.safetensors"
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

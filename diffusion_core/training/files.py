@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from diffusion_core.disk import sync
+
 _NAME = re.compile(r"step-(\d{9})")
 
 
@@ -42,12 +44,3 @@ def folders_by_step(folder: Path) -> list[tuple[int, Path]]:
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return sorted((int(match[1]), path) for match, path in matches if match)
-
-
-def sync(path: Path) -> None:
-    """Have a file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

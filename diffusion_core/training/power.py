@@ -78,6 +78,11 @@ class PowerAverage:
                 shadows[name].copy_(value)
 
 
+def average_file(number: int) -> str:
+    """Name of the file of an average in a folder of a step."""
+    return f"average-{number}.safetensors"
+
+
 def snapshot_steps(num_steps: int, num_snapshots: int) -> list[int]:
     """The steps after which snapshots are kept: evenly spread, the last step among them."""
     if not num_snapshots:
@@ -93,7 +98,7 @@ def save_snapshot(folder: Path, step: int, averages: Sequence[PowerAverage]) -> 
     staging = staging_for(final)
     for number, average in enumerate(averages):
         tensors = {k: v.contiguous() for k, v in average.module.state_dict().items()}
-        save_file(tensors, staging / f"average-{number}.safetensors")
+        save_file(tensors, staging / average_file(number))
     publish(staging, final)
 
 
@@ -120,7 +125,7 @@ def reconstruct(
     if not found or found[-1][0] != step:
         raise FileNotFoundError(f"{folder} has no snapshot of step {step}")
     kept = [(s, exponent_of(one)) for s, _ in found for one in lengths]
-    files = [path / f"average-{n}.safetensors" for _, path in found for n in range(len(lengths))]
+    files = [path / average_file(n) for _, path in found for n in range(len(lengths))]
     factors = combination(kept, (step, exponent_of(length)))
     total: dict[str, Tensor] = {}
     for factor, file in zip(factors, files, strict=True):

@@ -11,7 +11,6 @@ put, server-side copy) needs this one class again and nothing else. What they pr
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -19,6 +18,8 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+
+from diffusion_core.disk import sync
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
 
@@ -75,7 +76,7 @@ class LocalObjects:
         finally:
             draft.unlink(missing_ok=True)
         if durable:
-            _sync(path.parent)
+            sync(path.parent)
         return True
 
     def get(self, key: str) -> bytes:
@@ -126,7 +127,7 @@ class LocalObjects:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         for folder in _parents(target, self.root):
-            _sync(folder)
+            sync(folder)
 
     def remove(self, key: str) -> None:
         """Remove an object or a folder with all that is in it; it may be gone already."""
@@ -168,7 +169,7 @@ def _sync_all(paths: Sequence[Path]) -> None:
     """
     if len(paths) <= _FEW_FILES or not _sync_filesystem(paths[-1]):
         for path in paths:
-            _sync(path)
+            sync(path)
 
 
 def _sync_filesystem(path: Path) -> bool:
@@ -185,14 +186,3 @@ def _sync_filesystem(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Some network file systems refuse to sync a folder; there the rename is durable itself.
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

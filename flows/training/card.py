@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flows.api_train import allowed, recipe_of
+from flows.api_train import recipe_of
 from flows.config import TrainSettings
+from flows.training.data import allowed
 
 if TYPE_CHECKING:
     from flows.training.choice import Choice

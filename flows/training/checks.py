@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from domains.base import BadInputError
-from flows.api_train import (
+from flows.api_train import new_network
+from flows.config import TrainSettings
+from flows.training.data import (
     condition_channels,
     condition_domains,
     large_views,
     load_windows,
-    new_network,
 )
-from flows.config import TrainSettings
 
 
 def check_settings(settings: TrainSettings) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.api_train import TrainResult, condition_channels
+from flows.api_train import TrainResult
 from flows.config import TrainSettings
 from flows.engine.events import Event
 from flows.training.card import FIGURE_SIDE, model_card, started_from, training_sources
 from flows.training.choice import chosen_average
+from flows.training.data import condition_channels
 from flows.training.run_folder import steps_done
 from flows.training.validation import calibration_images, denoising_psnr, validation_images
 

@@ -39,7 +39,7 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
     import numpy as np
     import torch
 
-    from flows.api_train import condition_channels, condition_domains, load_windows
+    from flows.training.data import condition_channels, condition_domains, load_windows
 
     settings = TrainSettings.model_validate_json(settings_json)
     channels = condition_channels(settings)

@@ -70,8 +70,9 @@ def work(
     import torch
 
     from diffusion_core.training.loop import Callbacks, train
-    from flows.api_train import new_network, patch_source, recipe_of
+    from flows.api_train import new_network, recipe_of
     from flows.training.choice import score_and_keep
+    from flows.training.data import patch_source
 
     settings = TrainSettings(**payload["settings"])
     run = Path(payload["run"])

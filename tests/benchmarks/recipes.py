@@ -28,12 +28,12 @@ from unittest.mock import patch
 import click
 import torch
 import yaml
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.training import loop
 from diffusion_core.training.loop import Callbacks, Recipe, train
 from diffusion_core.training.patches import PatchSource
+from diffusion_core.training.throughput import flop_per_pixel
 from flows.api_train import new_network, recipe_of
 from flows.config import TrainSettings, config_path, read_settings
 from flows.training.data import patch_source
@@ -45,7 +45,6 @@ VARIANTS = HERE / "recipes.yaml"
 RESULTS = HERE / "results" / "recipes.json"
 SIGMAS = (0.05, 0.1, 0.2, 0.5)
 NUM_IMAGES, SIDE_PX = 12, 192
-SIDE_OF_COUNT_PX = 64
 NUM_STEPS = 800
 NUM_TIMED_STEPS, NUM_TIMINGS = 8, 2
 OWN_KEYS = {"optimiser": "muon", "time_share": 1.0}
@@ -59,16 +58,6 @@ def settings_of(variant: Mapping[str, Any], base: Mapping[str, Any], data: Path)
     changes = {k: v for k, v in {**base, **variant}.items() if k not in OWN_KEYS}
     starter = read_settings(TrainSettings, config_path("train-starter.yaml"), [])
     return TrainSettings(**{**starter.model_dump(), **changes, "data": [data]})
-
-
-def kflop_per_pixel(model: Preconditioned) -> float:
-    """Thousands of operations of one evaluation a pixel; the modulation's are left out."""
-    side = SIDE_OF_COUNT_PX
-    x = torch.zeros(1, 3, side, side)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x, torch.ones(1), torch.zeros(1, dtype=torch.long))
-    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
-    return float(convolutions) / side**2 / 1e3
 
 
 def trained(settings: TrainSettings, num_steps: int, optimiser: str) -> Preconditioned:
@@ -138,7 +127,7 @@ def measured(name: str, table: Mapping[str, Any], data: Path, reference_steps: i
         "steps": steps,
         "megapixels_seen": round(steps * settings.batch_size * settings.patch_size**2 / 1e6, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "kflop_per_pixel": round(kflop_per_pixel(model), 1),
+        "kflop_per_pixel": round(flop_per_pixel(model) / 1e3, 1),
         "inference_megapixels_per_s": round(megapixels_per_s(model.network, torch.bfloat16), 2),
         "psnr": {key: round(value, 3) for key, value in psnr.items()},
     }

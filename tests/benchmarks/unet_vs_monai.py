@@ -39,8 +39,9 @@ from diffusion_core.networks.precond import Preconditioned, to_channels_last
 from diffusion_core.training import loop
 from diffusion_core.training.loop import Callbacks, Recipe, train
 from diffusion_core.training.muon import Muon
-from flows.api_train import patch_source, recipe_of
+from flows.api_train import recipe_of
 from flows.config import TrainSettings, config_path, read_settings
+from flows.training.data import patch_source
 from flows.training.validation import denoising_psnr, validation_images
 
 SIGMAS = (0.05, 0.2, 0.5)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion_core.networks.local_unet import LocalUNet
+from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.training.throughput import flop_per_pixel, measured_peak
 
 
@@ -37,3 +39,10 @@ def test_the_measured_peak_is_of_the_order_of_one_s_own_timing():
         times.append(time.perf_counter() - start)
     own = 2 * 512**3 / min(times)
     assert 0.3 * own < peak < 30 * own
+
+
+def test_operations_a_pixel_are_those_of_the_convolutions_counted_by_hand():
+    model = Preconditioned(LocalUNet(2, widths=[8, 16], depths=[1, 2], num_features=4))
+    half = 24 * 8 * 9 + 2 * (2 * 8 * 8 * 9) + 8 * 12 * 9  # stem, one block down and up, head
+    quarter = 8 * 16 * 4 + 16 * 4 * 8 + 2 * 2 * 16 * 16 * 9  # shrink, grow, two blocks
+    assert flop_per_pixel(model) == pytest.approx(2 * (half / 4 + quarter / 16), rel=1e-6)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from train_kit import dataset_of
 
 from flows.config import Home
 from flows.tracking import open_client
@@ -37,3 +38,9 @@ def prefect_server() -> Iterator[str]:
 
     with prefect_test_harness(server_startup_timeout=180):
         yield PREFECT_API_URL.value()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four photographs to train on, the last for validation."""
+    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))

@@ -17,15 +17,7 @@ from domains.base import BadInputError
 from flows.api_train import train
 from flows.config import ComputeSettings
 
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
-
-
-@pytest.fixture(autouse=True)
-def home(registry_home):
-    """MLflow's tables made once for all tests: that takes seconds."""
+pytestmark = pytest.mark.usefixtures("registry_home")
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -21,14 +21,7 @@ from flows.training.score import restoration_score
 SMALL_SCORE = {"num_images": 1, "side": 32, "num_levels": 2}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
-
-
-@pytest.fixture(autouse=True)
-def home(registry_home):
-    """MLflow's tables made once for all tests: that takes seconds."""
+pytestmark = pytest.mark.usefixtures("registry_home")
 
 
 def blurred(module, amount):

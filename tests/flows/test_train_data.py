@@ -13,15 +13,7 @@ from flows.training import data
 from flows.training.data import patch_source, prepare_views, view_bytes, views_fit
 from flows.training.views import CHUNK_PX, ChunkCache, StoredView, Views, write_views
 
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
-
-
-@pytest.fixture(autouse=True)
-def home(registry_home):
-    """MLflow's tables made once for all tests."""
+pytestmark = pytest.mark.usefixtures("registry_home")
 
 
 def test_the_sequence_from_zarr_is_that_from_memory(dataset, tmp_path):

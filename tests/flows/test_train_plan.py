@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from train_kit import dataset_of, settings
+from train_kit import settings
 
 from domains.base import BadInputError
 from flows.answers import train_plan_text
@@ -17,15 +17,7 @@ from flows.training import plan
 from flows.training.plan import plan_training
 from flows.training.run_folder import only_one
 
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return dataset_of(tmp_path_factory.mktemp("data") / "photos.zarr", range(4))
-
-
-@pytest.fixture(autouse=True)
-def home(registry_home):
-    """MLflow's tables made once for all tests."""
+pytestmark = pytest.mark.usefixtures("registry_home")
 
 
 DRIVER = """

@@ -1,0 +1,73 @@
+"""Options that several commands share, and what was given of them as settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_flag = click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+prefect_flag = click.option(
+    "--prefect/--no-prefect", default=True, help="Run as a Prefect flow, or call directly."
+)
+model_option = click.option(
+    "--model",
+    help="champion, starter, a directory or models:/NAME@ALIAS.  "
+    "[default: champion of the domain, the starter while it has none]",
+)
+seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
+
+
+def compute_options(command: F) -> F:
+    """Options of every command that computes with a model."""
+    dtype = click.Choice(["bfloat16", "float32"])
+    executor = click.Choice(["ray", "inline"])
+    for option in (
+        seed_option,
+        click.option("--ray-address", help="Of a running Ray cluster.  [default: Ray is started]"),
+        click.option(
+            "--memory-limit-gb",
+            type=float,
+            help="Refuse plans beyond this, all workers together.",
+        ),
+        click.option(
+            "--gpus-per-worker",
+            "num_gpus_per_worker",
+            type=float,
+            help="May be a fraction.  [default: 1 where torch sees a GPU, else 0]",
+        ),
+        click.option("--workers", "num_workers", type=int, help="[default: one a core or GPU]"),
+        click.option("--executor", type=executor, help="[default: ray]"),
+        click.option("--dtype", type=dtype, help="Of the network.  [default: bfloat16]"),
+    ):
+        command = option(command)
+    return command
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the user gave: the settings know the defaults of the others."""
+    told = {k: v for k, v in options.items() if v is not None and v != ()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
+
+
+def computing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As `given`, with the options of `compute` in their place."""
+    told = given(options)
+    names = ("executor", "num_workers", "num_gpus_per_worker", "ray_address")
+    compute = {name: told.pop(name) for name in names if name in told}
+    if "memory_limit_gb" in told:
+        compute["memory_limit_bytes"] = int(told.pop("memory_limit_gb") * 1e9)
+    return {**told, "compute": compute} if compute else told
+
+
+def method_of(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
+    """Settings of the method; None leaves it to the task."""
+    if name is None and num_levels is None:
+        return None
+    from flows.config import MethodSettings
+
+    fields = {"name": name, "num_levels": num_levels}
+    return MethodSettings(**given(fields)).model_dump(exclude_unset=True)  # the rest is the task's
