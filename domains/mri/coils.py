@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, sparse
+from scipy.sparse.linalg import splu
 
 from domains.base import Array, BadInputError, ItemRecord
 from domains.keyed import keyed_rng
@@ -27,6 +28,8 @@ NOISE_MARGIN = 1.0
 LEAST_SHARE = 1e-10
 """Of the largest eigenvalue: less is rounding, where there is hardly any noise."""
 COARSE_SIDE = 64
+STIFFNESS = 1e-3
+"""Weight of a map's bending on the coarse grid, beside what the brightest, surest place weighs."""
 
 
 def simulated_maps(record: ItemRecord, num_coils: int, seed: int) -> Array:
@@ -64,7 +67,9 @@ def estimated_maps(y: Array, mask: Array, sigma_y: float) -> Array:
     Blocks of the calibration lines lie in a low-dimensional space. A k-space is consistent with it
     if projecting all its blocks changes nothing; in image space that reads G(r) m(r) = m(r) at each
     pixel, so that the sensitivities are the eigenvectors of G(r) to the eigenvalue 1. They are
-    found on a coarse grid, smooth as they are, and interpolated.
+    found on a coarse grid, smooth as they are, and interpolated. Where there is no tissue, or where
+    the periodic transform puts two edges of the image beside each other, no one vector stands out:
+    there the maps are continued smoothly from the places that are sure.
 
     Args:
         y: (z coils h w) k-space, zero frequency at [0, 0].
@@ -99,7 +104,9 @@ def _maps_of(k: Array, lines: Array, sigma_y: float) -> Array:
     lags = _lag_kernel(projector.reshape(coils, *sides, coils, *sides))
     places = [np.linspace(-0.5, n - 0.5, min(n, COARSE_SIDE) * 2 + 1)[1::2] for n in (h, w)]
     matrices = _at_places(lags, places, (h, w))
-    coarse = _principal(matrices)
+    vectors, sureness = _principal(matrices)
+    weight = (sureness * _low_resolution(calibration, places, (h, w))) ** 2
+    coarse = _continued(vectors, weight)
     fine = _interpolated(coarse, (h, w))
     unit: Array = fine / np.maximum(np.sqrt((np.abs(fine) ** 2).sum(axis=0)), 1e-6)
     return unit.astype(np.complex64)
@@ -150,13 +157,56 @@ def _at_places(lags: Array, places: Sequence[Array], size: tuple[int, int]) -> A
     return matrices
 
 
-def _principal(matrices: Array) -> Array:
-    """Unit principal eigenvectors (coils rows columns), phased by one virtual coil."""
+def _principal(matrices: Array) -> tuple[Array, Array]:
+    """Unit principal eigenvectors (coils rows columns), phased by one virtual coil.
+
+    With them how far their eigenvalues, at most 1, are above the next: (rows columns).
+    """
     hermitian = 0.5 * (matrices + np.swapaxes(matrices.conj(), -1, -2))
-    vectors = np.linalg.eigh(hermitian)[1][..., -1]
+    values, all_vectors = np.linalg.eigh(hermitian)
+    vectors = all_vectors[..., -1]
     _, common = np.linalg.eigh(np.einsum("yxi,yxj->ij", vectors, vectors.conj()))
     phase = np.exp(-1j * np.angle(vectors @ common[:, -1].conj()))
-    return np.moveaxis(vectors * phase[..., None], -1, 0)
+    return np.moveaxis(vectors * phase[..., None], -1, 0), values[..., -1] - values[..., -2]
+
+
+def _low_resolution(calibration: Array, places: Sequence[Array], size: tuple[int, int]) -> Array:
+    """The image's magnitude at places as the windowed calibration lines have it, at most 1."""
+    waves = []
+    for r, length, count in zip(places, size, calibration.shape[-2:], strict=True):
+        window = np.hanning(count + 2)[1:-1]
+        waves.append(
+            np.exp(2j * np.pi * np.outer(r, np.arange(count) - count // 2) / length) * window
+        )
+    images = np.einsum("ya,cab,xb->cyx", waves[0], calibration, waves[1], optimize=True)
+    magnitude = np.linalg.norm(images, axis=0)
+    shares: Array = magnitude / max(magnitude.max(), np.finfo(float).tiny)
+    return shares
+
+
+def _continued(vectors: Array, weight: Array) -> Array:
+    """Fields s of least sum weight |s - v|^2 + STIFFNESS |second differences of s|^2, all coils.
+
+    The edges are free: unlike the transform, sensitivities are not periodic.
+    """
+    h, w = weight.shape
+    down, across = np.eye(h), np.eye(w)
+    bends = [
+        sparse.kron(np.diff(down, 2, axis=0), across),
+        sparse.kron(down, np.diff(across, 2, axis=0)),
+        np.sqrt(2) * sparse.kron(np.diff(down, axis=0), np.diff(across, axis=0)),
+    ]
+    bending = sparse.vstack(bends)
+    matrix = sparse.diags_array(np.maximum(weight, 1e-12).ravel()) + STIFFNESS * (
+        bending.T @ bending
+    )
+    solve = splu(matrix.tocsc()).solve
+    wanted = (weight * vectors).reshape(len(vectors), -1).T
+    fields = solve(np.ascontiguousarray(wanted.real)) + 1j * solve(
+        np.ascontiguousarray(wanted.imag)
+    )
+    found: Array = fields.T.reshape(vectors.shape)
+    return found
 
 
 def _interpolated(coarse: Array, size: tuple[int, int]) -> Array:

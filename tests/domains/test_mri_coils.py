@@ -109,6 +109,22 @@ def test_sensitivities_are_found_where_there_is_signal(snr_db, least):
     assert np.abs(np.diff(phase, axis=-1))[both].max() < 0.3
 
 
+def test_maps_are_continued_where_two_edges_of_the_image_meet():
+    """A head at the top edge: the periodic transform puts it beside the air at the bottom."""
+    item = phantom_item(depth=1, size=(96, 128))
+    head = item.pixels[0, 0]
+    first = int(np.flatnonzero((head > 200).any(axis=1))[0])
+    pixels = np.pad(head[first:], ((0, first), (0, 0)))[None, None]
+    # A vessel at the other edge, seen by quite other coils.
+    pixels[0, 0, -4:, 40:88] = 0.5 * pixels.max()
+    item = replace(item, pixels=pixels)
+    measurement = MRI().simulate(item, task_of(centre_share=0.15), seed=0)
+    estimate, truth = maps_of(measurement), coils.simulated_maps(item.record, 8, 0)
+    found = agreement(estimate, truth)[0]
+    assert found.min() > 0.95
+    assert np.quantile(found, 0.01) > 0.98
+
+
 def test_more_centre_lines_leave_less_error():
     item, errors = phantom_item(depth=1, size=(64, 96)), []
     truth = coils.simulated_maps(item.record, 8, 0)
