@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FIGURE_SIDE = 192
 """Of the crops that denoising is measured on, pixels."""
+MOST_CURVE_ROWS = 16
 
 
 def started_from(settings: TrainSettings) -> str | None:
@@ -81,6 +82,28 @@ pooling): {chosen.name}.
 """
 
 
+def _curve(curve: dict[str, Any]) -> str:
+    """Some rows of training_curve's, the first and the last among them."""
+    points = curve.get("points", [])
+    if not points:
+        return ""
+    stride = max(-(-(len(points) - 1) // (MOST_CURVE_ROWS - 1)), 1)
+    shown = [*points[:-1:stride], points[-1]]
+    rows = "\n".join(
+        f"| {p['megapixels']:.0f} | {p['hours']:.2f} | {p['score_db']:.2f} |" for p in shown
+    )
+    return f"""
+## Restoration against training
+
+Mean PSNR of short restorations of validation crops (70% of pixels missing, 4 x 4 pooling) by the
+averaged weights of that moment; hours of one training job, scores and start left out.
+
+| MP seen | hours | dB |
+|---|---|---|
+{rows}
+"""
+
+
 def _calibrated(settings: TrainSettings) -> str:
     items = ", ".join(settings.calibration_items)
     return (
@@ -98,6 +121,7 @@ def model_card(
     chosen: Choice,
     metrics: dict[str, float],
     sources: list[dict[str, Any]],
+    curve: dict[str, Any],
 ) -> str:
     """The model card in Markdown."""
     recipe = recipe_of(settings)
@@ -121,7 +145,7 @@ Made by `sashiko train` with the settings in config.json ("training").
 {recipe.decay_share:.0%}; {_averaged(settings, chosen)};
 {_levels(settings)}; seed {settings.seed}.
 {_began(settings)}
-{_scores(chosen)}
+{_scores(chosen)}{_curve(curve)}
 ## Denoising on validation images
 
 PSNR in dB (network units span 2), mean over centre crops of up to {FIGURE_SIDE}^2.

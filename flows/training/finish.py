@@ -12,6 +12,7 @@ from flows.config import TrainSettings
 from flows.engine.events import Event
 from flows.training.card import FIGURE_SIDE, model_card, started_from, training_sources
 from flows.training.choice import chosen_average
+from flows.training.curve import training_curve
 from flows.training.data import condition_channels
 from flows.training.run_folder import steps_done
 from flows.training.validation import calibration_images, denoising_psnr, validation_images
@@ -47,18 +48,20 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     images = validation_images(settings, _NUM_FIGURE_IMAGES, FIGURE_SIDE)
     metrics = denoising_psnr(module, images, _FIGURE_SIGMAS)
     sources = training_sources(settings)
+    curve = training_curve(settings, run, chosen)
     digest = save_model(
         path,
         module,
         condition_channels(settings),
         tables,
-        model_card(settings, chosen, metrics, sources),
+        model_card(settings, chosen, metrics, sources, curve),
         {
             "training": recipe,
             "started_from": started_from(settings),
             "num_steps": step,
             "average": chosen.name,
             "restoration_scores_db": chosen.scores,
+            "curve": curve,
             "sources": sources,
             "validation_psnr": metrics,
         },

@@ -64,6 +64,42 @@ def test_the_best_by_restoration_is_shipped_and_every_candidate_is_told(dataset,
     assert len(list((run / "snapshots").iterdir())) == 4
 
 
+def test_the_curve_goes_on_through_the_parts_of_a_training(dataset, tmp_path):
+    """From nothing, and from there: megapixels and hours add up, the last is what is shipped."""
+    score = {**SMALL_SCORE, "every_steps": 2}
+    first = train(settings(dataset, tmp_path, num_steps=5, score=score))
+    points = Model.load(first.model_path).config["curve"]["points"]
+    assert [p["megapixels"] for p in points] == [
+        pytest.approx(steps * 4 * 32**2 / 1e6, abs=1e-4) for steps in (2, 4, 5)
+    ]
+    readings = [
+        json.loads(line) for line in (tmp_path / "small/log.jsonl").read_text().splitlines()
+    ]
+    spent = sum(4 * 32**2 / 1e6 / reading["megapixels_per_s"] for reading in readings)
+    assert points[-1]["hours"] == pytest.approx(spent / 3600, abs=2e-6)
+    scored = [json.loads(x) for x in (tmp_path / "small/scores.jsonl").read_text().splitlines()]
+    assert points[1]["score_db"] == pytest.approx(scored[1]["score_db"], abs=1e-3)
+
+    more = {"name": "more", "num_steps": 3, "init_from": first.model_path}
+    second = train(settings(dataset, tmp_path, **more, score=score))
+    joined = Model.load(second.model_path).config["curve"]["points"]
+    assert joined[:3] == points
+    assert joined[-1]["megapixels"] == pytest.approx(8 * 4 * 32**2 / 1e6, abs=1e-4)
+    assert joined[-1]["hours"] > points[-1]["hours"]
+    shipped = Model.load(second.model_path).module.eval()
+    asked = settings(dataset, tmp_path, score=score)
+    assert joined[-1]["score_db"] == pytest.approx(restoration_score(asked, shipped).db, abs=0.02)
+    card = (second.model_path / "MODEL_CARD.md").read_text()
+    assert f"| {joined[0]['score_db']:.2f} |" in card.split("## Restoration against training")[1]
+
+    other = {**more, "name": "other", "score": {**score, "num_levels": 1}}
+    begun = Model.load(train(settings(dataset, tmp_path, **other)).model_path)
+    assert begun.config["curve"]["points"][0]["megapixels"] == 0.0  # scored otherwise: anew
+    unscored = train(settings(dataset, tmp_path, name="unscored", num_steps=2))
+    assert Model.load(unscored.model_path).config["curve"] == {}
+    assert "Restoration against" not in (unscored.model_path / "MODEL_CARD.md").read_text()
+
+
 def test_curves_pictures_and_the_machine_s_figures_are_in_mlflow(dataset, tmp_path):
     from flows.tracking import open_client
 

@@ -1,0 +1,90 @@
+"""What training gained: the restoration score against megapixels seen and hours spent.
+
+A model that began with another's weights goes on with that model's curve, if both were scored
+alike; otherwise its curve begins with the score of those weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.api_train import new_network
+from flows.config import TrainSettings
+from flows.training.run_folder import LOG, SCORES
+from flows.training.score import restoration_score
+
+if TYPE_CHECKING:
+    from flows.training.choice import Choice
+
+
+def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[str, Any]:
+    """The curve of a run that is over, scored in mid-run (`score.every_steps`).
+
+    Returns:
+        {"how": what the scores depend on, "points": [{"megapixels", "hours", "score_db"}, ...]},
+        the last point being the chosen weights; {} if the run was not scored.
+    """
+    if not settings.score.every_steps:
+        return {}
+    how = {
+        "score": settings.score.model_dump(mode="json", exclude={"every_steps"}),
+        "conditions": sorted(settings.conditions),
+    }
+    points = _points_before(settings, how)
+    seen, spent = (points[-1]["megapixels"], points[-1]["hours"]) if points else (0.0, 0.0)
+    hours = _hours_by_step(settings, run)
+
+    def point(step: int, score_db: float) -> dict[str, float]:
+        done = max((s for s in hours if s <= step), default=0)
+        return {
+            "megapixels": round(seen + _megapixels(settings, step), 4),
+            "hours": round(spent + hours.get(done, 0.0), 6),
+            "score_db": round(score_db, 3),
+        }
+
+    points += [point(step, db) for step, db in sorted(_scores_by_step(run).items())]
+    module = chosen.module
+    last = point(chosen.step, restoration_score(settings, module).db)
+    return {
+        "how": how,
+        "points": [p for p in points if p["megapixels"] < last["megapixels"]] + [last],
+    }
+
+
+def _points_before(settings: TrainSettings, how: dict[str, Any]) -> list[dict[str, float]]:
+    """The curve of the model that the run began with, or the score of its weights."""
+    if settings.init_from is None:
+        return []
+    config = json.loads((settings.init_from / "config.json").read_text())
+    earlier: dict[str, Any] = config.get("curve") or {}
+    if earlier.get("how") == how:
+        return list(earlier["points"])
+    module = new_network(settings).eval().requires_grad_(requires_grad=False)
+    score = restoration_score(settings, module).db
+    return [{"megapixels": 0.0, "hours": 0.0, "score_db": round(score, 3)}]
+
+
+def _scores_by_step(run: Path) -> dict[int, float]:
+    """The score of every step; the newest, where a resumed run scored it again."""
+    path = run / SCORES
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {entry["step"]: entry["score_db"] for entry in map(json.loads, lines)}
+
+
+def _hours_by_step(settings: TrainSettings, run: Path) -> dict[int, float]:
+    """Hours of training up to every reading."""
+    readings = {
+        entry["step"]: entry["megapixels_per_s"]
+        for entry in map(json.loads, (run / LOG).read_text().splitlines())
+    }
+    hours, spent, before = {}, 0.0, 0
+    for step, rate in sorted(readings.items()):
+        spent += _megapixels(settings, step - before) / rate / 3600
+        hours[step], before = spent, step
+    return hours
+
+
+def _megapixels(settings: TrainSettings, steps: int) -> float:
+    return steps * settings.batch_size * settings.patch_size**2 / 1e6
