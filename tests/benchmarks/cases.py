@@ -132,11 +132,12 @@ def cases(dataset: Dataset, task: str, parts: Sequence[Part]) -> Iterator[Case]:
 
 
 def cut(dataset: Dataset, part: Part) -> Item:
-    """One slice, shrunk and cut to 256^2."""
+    """One slice, shrunk and cut to 256^2, or to what it has where that is less."""
     item = dataset.read(part.label, slice(part.z, part.z + 1))
     if part.shrink > 1:
         item = shrunk(item, part.shrink)
-    return select(item, crop=(*part.corner, SIDE_PX, SIDE_PX))
+    h, w = item.pixels.shape[2:]
+    return select(item, crop=(*part.corner, min(SIDE_PX, h), min(SIDE_PX, w)))
 
 
 def shrunk(item: Item, factor: int) -> Item:

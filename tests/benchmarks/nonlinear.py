@@ -34,7 +34,7 @@ import torch
 from skimage.metrics import structural_similarity
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-from diffusion_core.model import Model, solver_settings
+from diffusion_core.model import Model
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
@@ -50,7 +50,7 @@ from diffusion_core.protocols import Data, NoiseModel, Signal
 from domains.classical import TVSettings, minimise_tv_masked
 from domains.registry import load_domain
 from flows.config import config_path, load_method, load_task
-from flows.engine.methods import baseline_params, calibrated_method
+from flows.engine.methods import baseline_params
 from flows.store import Dataset
 from tests.benchmarks import ours
 from tests.benchmarks.cases import TEST, Case, Part, cases, cut, shrunk
@@ -252,9 +252,9 @@ def run_linear(dataset: Dataset, task: str, model: Model, rows: Rows) -> None:
                 put(rows, task, case.name, name, done.nfe, case.figures(done.x), done.seconds)
 
 
-def spread(parts: Any) -> list[Part]:
+def spread(parts: Any, most: int = NUM_ITEMS) -> list[Part]:
     """At most so many parts, evenly over them."""
-    count = min(NUM_ITEMS, len(parts))
+    count = min(most, len(parts))
     return [parts[(2 * n + 1) * len(parts) // (2 * count)] for n in range(count)]
 
 
@@ -266,12 +266,9 @@ def restore(case: Case, name: str, model: Model) -> ours.Run:
     """One method on one case."""
     problem = case.problem
     if name in {"covprox", "kriging"}:
-        own = load_method(case.task.name)
-        fits = solver_settings(model.path).get("tasks", {}).get(case.task.name, {})
-        own = calibrated_method(own, fits, "mean", own.num_levels)
-        sigmas = power_sigmas(own.num_levels, own.sigma_max, own.sigma_min, own.rho)
-        options = own.options if name == "covprox" else {}
-        return ours.run(ours.Method(name, name, sigmas, options), case, model)
+        own = ours.covprox(case.task.name, load_method(case.task.name).num_levels, model.path)
+        method = own if name == "covprox" else ours.Method(name, name, own.sigmas)
+        return ours.run(method, case, model)
     start = time.perf_counter()
     params = baseline_params(case.task.name, name)
     x = (

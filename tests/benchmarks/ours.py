@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +45,17 @@ def few_levels(task: str) -> int:
     return FEW_LEVELS.get(task, 8)
 
 
-def covprox(task: str, num_levels: int | None = None) -> Method:
-    """CovProx as the product runs it with so many levels: the model's fit, else the task's file."""
+def covprox(task: str, num_levels: int | None = None, model: Path | None = None) -> Method:
+    """CovProx as the product runs it with so many levels: the model's fit, else the task's file.
+
+    Args:
+        task: its name.
+        num_levels: default as `few_levels` grants.
+        model: directory of the model; default the starter.
+    """
     levels = num_levels or few_levels(task)
-    fits = solver_settings(config_path("models", "starter")).get("tasks", {}).get(task, {})
+    path = model or config_path("models", "starter")
+    fits = solver_settings(path).get("tasks", {}).get(task, {})
     own = calibrated_method(load_method(task), fits, "mean", levels)
     sigmas = power_sigmas(levels, own.sigma_max, own.sigma_min, own.rho)
     return Method("covprox", "covprox", sigmas, own.options)

@@ -21,28 +21,32 @@ class Rows:
 
     Args:
         path: of the file; read if it is there.
+        key: fields that tell one row from another.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, key: Sequence[str] = KEY) -> None:
+        self._path, self._fields = path, tuple(key)
         rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-        self._rows = {_key(row): row for row in rows}
+        self._rows = {self._key(row): row for row in rows}
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())
 
-    def get(self, task: str, item: str, method: str) -> Row | None:
-        """The row of a key, if it is there."""
-        return self._rows.get((task, item, method))
+    def get(self, *key: str) -> Row | None:
+        """The row of a key (task, item, method ...), if it is there."""
+        return self._rows.get(key)
 
     def put(self, row: Row) -> None:
         """Add or replace a row, and save."""
-        self._rows[_key(row)] = row
+        self._rows[self._key(row)] = row
         self._path.parent.mkdir(parents=True, exist_ok=True)
         staging = self._path.with_suffix(".partial")
         lines = ",\n".join(json.dumps(self._rows[key]) for key in sorted(self._rows))
         staging.write_text(f"[\n{lines}\n]\n")
         staging.rename(self._path)
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in self._fields)
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,3 @@ def mean_of(rows: Iterable[Row], task: str, method: str, figure: str) -> float:
     """Mean of a figure over the items of a task; nan without any."""
     values = [r[figure] for r in rows if (r["task"], r["method"]) == (task, method)]
     return float(np.mean(values)) if values else math.nan
-
-
-def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    task, item, method = (str(row[name]) for name in KEY)
-    return task, item, method
