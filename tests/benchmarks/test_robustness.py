@@ -154,7 +154,7 @@ def dataset(tmp_path):
     return Dataset(tmp_path / "pictures.zarr")
 
 
-NOTHING_WRONG = (
+ASSUMED = (
     Study(
         "deblur-gauss",
         [Part("city")],
@@ -163,19 +163,32 @@ NOTHING_WRONG = (
             Trial("kernel x1", partial(robustness.kernel_told, factor=1.0)),
         ],
     ),
-    Study("denoise-25", [Part("city")], [Trial("noise", partial(robustness.noise_told, factor=1))]),
+    Study(
+        "denoise-25",
+        [Part("city")],
+        [
+            Trial("noise x1", partial(robustness.noise_told, factor=1.0)),
+            Trial("wrong", partial(robustness.noise_told, factor=0.25)),
+        ],
+    ),
 )
 
 
-def test_nothing_wrong_loses_nothing_and_what_is_known_is_not_run_again(
+def test_nothing_wrong_loses_nothing_wrong_loses_and_what_is_known_is_not_run_again(
     dataset, tmp_path, monkeypatch
 ):
     model = Model.load(STARTER)
     rows = Rows(tmp_path / "rows.json", KEY)
     with torch.no_grad():
-        robustness.run([dataset], NOTHING_WRONG, model, rows, 4)
-    losses = [row["loss_db"] for row in rows if row["assumption"] != RIGHT.name]
-    assert losses == [0.0] * 6
+        robustness.run([dataset], ASSUMED, model, rows, 4)
+    losses = {"right": [], "wrong": []}
+    for row in rows:
+        if row["assumption"] != RIGHT.name:
+            losses["right" if "x1" in row["assumption"] else "wrong"].append(row["loss_db"])
+    assert losses["right"] == [0.0] * 6
+    # A quarter of the noise believed: nearly all of it stays.
+    assert len(losses["wrong"]) == 2
+    assert min(losses["wrong"]) > 3
     assert {row["method"] for row in rows} == {"covprox", "tv"}
     assert all(np.isfinite(row["psnr"]) for row in rows)
 
@@ -184,10 +197,10 @@ def test_nothing_wrong_loses_nothing_and_what_is_known_is_not_run_again(
 
     monkeypatch.setattr(robustness, "restore", restored_again)
     again = Rows(tmp_path / "rows.json", KEY)
-    robustness.run([dataset], NOTHING_WRONG, model, again, 4)
+    robustness.run([dataset], ASSUMED, model, again, 4)
     monkeypatch.setattr(robustness, "weights_digest", lambda _: "other weights")
     with pytest.raises(AssertionError):
-        robustness.run([dataset], NOTHING_WRONG, model, again, 4)
+        robustness.run([dataset], ASSUMED, model, again, 4)
 
 
 def test_an_item_that_no_dataset_holds_is_named(dataset):
