@@ -12,7 +12,8 @@ tests/benchmarks/results/robustness.json; those of the same weights and settings
                      ray by the inverse square). Denoising has no level but the noise's own (infra/
                      decisions/0007): who believes in another runs it at that
     dead ... known   2% of the pixels or samples that were measured read black, or 0 in k-space, and
-                     the mask leaves them out; or 2% of the lines, which is one of 64
+                     the mask leaves them out; or 2% of the lines, which is one of 64 (the one
+                     beside the middle holds a quarter of the energy: see the range)
     dead ... believed  the same data, and the mask says that they were measured: held against known
     kernel x0.9, x1.1  the blur is believed narrower, wider; of motion: its path shorter, longer, as
                      far as odd sizes go (55 and 67 for 61 px)
@@ -280,7 +281,6 @@ def put(
         "method": name,
         "assumption": trial.name,
         "nfe": done.nfe,
-        "seconds": round(done.seconds, 3),
         **{key: round(value, 4) for key, value in case.figures(done.x).items()},
         **facts,
     }
