@@ -18,16 +18,26 @@ def domain_names() -> list[str]:
     return sorted(_found())
 
 
+def require_domain(name: str) -> EntryPoint:
+    """Where a domain is to be found; imports nothing.
+
+    Raises:
+        BadInputError: if no installed package offers a domain of that name.
+    """
+    point = _found().get(name)
+    if point is None:
+        known = ", ".join(domain_names()) or "none is installed"
+        raise BadInputError(f"unknown domain '{name}': choose one of {known}")
+    return point
+
+
 def load_domain(name: str) -> Domain:
     """Load a domain.
 
     Raises:
         BadInputError: if no installed package offers a usable domain of that name.
     """
-    point = _found().get(name)
-    if point is None:
-        known = ", ".join(domain_names()) or "none is installed"
-        raise BadInputError(f"unknown domain '{name}': choose one of {known}")
+    point = require_domain(name)
     domain_class = point.load()
     if not (isinstance(domain_class, type) and issubclass(domain_class, Domain)):
         raise BadInputError(

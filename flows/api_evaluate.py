@@ -148,12 +148,8 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
             could be restored.
     """
     on_event, start = on_event or ignore, perf_counter()
-    tasks = {name: load_task(name) for name in settings.tasks}
-    if not tasks:
-        raise BadInputError("no task is named: give one with --task")
+    tasks = checked_tasks(settings)
     methods = choose_methods(tasks, settings.methods)
-    if settings.num_samples == 1:
-        raise BadInputError("one sample has no spread: ask for two or more with --num-samples")
     needs_model = settings.num_samples > 0 or any(
         name in SOLVERS for names in methods.values() for name in names
     )
@@ -180,6 +176,21 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     _track(settings, result, on_event)
     on_event(Event("done", len(rows), len(rows), f"{len(rows)} results in {result.json_path}"))
     return result
+
+
+def checked_tasks(settings: EvaluateSettings) -> dict[str, Task]:
+    """The tasks by name, once the request is seen to make sense.
+
+    Raises:
+        BadInputError: if a task or a method is not known, or one sample is asked for.
+    """
+    tasks = {name: load_task(name) for name in settings.tasks}
+    if not tasks:
+        raise BadInputError("no task is named: give one with --task")
+    choose_methods(tasks, settings.methods)
+    if settings.num_samples == 1:
+        raise BadInputError("one sample has no spread: ask for two or more with --num-samples")
+    return tasks
 
 
 def choose_methods(tasks: Mapping[str, Task], names: Sequence[str] | None) -> Methods:

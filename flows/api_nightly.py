@@ -116,8 +116,6 @@ def nightly(settings: NightlySettings, on_event: EventHandler | None = None) -> 
         NightlyError: if a job failed for no fault of its input; the report is written all the same.
     """
     start = time.monotonic()
-    if not settings.inbox.is_dir():
-        raise BadInputError(f"{settings.inbox}: there is no such folder; make it, with job folders")
     jobs = [_Job(path, settings) for path in find_jobs(settings.inbox)]
     reports = tuple(job.run(on_event or ignore) for job in jobs)
     seconds = time.monotonic() - start

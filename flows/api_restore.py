@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from domains.base import BadInputError
+from domains.registry import domain_names, require_domain
 from flows.config import RestoreSettings
 from flows.engine.campaign import (
     CampaignError,
@@ -140,7 +141,7 @@ def prepare(
         BadInputError: if nothing of the input can be used, or a name stands for nothing.
         PlanRefusedError: if it needs more memory than the stated limit, or than this machine has.
     """
-    _require_method(settings)  # before the images: a name mistyped is told at once
+    check_request(settings)  # before the images: what is mistyped is told at once
     model = _model(settings)
     given = _measurements(settings, work or settings.output / ".work", on_event)
     try:
@@ -256,8 +257,23 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     return Given(settings.input)
 
 
-def _require_method(settings: RestoreSettings) -> None:
-    """Refuse a method that none of the images' domains has."""
+def check_request(settings: RestoreSettings) -> None:
+    """Refuse an input, a domain or a method that is not there, before anything is read.
+
+    Raises:
+        BadInputError: naming it.
+    """
+    from flows.store_files import MANIFEST
+
+    if not settings.input.exists():
+        raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
+    if settings.domain is not None:
+        require_domain(settings.domain)
+    elif not (settings.input / MANIFEST).is_file():
+        known = ", ".join(domain_names())
+        raise BadInputError(
+            f"{settings.input}: images need --domain, to say what they are: one of {known}"
+        )
     domains = _domains(settings)
     if settings.method is not None and "name" in settings.method.model_fields_set and domains:
         require_methods([settings.method.name], sorted(domains))

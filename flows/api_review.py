@@ -104,7 +104,7 @@ def compare(settings: ReviewSettings, on_event: EventHandler | None = None) -> C
         BadInputError: if there is no such candidate, or it is champion already.
     """
     on_event = on_event or ignore
-    candidate, champion = _contenders(settings)
+    candidate, champion = contenders(settings)
     tasks = settings.tasks or _demo_tasks(settings.name)
     data = settings.input or _demo_dataset(on_event)
     figures: dict[str, Values] = {}
@@ -129,8 +129,12 @@ def decide(comparison: Comparison, answer: bool | None) -> ReviewResult:
     return ReviewResult(comparison, decision, promoted=bool(answer))
 
 
-def _contenders(settings: ReviewSettings) -> tuple[str, str | None]:
-    """(candidate, champion) as versions."""
+def contenders(settings: ReviewSettings) -> tuple[str, str | None]:
+    """(candidate, champion) as versions.
+
+    Raises:
+        BadInputError: if there is no such candidate, or it is champion already.
+    """
     name = settings.name
     versions = [row.version for row in registry.models() if row.name == name]
     if not versions:

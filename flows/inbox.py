@@ -40,7 +40,13 @@ class JobSettings(Settings):
 
 
 def find_jobs(inbox: Path) -> list[Path]:
-    """The job folders and measurement stores of an inbox; what is being written is left out."""
+    """The job folders and measurement stores of an inbox; what is being written is left out.
+
+    Raises:
+        BadInputError: if there is no inbox.
+    """
+    if not inbox.is_dir():
+        raise BadInputError(f"{inbox}: there is no such folder; make it, with job folders")
     return sorted(
         path
         for path in inbox.iterdir()

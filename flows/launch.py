@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.checks import check
 from flows.config import Home, Settings
 from flows.engine.events import EventHandler
 from flows.prefect_server import CommandServer
@@ -40,10 +41,14 @@ def run(
 
     Returns:
         What the plain function returns.
+
+    Raises:
+        BadInputError: if the input cannot be used; what is mistyped is told before a server starts.
     """
     if not prefect:
         more = {} if ask is None else {"ask": ask}
         return getattr(import_module("flows.api"), command)(settings, on_event=on_event, **more)
+    check(settings)
     start_prefect()()
     return _run_flow(command, settings, on_event, ask)
 

@@ -85,6 +85,18 @@ class StrictStore(LocalStore):
         return data
 
 
+def require_new(path: Path) -> None:
+    """Refuse a place for a store that holds something.
+
+    Raises:
+        BadInputError: if it does.
+    """
+    if path.exists():
+        raise BadInputError(
+            f"{path}: it exists already and stores never change; choose another name or remove it"
+        )
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a finished store.
 
@@ -125,11 +137,7 @@ class StoreWriter:
         self._facts: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        if self.path.exists():
-            raise BadInputError(
-                f"{self.path}: it exists already and stores never change; "
-                "choose another name or remove it"
-            )
+        require_new(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.path)
         owner = f"{socket.gethostname()}@{os.getpid()}"

@@ -44,6 +44,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def test_ctrl_c_in_a_flow_ends_the_command_with_130_and_one_line(
     tmp_path: Path, environment: dict[str, str]
 ):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").touch()
     command = subprocess.Popen(
         [sys.executable, "-c", SLEEPING_COMMAND],
         cwd=tmp_path,
