@@ -9,6 +9,7 @@ from flows.console import duration, size, table
 
 if TYPE_CHECKING:
     from flows.api_restore import RestoreResult
+    from flows.api_train import TrainResult
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
     from flows.training.plan import TrainPlan
@@ -49,6 +50,19 @@ def train_plan_text(plan: TrainPlan) -> str:
         ["time", f"about {duration(plan.seconds)}{scores}; from {plan.measured}"],
     ]  # fmt: skip
     return "\n".join(f"{name:<8} {text}" for name, text in rows)
+
+
+def trained_text(result: TrainResult) -> str:
+    """Where a trained model is, and what is left to do before it is used, for people."""
+    lines = [f"model: {result.model_path}  (digest {result.digest[:12]})"]
+    lines += [
+        f"registered: {name} version {version}; it is used once `sashiko review {name}` or "
+        f"`sashiko promote {name} {version}` makes it champion"
+        for name, version in result.versions.items()
+    ]
+    if not result.versions:
+        lines.append("not registered (register_as is empty): name its directory with --model")
+    return "\n".join(lines)
 
 
 def restored_text(result: RestoreResult) -> str:

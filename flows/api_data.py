@@ -148,6 +148,8 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
         if not records:
             raise BadInputError(_nothing_usable(settings.source, bad))
         writer.note("quarantined", [{"input": q.code, "reason": q.reason} for q in bad])
+    if settings.split == "by-group":
+        on_event(told_splits(records))
     return IngestResult(settings.output, Dataset(settings.output).digest, records, bad)
 
 
@@ -161,6 +163,24 @@ def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collectio
     by_group = settings.split == "by-group"
     split = split_of(group, key) if by_group else cast(Split, settings.split)
     return Item(item.pixels, replace(item.record, group=group, split=split))
+
+
+def told_splits(records: Sequence[ItemRecord]) -> Event:
+    """How many groups fell into each split; a warning where one to learn from stayed empty."""
+    groups = {record.group: record.split for record in records}
+    counts = {split: list(groups.values()).count(split) for split, _ in SHARES}
+    told = "by-group: " + ", ".join(f"{count} {split}" for split, count in counts.items())
+    lacking = [split for split in ("train", "validation") if not counts[split]]
+    if not lacking:
+        return Event("step", 0, 0, f"{told} (groups: patients or scenes)")
+    return Event(
+        "warning",
+        0,
+        0,
+        f"{told}: of so few groups (patients or scenes) none fell into {' or '.join(lacking)}, "
+        "which train and calibrate need: add groups, or ingest each part by itself with --split "
+        "train and --split validation, and name both in `data`",
+    )
 
 
 def _first_folder(path: Path, source: Path) -> str | None:

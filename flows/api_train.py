@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
-from flows.config import Home, TrainSettings
+from flows.config import STARTER, Home, TrainSettings, config_path
 from flows.engine.events import Event
 from flows.training.data import VIEWS, cache_bytes, prepare_views
 
@@ -96,6 +96,8 @@ def resolved(settings: TrainSettings) -> TrainSettings:
     """Settings whose paths hold in workers, which have another working directory."""
     if settings.init_from is None:
         return settings
+    if str(settings.init_from) == STARTER:
+        return settings.model_copy(update={"init_from": config_path("models", STARTER)})
     return settings.model_copy(update={"init_from": settings.init_from.resolve()})
 
 
@@ -176,9 +178,15 @@ def new_network(settings: TrainSettings) -> Preconditioned:
 
 def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> None:
     """Load a model's weights; every condition begins as itself or as `init_conditions` say."""
-    from diffusion_core.model import Model
+    from diffusion_core.model import BadModelError, Model
 
-    start = Model.load(path)
+    try:
+        start = Model.load(path)
+    except BadModelError as error:
+        raise BadInputError(
+            f"the setting 'init_from' names no model to begin from: {error}; or set init_from="
+            f"{STARTER}, the shipped one"
+        ) from error
     asked = {**module.network.config, "num_conditions": None}
     known = list(start.conditions)
     begin_as = [settings.init_conditions.get(c, c) for c in settings.conditions]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flows import quiet
-from flows.answers import models_text, plan_text, restored_text, train_plan_text
+from flows.answers import models_text, plan_text, restored_text, train_plan_text, trained_text
 from flows.cli_options import (
     compute_options,
     computing,
@@ -103,7 +103,11 @@ def samples(as_json: bool, **options: Any) -> int:
 @click.argument("source", type=PATH)
 @click.option("--domain", required=True, help="ct, mri, city or a plug-in's name.")
 @click.option("--to", "output", type=PATH, required=True, help="The dataset, a new .zarr folder.")
-@click.option("--split", help="unassigned, train, validation, test or by-group.")
+@click.option(
+    "--split",
+    help="unassigned, train, validation, test, or by-group: about 80% train, 10% validation, 10% "
+    "test, drawn by subfolder (patient or scene).  [default: unassigned]",
+)
 @prefect_flag
 @json_flag
 def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
@@ -157,9 +161,7 @@ def train(
         _answer(planned, train_plan_text(planned), as_json=as_json)
         return OK
     result = _run("train", settings, prefect=prefect)
-    lines = [f"model: {result.model_path}  (digest {result.digest[:12]})"]
-    lines += [f"registered: {name} version {v}" for name, v in result.versions.items()]
-    _answer(result, "\n".join(lines), as_json=as_json)
+    _answer(result, trained_text(result), as_json=as_json)
     return OK
 
 

@@ -45,6 +45,9 @@ S = TypeVar("S", bound=Settings)
 
 MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
 
+STARTER = "starter"
+"""Name of the shipped model."""
+
 MAX_SCALE = 16
 """Of 256 pixels 255 are made up then: more is no restoration."""
 
@@ -100,7 +103,8 @@ class IngestSettings(Settings):
     output: Path = Field(description="the dataset, a new .zarr folder")
     split: Literal["unassigned", "train", "validation", "test", "by-group"] = Field(
         "unassigned",
-        description="by-group: 80/10/10, by subfolder of the source (patient or scene)",
+        description="by-group: about 80% train, 10% validation, 10% test, drawn by subfolder of "
+        "the source (patient or scene)",
     )
 
 
@@ -200,7 +204,9 @@ class TrainSettings(Settings):
         min_length=1, description="network condition -> share of the batch"
     )
     network: dict[str, Any]
-    init_from: Path | None = Field(None, description="model directory whose weights to start from")
+    init_from: Path | None = Field(
+        None, description="model directory whose weights to start from, or starter: the shipped one"
+    )
     init_conditions: dict[str, str] = Field(
         default_factory=dict,
         description="condition that init_from lacks -> the one of its conditions to begin as",

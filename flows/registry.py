@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
-from flows.config import Home, config_path
+from flows.config import STARTER, Home, config_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -115,8 +115,8 @@ def resolve_model(ref: str, domains: Iterable[str] = ()) -> ResolvedModel:
         return _champion_of(sorted(set(domains)))
     if ref.startswith("models:"):
         return _resolve_registered(ref)
-    path = config_path("models", "starter") if ref == "starter" else Path(ref)
-    name = "starter" if ref == "starter" else path.resolve().name
+    path = config_path("models", STARTER) if ref == STARTER else Path(ref)
+    name = STARTER if ref == STARTER else path.resolve().name
     return ResolvedModel(path=path, digest=_digest(path), name=name, version="")
 
 
@@ -221,7 +221,7 @@ def _champion_of(domains: Sequence[str]) -> ResolvedModel:
     # A store that nobody has made yet holds no champion, and to ask would make it.
     fresh = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
     found = [
-        resolve_model("starter")
+        resolve_model(STARTER)
         if fresh or champion(MODEL_NAMES[domain]) is None
         else resolve_model(f"models:/{MODEL_NAMES[domain]}@{CHAMPION}")
         for domain in domains

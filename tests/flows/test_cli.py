@@ -15,6 +15,7 @@ from PIL import Image
 
 from domains.base import BadInputError
 from flows import cli, quiet
+from flows.api_train import TrainResult
 from flows.config import TrainSettings, read_settings
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "monai", "zarr", "pydantic", "matplotlib", "numpy")
@@ -307,3 +308,17 @@ def test_sigterm_ends_a_command_in_order(tmp_path):
         _, err = command.communicate(timeout=60)
     assert command.returncode == 130
     assert "goes on where it stopped" in err
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"sashiko-ct": "2"}, "registered: sashiko-ct version 2; it is used once `sashiko review"),
+        ({}, "not registered (register_as is empty)"),
+    ],
+)
+def test_training_says_what_is_left_to_do(versions, words, tmp_path, capsys, monkeypatch):
+    done = TrainResult(tmp_path, "0" * 64, 3, {}, versions)
+    monkeypatch.setattr("flows.launch.run", lambda *_, **__: done)
+    _, out, _ = sashiko(capsys, "train", "train-tiny.yaml")
+    assert words in out.splitlines()[1]

@@ -1,6 +1,7 @@
 """From files to datasets to measurements, with real files and the real domains."""
 
 import json
+import re
 import shutil
 import stat
 import threading
@@ -207,6 +208,34 @@ def test_the_split_is_the_group_s(tmp_path):
     assert [r.split for r in again.items] == [r.split for r in result.items]
     fixed = ingest_ct(tmp_path / "in", tmp_path / "c.zarr", split="test")
     assert {r.split for r in fixed.items} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("splits", "kind", "words"),
+    [
+        (
+            ["train", "train", "test"],
+            "warning",
+            "2 train, 0 validation, 1 test.*into validation,",
+        ),
+        (["test"], "warning", "0 train, 0 validation, 1 test: .*into train or validation,"),
+        (["train", "validation"], "step", "1 train, 1 validation, 0 test"),
+    ],
+)
+def test_a_split_that_stayed_empty_is_told(splits, kind, words, tmp_path, monkeypatch):
+    for number in range(len(splits)):
+        for n in range(2):
+            scan(tmp_path / "in" / f"p{number}" / f"{n}.nii", seed=2 * number + n)
+    order = {}
+    monkeypatch.setattr(
+        api_data, "split_of", lambda group, _: splits[order.setdefault(group, len(order))]
+    )
+    events = []
+    ingest_ct(tmp_path / "in", tmp_path / "a.zarr", events, split="by-group")
+    assert events[-1].kind == kind
+    assert re.search(words, events[-1].message)
+    ingest_ct(tmp_path / "in", tmp_path / "b.zarr", events := [], split="train")
+    assert {event.kind for event in events} == {"file"}
 
 
 def test_groups_fall_into_splits_by_80_10_10():

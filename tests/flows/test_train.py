@@ -15,7 +15,7 @@ from train_kit import dataset_of, settings
 
 from domains.base import BadInputError
 from flows.api_train import train
-from flows.config import ComputeSettings
+from flows.config import ComputeSettings, TrainSettings, config_path, read_settings
 
 pytestmark = pytest.mark.usefixtures("registry_home")
 
@@ -400,3 +400,27 @@ def test_a_new_condition_begins_as_one_that_the_model_knows(dataset, tmp_path):
     assert (now[0] - now[1]).abs().max() > 1e-3
     with pytest.raises(BadInputError, match="init_conditions"):
         new_network(asked.model_copy(update={"init_conditions": {}}))
+    lost = asked.model_copy(update={"init_from": tmp_path / "lost"})
+    with pytest.raises(BadInputError, match=r"'init_from' .*lost.* init_from=starter"):
+        new_network(lost)
+
+
+def test_the_recipe_for_own_data_goes_on_from_the_starter(dataset):
+    import torch
+
+    from diffusion_core.model import Model
+    from flows.api_train import new_network, resolved
+    from flows.training.checks import check_data, check_settings
+
+    changes = [f"data=[{dataset}]", "conditions={city: 1.0}", "patch_size=64"]
+    asked = resolved(read_settings(TrainSettings, Path("configs/train-own.yaml"), changes))
+    check_settings(asked)
+    check_data(asked)
+    assert asked.register_as == []
+    starter = Model.load(config_path("models", "starter"))
+    x = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)
+    city = torch.tensor([list(starter.conditions).index("city")])
+    with torch.no_grad():
+        then = starter.module(x, torch.tensor([0.3]), city)
+        now = new_network(asked)(x, torch.tensor([0.3]), torch.tensor([0]))
+    torch.testing.assert_close(now, then)
