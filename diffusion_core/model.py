@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -115,20 +116,52 @@ def store_solver_settings(
     Raises:
         BadModelError: if `path` is not a whole model.
     """
-    model_digest(path)
     target = output or path
-    staging = _staging(target)
-    for name in json.loads((path / DIGESTS).read_text()):
-        shutil.copyfile(path / name, staging / name)
+    staging = _copied(path, target)
     (staging / SOLVER).write_text(json.dumps(settings, indent=1) + "\n")
-    card = (path / CARD).read_text() if (path / CARD).is_file() else ""
-    (staging / CARD).write_text(_with_section(card, section))
+    _set_section(staging / CARD, _SECTION, section)
     return _publish(staging, target)
 
 
-def _with_section(card: str, section: str) -> str:
-    """A card whose last section is that of the solver settings."""
-    return f"{card.split(_SECTION)[0].rstrip()}\n\n{_SECTION}\n\n{section.strip()}\n"
+def store_card_section(path: Path, heading: str, section: str) -> str:
+    """Give a model card a section, instead of the one of that heading; all else stays as it is.
+
+    Args:
+        path: of the model directory.
+        heading: without its marks: "Restoration of test images".
+        section: Markdown, no heading of second order in it.
+
+    Returns:
+        The digest of the model with its new card.
+
+    Raises:
+        BadModelError: if `path` is not a whole model.
+    """
+    staging = _copied(path, path)
+    _set_section(staging / CARD, f"## {heading}", section)
+    return _publish(staging, path)
+
+
+def _copied(path: Path, target: Path) -> Path:
+    """A whole model's files in a folder beside `target`, to be changed and published."""
+    model_digest(path)
+    staging = _staging(target)
+    for name in json.loads((path / DIGESTS).read_text()):
+        shutil.copyfile(path / name, staging / name)
+    return staging
+
+
+def _set_section(card: Path, heading: str, section: str) -> None:
+    """Replace the section of a heading where it stands; a new one comes last."""
+    text = card.read_text() if card.is_file() else ""
+    parts = [part for part in re.split(r"(?m)^(?=## )", text) if part.strip()]
+    new = f"{heading}\n\n{section.strip()}"
+    place = next((n for n, part in enumerate(parts) if part.startswith(f"{heading}\n")), None)
+    if place is None:
+        parts.append(new)
+    else:
+        parts[place] = new
+    card.write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
 
 def _staging(path: Path) -> Path:

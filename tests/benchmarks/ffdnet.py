@@ -19,11 +19,8 @@ Rows go to tests/benchmarks/results/ffdnet.json: psnr in dB, peak 2 in network u
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +36,7 @@ from domains.registry import load_domain
 from flows.api_data import read_file
 from flows.config import config_path
 from flows.store import Dataset
+from tests.benchmarks.peer_function import PeerFunction
 from tests.benchmarks.rows import Rows, paired
 
 HERE = Path(__file__).parent
@@ -85,38 +83,16 @@ def _still(item: Item, z: int, crop: Sequence[int] | None, name: str) -> Still:
 
 
 class Ffdnet:
-    """The process that holds FFDNet."""
+    """FFDNet on images in network units."""
 
-    def __init__(self, python: Path, folder: Path) -> None:
-        # -P and no PYTHONPATH: this module's own name would come before the package's.
-        command = [str(python), "-P", str(HERE / "peer_call.py"), "ffdnet", "run"]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=environment
-        )
-        self._folder = folder
+    def __init__(self, call: PeerFunction) -> None:
+        self._call = call
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Denoise (1 c h w) in network units."""
-        paths = {name: str(self._folder / f"{name}.npy") for name in ("input", "output")}
-        np.save(paths["input"], ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy())
-        job = {**paths, "options": {"sigma": SIGMA * 127.5, "normalization": 255.0}}
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise RuntimeError("the process has no pipe")
-        stdin.write(json.dumps(job) + "\n")
-        stdin.flush()
-        if stdout.readline() != "done\n":
-            raise RuntimeError("FFDNet's process ended; its error stands above")
-        denoised = torch.from_numpy(np.load(paths["output"]))
+        """Denoise (1 c h w)."""
+        seen = ((x[0] + 1) * 127.5).permute(1, 2, 0).numpy()
+        denoised = torch.from_numpy(self._call(seen, sigma=SIGMA * 127.5, normalization=255.0))
         return denoised.permute(2, 0, 1)[None] / 127.5 - 1
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
 
 
 def psnr(x: torch.Tensor, x0: torch.Tensor) -> float:
@@ -169,11 +145,11 @@ def main(
     path = model or config_path("models", "starter")
     loaded, digest = Model.load(path), weights_digest(path)[:12]
     rows = Rows(output)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
         methods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"noisy": lambda x: x}
-        peer = Ffdnet(peer_python, Path(scratch)) if peer_python else None
-        if peer is not None:
-            methods["ffdnet"] = peer
+        if peer_python:
+            call = stack.enter_context(PeerFunction(peer_python, "ffdnet", "run"))
+            methods["ffdnet"] = Ffdnet(call)
         for number, still in enumerate(stills(Dataset(data), folder)):
             x = still.x0 + SIGMA * training_noise(0, number, still.x0)
             for method, denoise in methods.items():
@@ -181,8 +157,6 @@ def main(
                 record(rows, still, method, denoise(x), weights)
             D_x = loaded.denoiser(still.condition)(x, torch.full((1,), SIGMA))
             record(rows, still, name, D_x, digest)
-        if peer is not None:
-            peer.close()
     click.echo(table(rows, name))
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from scipy.stats import ttest_1samp
 from domains.base import Item, ItemRecord
 from domains.registry import load_domain
 from flows.config import load_task
-from tests.benchmarks import linear_convergence, projector_parts
+from tests.benchmarks import linear_convergence, projector_parts, restoration
 from tests.benchmarks.cases import SIDE_PX, TEST, VALIDATION, Part, shrunk
 from tests.benchmarks.ours import published_sigmas
+from tests.benchmarks.peer_function import PeerFunction
 from tests.benchmarks.rows import Rows, paired, summary
 
 
@@ -104,3 +107,40 @@ def test_a_projectors_adjoint_error_is_measured():
     wrong = projector_parts.measured(lambda x: 2 * x, lambda y: 2.1 * y)
     assert right["adjoint_error"] < 1e-9 < 1e-6 < wrong["adjoint_error"]
     assert right["A_seconds"] > 0
+
+
+def test_a_function_of_another_environment_is_called_on_arrays():
+    with PeerFunction(Path(sys.executable), "numpy", "clip") as call:
+        first = call(np.array([-3.0, 0.5, 7.0]), a_min=-1.0, a_max=1.0)
+        second = call(np.full((2, 2), 5.0), a_min=0.0, a_max=2.0)
+    assert first.tolist() == [-1.0, 0.5, 1.0]
+    assert (second == 2).all()
+
+
+def test_a_function_that_fails_is_told(capfd):
+    call = PeerFunction(Path(sys.executable), "numpy", "linalg")
+    with call, pytest.raises(RuntimeError, match="numpy's process ended"):
+        call(np.zeros(3))
+    assert "not callable" in capfd.readouterr().err
+
+
+def test_the_table_holds_ours_against_the_best_mean_of_the_classical_methods():
+    def row(method, item, db, nfe=0):
+        facts = {
+            "task": "sr-x4",
+            "domain": "city",
+            "region": "image",
+            "group": item,
+            "seconds": 1.0,
+        }
+        return {**facts, "method": method, "item": item, "psnr": db, "ssim": 0.5, "nfe": nfe}
+
+    rows = [
+        row("covprox", "a/0", 30.0, 8), row("covprox", "b/0", 34.0, 8),
+        row("tv", "a/0", 30.5), row("tv", "b/0", 30.5),
+        row("kriging", "a/0", 25.0), row("kriging", "b/0", 35.0),
+        row("bm3d", "a/0", 99.0), row("bm3d", "b/0", 99.0),
+    ]  # fmt: skip
+    text = restoration.table(rows)
+    assert "| sr-x4 | 2 | 8 | 32.00 | 30.50 tv | +1.50 (2.83) | +0.6 |" in text
+    assert "BM3D, told sigma, has 99.00 dB" in text

@@ -12,6 +12,7 @@ from diffusion_core.model import (
     model_digest,
     save_model,
     solver_settings,
+    store_card_section,
     store_solver_settings,
 )
 from diffusion_core.networks.local_unet import LocalUNet
@@ -123,6 +124,23 @@ def test_new_solver_settings_replace_the_old_and_leave_the_rest(saved, tmp_path)
     assert card.startswith("# card\n")
     for name in ("weights.safetensors", "config.json"):
         assert (other / name).read_bytes() == (path / name).read_bytes()
+    assert not list(path.parent.glob(".*.partial"))
+
+
+def test_a_section_of_the_card_is_replaced_where_it_stands(saved):
+    path, _ = saved
+    first = model_digest(path)
+    store_card_section(path, "Results", "old words")
+    store_solver_settings(path, {"a": 1}, "| settings |")
+    store_card_section(path, "Results on others", "kept")
+    digest = store_card_section(path, "Results", "new words\n")
+    text = (path / "MODEL_CARD.md").read_text()
+    assert text == (
+        "# card\n\n## Results\n\nnew words\n\n## Solver settings\n\n| settings |\n\n"
+        "## Results on others\n\nkept\n"
+    )
+    assert digest == model_digest(path) != first
+    assert solver_settings(path) == {"a": 1}
     assert not list(path.parent.glob(".*.partial"))
 
 
