@@ -33,7 +33,8 @@ from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import RestoredEntry
 from flows.inbox import JOB_FILE, JobFolder, Ledger, find_jobs, is_settled, staged
-from flows.nightly_report import write_report
+from flows.mistakes import mistake_in
+from flows.nightly_report import WAITING, write_report
 from flows.store import Measurements
 
 Status = Literal["restored", "nothing new", "quarantined", "failed"]
@@ -62,10 +63,18 @@ class Figures:
 
 @dataclass(frozen=True)
 class Bad:
-    """An input that could not be used; `item` is a code, for names of files may tell of people."""
+    """An input that could not be used.
+
+    Attributes:
+        item: a code: names of files may tell of people, and codes are what ledger and server keep.
+        reason: what is wrong with it, without its name.
+        file: its place below the job's folder, "" where it is no file; for the operator's report,
+            which lies beside the restored files of such names.
+    """
 
     item: str
     reason: str
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,15 @@ class NightlyResult:
             Bad(j.name, j.reason) for j in self.jobs if j.status == "quarantined" and j.reason
         ]
 
-    def summary(self) -> str:
-        """The night in a few lines."""
-        lines = [f"{job.name}: {_told(job)}" for job in self.jobs] or ["the inbox is empty"]
-        return "\n".join([*lines, f"report: {self.page}"])
+    def summary(self, *, names: bool = True) -> str:
+        """The night in a few lines; without names of files for a server, which others may read."""
+        lines = []
+        for job in self.jobs:
+            lines.append(f"{job.name}: {_told(job)}")
+            for bad in job.quarantined:
+                file = f"{job.name}/{bad.file} ({bad.item})" if names and bad.file else bad.item
+                lines.append(f"  quarantined: {file}: {bad.reason}")
+        return "\n".join([*(lines or ["the inbox is empty"]), f"report: {self.page}"])
 
 
 def nightly(settings: NightlySettings, on_event: EventHandler | None = None) -> NightlyResult:
@@ -193,19 +207,25 @@ class _Job:
         more: Mapping[str, Any],
         on_event: EventHandler,
     ) -> tuple[RestoreResult | None, tuple[Bad, ...]]:
-        """Restore the staged files; what cannot be used is told without names."""
+        """Restore the staged files; the reasons of what cannot be used hold no names."""
         try:
             result = self._call(stage, model, more, on_event)
         except PlanRefusedError:  # no fault of the files: another night, another machine
             raise
         except BadInputError as error:  # not one of them can be used as the job says
             reason = self._without_names(str(error).replace(f"{stage}/", ""), files)
-            return None, tuple(Bad(_code(digest), reason) for digest in files.values())
-        places = {stage / path.relative_to(self.path): digest for path, digest in files.items()}
+            return None, tuple(self._bad(path, digest, reason) for path, digest in files.items())
+        places = {stage / path.relative_to(self.path): path for path in files}
         return result, tuple(
-            Bad(_code(places[q.source]) if q.source in places else q.item_id, q.reason)
+            Bad(q.item_id, q.reason)
+            if q.source not in places
+            else self._bad(places[q.source], files[places[q.source]], q.reason)
             for q in result.quarantined
         )
+
+    def _bad(self, path: Path, digest: str, reason: str) -> Bad:
+        code = _code(digest)
+        return Bad(code, reason.removeprefix(f"{code}: "), str(path.relative_to(self.path)))
 
     def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
         """The files to be done tonight, with their digests; counts the others."""
@@ -222,7 +242,7 @@ class _Job:
         return new
 
     def _without_names(self, text: str, files: Mapping[Path, str]) -> str:
-        """The text with codes for names of files: reports and ledgers must not tell of people."""
+        """The text with codes for names of files: a server must not tell of people."""
         for path, digest in files.items():
             place = str(path.relative_to(self.path))
             for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
@@ -285,7 +305,7 @@ def _told(job: JobReport) -> str:
         "restored": len(job.restored),
         "quarantined": len(job.quarantined),
         "done before": job.num_known,
-        "still being written": job.num_waiting,
+        WAITING: job.num_waiting,
     }
     told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     return ", ".join(filter(None, [job.status if job.reason or not told else "", told, job.reason]))
@@ -294,7 +314,5 @@ def _told(job: JobReport) -> str:
 def _sentence(error: Exception) -> str:
     """An error in one line; of a validation the first fault."""
     if isinstance(error, ValidationError):
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(map(str, fault["loc"])) or error.title
-        return f"{JOB_FILE}: '{where}': {fault['msg'].lower()}"
+        return f"{JOB_FILE}: {mistake_in(error, None).sentence}"
     return " ".join(str(error).split())

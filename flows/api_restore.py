@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from domains.base import BadInputError
+from domains.files import file_digest
 from domains.registry import domain_names, require_domain
 from flows.config import RestoreSettings
 from flows.engine.campaign import (
@@ -150,7 +151,10 @@ def prepare(
         given.withdraw()
         raise
     rejected = tuple(
-        Quarantined(r.code, INPUT_TASK, "", r.reason, source=r.source) for r in given.rejected
+        Quarantined(
+            r.code, INPUT_TASK, "", r.reason, input_digest=file_digest(r.source), source=r.source
+        )
+        for r in given.rejected
     )
     return RestoreJob(settings, planned, given, rejected)
 
@@ -172,7 +176,8 @@ def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Pl
         memory_limit_bytes=compute.memory_limit_bytes,
     )
     if compute.memory_limit_bytes is None and compute.ray_address is None:
-        require_memory(planned, machine_bytes(), "this machine has")
+        more = "restore smaller images or on a larger machine"
+        require_memory(planned, machine_bytes(), "this machine has", more)
     return planned
 
 

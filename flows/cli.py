@@ -25,6 +25,7 @@ from flows.cli_options import (
     json_flag,
     method_of,
     model_option,
+    options_of,
     prefect_flag,
     seed_option,
 )
@@ -226,7 +227,12 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 @click.option("--scale", type=int, help="Times larger to make the images, 2 to 16.")
 @click.option("--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]")
 @click.option("--method", help="Solver or classical method.  [default: the task's own]")
-@click.option("--levels", type=int, help="Evaluations of the network.  [default: the task's own]")
+@click.option(
+    "--levels",
+    "num_levels",
+    type=int,
+    help="Evaluations of the network.  [default: the task's own]",
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
 @model_option
 @compute_options
@@ -240,7 +246,7 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     """
     from flows.config import RestoreSettings
 
-    options["method"] = method_of(options.pop("method"), options.pop("levels"))
+    options["method"] = method_of(options.pop("method"), options.pop("num_levels"))
     settings = RestoreSettings(**computing(options))
     if plan_only:
         from flows.api_restore import plan
@@ -398,6 +404,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code and raises nothing."""
     quiet.hush()
     _heed_sigterm()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         code = cli.main(arguments, prog_name="sashiko", standalone_mode=False)
         return code if isinstance(code, int) else OK
@@ -406,7 +413,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BaseException as error:
         if not _is_interruption(error):
-            return explain(error)
+            return explain(error, options_of(cli.commands.get(arguments[0])))
         click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
         return INTERRUPTED
 

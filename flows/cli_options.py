@@ -63,6 +63,15 @@ def computing(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "compute": compute} if compute else told
 
 
+def options_of(command: click.Command | None) -> dict[str, str]:
+    """Setting -> the option that sets it."""
+    options = [] if command is None else [p for p in command.params if isinstance(p, click.Option)]
+    named = {str(option.name): option.opts[0] for option in options}
+    if "memory_limit_gb" in named:
+        named["memory_limit_bytes"] = named["memory_limit_gb"]
+    return named
+
+
 def method_of(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
     """Settings of the method; None leaves it to the task."""
     if name is None and num_levels is None:

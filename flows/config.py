@@ -14,10 +14,11 @@ from zoneinfo import available_timezones
 
 import yaml
 from platformdirs import user_cache_path, user_data_path
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domains.base import BadInputError, Task
+from flows.mistakes import mistake_in
 
 
 class Home(BaseSettings):
@@ -435,8 +436,8 @@ def read_settings(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
         changes: applied in order.
 
     Raises:
-        BadInputError: if the file or a change cannot be read.
-        pydantic.ValidationError: if a setting is unknown, missing or unusable.
+        BadInputError: if the file or a change cannot be read, or a setting is unknown, missing or
+            unusable: it names the file or the change.
     """
     if not path.is_file():
         shipped = config_path(path.name)
@@ -449,7 +450,13 @@ def read_settings(kind: type[S], path: Path, changes: Sequence[str] = ()) -> S:
         raise BadInputError(f"{path}: it must hold `setting: value` lines; see configs/")
     for change in changes:
         _change(values, change)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        mistake = mistake_in(error, kind)
+        made = [c for c in changes if f"{mistake.where}.".startswith(f"{c.partition('=')[0]}.")]
+        holder = f"--set {made[-1]}" if made else path
+        raise BadInputError(f"{holder}: {mistake.sentence}") from error
 
 
 def _change(values: dict[str, Any], change: str) -> None:

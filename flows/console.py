@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from flows import quiet
+from flows.mistakes import mistake_in
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -198,19 +199,23 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def explain(error: BaseException) -> int:
+def explain(error: BaseException, options: Mapping[str, str] | None = None) -> int:
     """Say what went wrong in one sentence on stderr; returns the exit code.
 
     A user's mistake is 2, a failed run 1. SASHIKO_DEBUG=1 prints the traceback too.
+
+    Args:
+        error: that ended the command.
+        options: setting -> the option of the command that sets it.
     """
     if quiet.debugging():
         traceback.print_exception(error)
-    code, sentence = _verdict(error)
+    code, sentence = _verdict(error, options)
     click.echo(f"sashiko: {sentence}", err=True)
     return code
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
+def _verdict(error: BaseException, options: Mapping[str, str] | None) -> tuple[int, str]:
     from pydantic import ValidationError
 
     from diffusion_core.model import BadModelError
@@ -219,31 +224,13 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, BadInputError | BadModelError):
         return BAD_INPUT, _one_line(str(error))
     if isinstance(error, ValidationError):
-        return BAD_INPUT, _validation_sentence(error)
+        return BAD_INPUT, mistake_in(error, None, options).sentence
     if isinstance(error, OSError) and error.errno in _BAD_PLACES and error.filename:
         reason = (error.strerror or "it cannot be used").lower()
         return BAD_INPUT, f"{error.filename}: {reason}; give a folder that can be written to"
     reason = _one_line(str(error)) or type(error).__name__
     hint = "" if quiet.debugging() else "; SASHIKO_DEBUG=1 shows where"
     return FAILED, f"the run failed: {type(error).__name__}: {reason}{hint}"
-
-
-def _validation_sentence(error: Any) -> str:
-    """The first fault of a pydantic validation, by the name of the setting."""
-    faults = error.errors(include_url=False)
-    where = ".".join(str(part) for part in faults[0]["loc"]) or error.title
-    unknown = [f for f in faults if f["type"] == "extra_forbidden"]
-    if unknown:  # before what is missing: often the same setting, mistyped
-        where = ".".join(map(str, unknown[0]["loc"]))
-        return f"there is no setting '{where}': {error.title} in flows/config.py lists them"
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"the setting '{where}' cannot be used: {_begun_small(faults[0]['msg'])}{more}"
-
-
-def _begun_small(text: str) -> str:
-    """Pydantic's sentences as the end of ours; names in them keep their letters."""
-    text = text.removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]
 
 
 def _one_line(text: str) -> str:

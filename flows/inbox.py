@@ -58,8 +58,7 @@ class JobFolder:
     """A folder of damaged images with a job.yaml.
 
     Raises:
-        BadInputError: if job.yaml is missing or unreadable.
-        pydantic.ValidationError: if a setting in it cannot be used.
+        BadInputError: if job.yaml is missing or unreadable, or a setting in it cannot be used.
     """
 
     def __init__(self, path: Path) -> None:

@@ -15,6 +15,9 @@ from flows.engine.objects import LocalObjects
 if TYPE_CHECKING:
     from flows.api_nightly import JobReport
 
+WAITING = "left for the next run (touched within the last --settle-s seconds)"
+"""Said of files that may still be being written."""
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
 body{color:#1c2333}
@@ -69,7 +72,7 @@ def page(night: dict[str, Any]) -> str:
 
 
 def _job(job: dict[str, Any]) -> str:
-    counts = f"{job['num_known']} done before, {job['num_waiting']} still being written"
+    counts = f"{job['num_known']} done before, {job['num_waiting']} {WAITING}"
     told = f"<p>{escape(job['status'])}; {counts}</p>"
     reason = f'<p class="bad">{escape(job["reason"])}</p>' if job["reason"] else ""
     return f"<h2>{escape(job['name'])}</h2>{told}{reason}{_restored(job)}{_quarantined(job)}"
@@ -98,7 +101,7 @@ def _quarantined(job: dict[str, Any]) -> str:
     if not job["quarantined"]:
         return ""
     rows = "".join(
-        f'<tr class="bad"><td>{escape(b["item"])}<td>{escape(b["reason"])}'
+        f'<tr class="bad"><td>{escape(b["file"])}<td>{escape(b["item"])}<td>{escape(b["reason"])}'
         for b in job["quarantined"]
     )
-    return f"<table><tr><th>quarantined<th>reason{rows}</table>"
+    return f"<table><tr><th>quarantined<th>code<th>reason{rows}</table>"

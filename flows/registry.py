@@ -155,6 +155,10 @@ def promote(name: str, version: str | int) -> None:
     Raises:
         BadInputError: if there is no such version, or its files are not what was registered.
     """
+    if not re.fullmatch(r"\d+", str(version)):
+        raise BadInputError(
+            f"'{version}' is no version of {name}: versions are numbers (see `sashiko models`)"
+        )
     chosen = resolve_model(f"models:/{name}/{version}").version
     current = champion(name)
     if current == chosen:

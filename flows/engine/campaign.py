@@ -52,7 +52,7 @@ class Quarantined:
         reason: a sentence.
         attempts: made at the block that failed, or workers lost in a row.
         key: of the item's plan, "" for a file.
-        input_digest: content digest of the measurement.
+        input_digest: content digest of the measurement; of a file its sha256.
         kind: of the failure, as worker.FailureKind has it.
         source: the file, for the person who gave it; never recorded.
     """

@@ -246,22 +246,30 @@ def make_plan(
     return plan
 
 
-def require_memory(plan: Plan, limit_bytes: int, whose: str = "the limit is") -> None:
+def require_memory(
+    plan: Plan,
+    limit_bytes: int,
+    whose: str = "the limit is",
+    more: str = "allow more (--memory-limit-gb)",
+) -> None:
     """Refuse a plan that needs too much memory.
 
     Args:
         plan: with its predictions.
         limit_bytes: of driver and workers together.
         whose: words before the limit, in the refusal.
+        more: what helps beside fewer workers.
 
     Raises:
         PlanRefusedError: with both figures.
     """
     if plan.predicted_peak_bytes > limit_bytes:
+        fewer = f"take fewer than {plan.num_workers} workers (--workers), or "
+        workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
         raise PlanRefusedError(
             f"the plan needs about {_gigabytes(plan.predicted_peak_bytes)} of memory with "
-            f"{plan.num_workers} workers and {whose} {_gigabytes(limit_bytes)}: "
-            "take fewer workers, fewer slices a block, or a smaller block size"
+            f"{workers} and {whose} {_gigabytes(limit_bytes)}: "
+            f"{fewer if plan.num_workers > 1 else ''}{more}"
         )
 
 
@@ -384,4 +392,4 @@ def _digest(value: Any) -> str:
 
 
 def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e9:.2g} GB"

@@ -16,7 +16,7 @@ from PIL import Image
 from domains.base import BadInputError
 from flows import cli, quiet
 from flows.api_train import TrainResult
-from flows.config import TrainSettings, read_settings
+from flows.config import TrainSettings, config_path, read_settings
 
 HEAVY = ("torch", "ray", "prefect", "mlflow", "monai", "zarr", "pydantic", "matplotlib", "numpy")
 
@@ -210,7 +210,27 @@ def test_a_missing_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_setting_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]):
     code, _, err = sashiko(capsys, "train", "train-tiny.yaml", "--set", "num_stepz=3")
     assert code == 2
-    assert_one_sentence(err, "num_stepz")
+    assert_one_sentence(err, "--set num_stepz=3: ", "did you mean 'num_steps'?")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("num_stepz: 3", "typed.yaml: there is no setting 'num_stepz': did you mean 'num_steps'?"),
+        ("num_workers: 1", "did you mean 'compute.num_workers'?"),
+        ("score: {every_step: 3}", "'score.every_step': did you mean 'score.every_steps'?"),
+        ("xyzzy: 3", "there is no setting 'xyzzy'; there are name, data, "),
+        ("num_steps: 0", "typed.yaml: the setting 'num_steps' cannot be used: input should be"),
+    ],
+)
+def test_a_mistyped_key_of_a_file_is_told_with_the_file_and_the_nearest(line, words, tmp_path):
+    key = line.partition(":")[0]
+    shipped = config_path("train-tiny.yaml").read_text().splitlines()
+    kept = [text for text in shipped if not text.startswith(f"{key}:")]
+    (tmp_path / "typed.yaml").write_text("\n".join([*kept, line]))
+    with pytest.raises(BadInputError) as caught:
+        read_settings(TrainSettings, tmp_path / "typed.yaml", ["seed=3"])
+    assert words in str(caught.value)
 
 
 def test_set_reaches_into_nested_settings_and_reads_yaml():
@@ -260,7 +280,14 @@ def test_values_out_of_range_are_told_before_anything_starts(arguments, capsys, 
     monkeypatch.setattr("flows.launch.run", None)
     monkeypatch.setattr("flows.serve.start", None)
     assert cli.run(arguments) == 2
-    assert "cannot be used" in capsys.readouterr().err
+    assert f"{arguments[-2]} cannot be used: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["-1", "champion", "1.0"])
+def test_a_version_that_is_no_number_is_told(version, registry_home, capsys):
+    code, _, err = sashiko(capsys, "promote", "sashiko-ct", "--", version)
+    assert code == 2
+    assert_one_sentence(err, f"'{version}' is no version of sashiko-ct: versions are numbers")
 
 
 def test_an_output_that_is_a_file_is_a_mistake_of_the_user(tmp_path, capsys, monkeypatch):

@@ -191,8 +191,10 @@ def test_a_plan_over_the_memory_limit_is_refused_with_the_figures(store):
     plan = tiny_plan(store, Path("out"), num_workers=3)
     limit = plan.predicted_peak_bytes
     assert tiny_plan(store, Path("out"), num_workers=3, memory_limit_bytes=limit).items
-    with pytest.raises(PlanRefusedError, match=r"3 workers .* limit is .* fewer workers"):
+    with pytest.raises(PlanRefusedError, match=r"3 workers .* limit is .* fewer than 3 workers"):
         tiny_plan(store, Path("out"), num_workers=3, memory_limit_bytes=limit - 1)
+    with pytest.raises(PlanRefusedError, match=r"1 worker and the limit is 0.001 GB: allow more"):
+        tiny_plan(store, Path("out"), num_workers=1, memory_limit_bytes=1_000_000)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from flows.config import NightlySettings, SimulateSettings
 from flows.engine.restored import open_restored
 
 NAME = "john-doe-1970"
-"""Stands in every file name, and must stand in nothing that is written."""
+"""Stands in every file name; the operator's report names the bad files, nothing else does."""
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +138,17 @@ def test_a_night_of_nothing_but_a_bad_file_finishes_too(inbox: Path, model: Path
     result = run(inbox, model)
     (job,) = result.jobs
     assert (job.status, len(job.quarantined)) == ("quarantined", 1)
-    assert NAME not in result.report.read_text()
+    (bad,) = job.quarantined
+    assert bad.file == f"{NAME}-bad.png"
+    assert NAME not in bad.reason
+    assert not bad.reason.startswith("sha256")
     assert len(result.quarantined) == 1
     assert run(inbox, model).quarantined == []
 
 
-def test_no_name_of_a_file_reaches_reports_and_ledger(inbox: Path, model: Path):
+def test_the_report_names_what_is_quarantined_and_ledger_and_server_do_not(
+    inbox: Path, model: Path
+):
     add(inbox, 1)
     bad = inbox / "streets" / f"{NAME}-bad.png"
     bad.write_text("no picture")
@@ -152,15 +158,28 @@ def test_no_name_of_a_file_reaches_reports_and_ledger(inbox: Path, model: Path):
     told = {entry.item for entry in result.jobs[0].quarantined}
     assert told == {f"sha256 {file_digest(path)[:12]}" for path in (bad, lonely)}
     night = inbox.parent / "out" / "nightly"
-    written = [p for p in night.rglob("*") if p.is_file()]
-    assert len(written) == 5
-    assert not [p for p in written if NAME in p.name or NAME in p.read_text()]
-    assert NAME not in result.summary()
+    notes = list((night / "seen").iterdir())
+    assert len(notes) == 3
+    assert not [p for p in notes if NAME in p.name or NAME in p.read_text()]
+    assert NAME not in result.summary(names=False)
+    assert "sha256" in result.summary(names=False)
+    for path in (bad, lonely):
+        (entry,) = [e for e in result.jobs[0].quarantined if e.file == path.name]
+        for text in (result.summary(), result.page.read_text(), result.report.read_text()):
+            assert path.name in text
+            assert entry.reason in unescape(text)
+    records = list((inbox.parent / "out/streets/quarantine").rglob("*.json"))
+    digests = {json.loads(record.read_text())["input_digest"] for record in records}
+    assert digests == {file_digest(path) for path in (bad, lonely)}
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [(None, "there is no such file"), ("domain: [", "not YAML"), ("domain: city\nmsk: m\n", "msk")],
+    [
+        (None, "there is no such file"),
+        ("domain: [", "not YAML"),
+        ("domain: city\nmsk: m\n", "'msk': did you mean 'mask'?"),
+    ],
 )
 def test_a_job_that_cannot_be_read_is_quarantined_and_stops_no_other(
     inbox: Path, model: Path, text: str | None, reason: str
