@@ -19,7 +19,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -314,11 +314,12 @@ def _restore(
         return [resolve_method(SAMPLE_MODE, entry, calibrated)]
 
     compute = settings.compute
-    runs = [(ways, settings.seed)]
-    runs += [(sampled, settings.seed + k) for k in range(settings.num_samples)]
+    count = settings.num_samples
+    runs = [(ways, settings.seed, "")]
+    runs += [(sampled, settings.seed + k, f"sample {k + 1} of {count}: ") for k in range(count)]
     results = []
     with make_executor(compute) as executor:
-        for methods_for, seed in runs:
+        for methods_for, seed, which in runs:
             plan = make_plan(
                 measurements.path,
                 settings.output,
@@ -332,11 +333,16 @@ def _restore(
                 memory_limit_bytes=compute.memory_limit_bytes,
                 methods_for=methods_for,
             )
-            on_event(
-                Event("step", 0, 0, f"restoring: {len(plan.items)} items, {plan.num_blocks} blocks")
-            )
-            results.append(run_plan(plan, executor, on_event, max_attempts=compute.max_attempts))
+            tell = _prefixed(on_event, which)
+            blocks = f"{plan.num_blocks} blocks"
+            tell(Event("step", 0, 0, f"restoring: {len(plan.items)} items, {blocks}"))
+            results.append(run_plan(plan, executor, tell, max_attempts=compute.max_attempts))
     return results
+
+
+def _prefixed(on_event: EventHandler, words: str) -> EventHandler:
+    """The handler, told every message with words before it."""
+    return lambda event: on_event(replace(event, message=f"{words}{event.message}"))
 
 
 def _rows(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flows.store import Dataset, Measurements
 
 ONE, MEAN = "covprox-sample", "covprox-samples"
+MATCHES = (0.8, 1.25)
+"""V/B between which the spread of samples is taken to match their error."""
 SAMPLE_MODE = MethodSettings(name="covprox", options={"mode": "sample"})
 
 
@@ -63,7 +65,10 @@ def sample_rows(
 
 
 def pooled(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """By task: V/B over all slices, its standard deviation over them, mean log-correlation."""
+    """By task: V/B over all slices, its standard deviation over them, mean log-correlation.
+
+    The standard deviation of one slice is nan.
+    """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] == MEAN:
@@ -73,11 +78,29 @@ def pooled(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
 
 def pooled_text(rows: Iterable[Row]) -> str:
     """`pooled` in words, a line a task."""
-    return "\n".join(
-        f"{task}: V/B {figures['v_over_b']:.2f} (over slices +-{figures['v_over_b_std']:.2f}), "
-        f"log-correlation of block variance with error {figures['log_correlation']:.2f}"
-        for task, figures in pooled(rows).items()
+    return "\n".join(_told(task, figures) for task, figures in pooled(rows).items())
+
+
+def _told(task: str, figures: Mapping[str, float]) -> str:
+    ratio, std, correlation = (
+        figures[name] for name in ("v_over_b", "v_over_b_std", "log_correlation")
     )
+    over_slices = f" (over slices +-{std:.2f})" if math.isfinite(std) else ""
+    told = f"{task}: V/B {ratio:.2f}{over_slices}: {_judged(ratio)}"
+    if math.isfinite(correlation):
+        told += f"; log-correlation of block variance with error {correlation:.2f}"
+    return told
+
+
+def _judged(ratio: float) -> str:
+    """What variance over error says of samples."""
+    if not math.isfinite(ratio):
+        return "they have no error to compare with"
+    if ratio < MATCHES[0]:
+        return "the samples are closer together than they are wrong"
+    if ratio > MATCHES[1]:
+        return "the samples are further apart than they are wrong"
+    return "the samples' spread matches their error"
 
 
 def _pooled(rows: Sequence[Row]) -> dict[str, float]:
@@ -86,7 +109,7 @@ def _pooled(rows: Sequence[Row]) -> dict[str, float]:
     correlations = [r["log_correlation"] for r in rows if r["log_correlation"] is not None]
     return {
         "v_over_b": sum(row["sample_variance"] for row in rows) / error if error else math.inf,
-        "v_over_b_std": float(np.std(ratios)) if ratios else math.nan,
+        "v_over_b_std": float(np.std(ratios)) if len(ratios) > 1 else math.nan,
         "log_correlation": float(np.mean(correlations)) if correlations else math.nan,
     }
 

@@ -25,11 +25,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def result(root) -> EvaluateResult:
+def told() -> list[str]:
+    """What the evaluation below said while it ran."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(root, told) -> EvaluateResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SASHIKO_HOME", str(root / "home"))
         return evaluate(
-            settings(root, tasks=[TASK], methods=["covprox"], items=["still"], num_samples=3)
+            settings(root, tasks=[TASK], methods=["covprox"], items=["still"], num_samples=3),
+            lambda event: told.append(event.message),
         )
 
 
@@ -64,6 +71,12 @@ def test_one_sample_the_mean_of_samples_and_the_mean_mode_are_rows_of_their_own(
     assert one["residual"] > 0
 
 
+def test_the_sample_that_is_drawn_is_told(result, told):
+    steps = [message for message in told if "restoring: 1 items" in message]
+    assert steps[0].startswith("restoring")
+    assert [s.partition(": ")[0] for s in steps[1:]] == [f"sample {k} of 3" for k in (1, 2, 3)]
+
+
 def test_v_over_b_is_that_of_the_definition_on_the_hole(result):
     pixels = sampled_pixels(result)
     truth = Dataset(result.dataset).read("still").pixels[:, 0] / 255.0
@@ -87,8 +100,26 @@ def test_pooling_weighs_slices_by_their_error():
     ]
     rows[0]["log_correlation"], rows[1]["log_correlation"] = 0.8, None
     assert pooled(rows) == {"t": {"v_over_b": 1.0, "v_over_b_std": 0.5, "log_correlation": 0.8}}
-    assert pooled_text(rows).startswith("t: V/B 1.00 (over slices +-0.50)")
+    told = "t: V/B 1.00 (over slices +-0.50): the samples' spread matches their error; log-corr"
+    assert pooled_text(rows).startswith(told)
     assert pooled_text(rows[2:]) == ""
+
+
+@pytest.mark.parametrize(
+    ("variance", "words"),
+    [
+        (0.79, "closer together than they are wrong"),
+        (0.81, "spread matches their error"),
+        (1.24, "spread matches their error"),
+        (1.26, "further apart than they are wrong"),
+    ],
+)
+def test_the_ratio_is_put_into_words_and_one_slice_has_no_deviation(variance, words):
+    row = {"method": "covprox-samples", "task": "t", "sample_variance": variance}
+    row |= {"sample_error": 1.0, "v_over_b": variance, "log_correlation": None}
+    text = pooled_text([row])
+    assert text.startswith(f"t: V/B {variance:.2f}: ")
+    assert text.endswith(words)
 
 
 def test_one_sample_is_refused(root):
