@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+STAMP  := $(BIN)/sashiko
 
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-all check bench
@@ -19,6 +19,7 @@ help:
 install: $(STAMP)
 
 # The constraints pin torch's version; which build of it pip takes is the index's: see README.
+# The command itself tells when it was installed, be it by hand.
 $(STAMP): pyproject.toml infra/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c infra/constraints.txt

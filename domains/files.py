@@ -26,6 +26,13 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fault_in_words(error: Exception) -> str:
+    """What an error of a reading library says of its file, for people who did not write it."""
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    return "it is damaged, cut off, or not what its name says"
+
+
 def keyed_id(domain: str, digest: str, key: bytes) -> str:
     """A name for a user's own file that tells nothing without the site's key.
 

@@ -20,6 +20,7 @@ import numpy as np
 from domains import nrrd_header
 from domains.base import Array, BadInputError, Item, ItemRecord
 from domains.files import (
+    fault_in_words,
     file_digest,
     keyed_id,
     require_file,
@@ -86,7 +87,7 @@ def read_header(path: Path) -> Header:
         # patients.
         kind = "NIfTI" if suffix in NIFTI_SUFFIXES else "NRRD"
         raise BadInputError(
-            f"{path}: not a readable {kind} file ({type(error).__name__}); export it again"
+            f"{path}: not a readable {kind} file ({fault_in_words(error)}); export it again"
         ) from error
 
 
@@ -154,7 +155,7 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
         raise
     except Exception as error:
         raise BadInputError(
-            f"{path}: the pixels cannot be read ({type(error).__name__}); export it again"
+            f"{path}: the pixels cannot be read ({fault_in_words(error)}); export it again"
         ) from error
     require_size(path, pixels.shape, (pixels.shape[2], pixels.shape[3]))
     pixels = _stored_values(path, pixels, header)

@@ -40,7 +40,8 @@ def train_plan_text(plan: TrainPlan) -> str:
         ["network", f"{plan.num_parameters / 1e6:.2f} M parameters, "
          f"{plan.flop_per_pixel / 1e3:.0f} kFLOP a pixel"],
         ["data", data],
-        ["workers", f"{plan.num_workers} on {plan.device}, {plan.num_threads} threads each"],
+        ["workers", f"{plan.num_workers} on {plan.device}, {plan.num_threads} threads each "
+         "(num_threads)"],
         ["memory", f"{size(plan.worker_bytes)} a worker{gpu}; the machine has "
          f"{size(plan.machine_bytes)}"],
         ["disk", size(plan.disk_bytes)],

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,25 @@ def test_a_champion_that_a_person_chose_is_left_in_place(
     assert champions == {"sashiko-ct": "1", "sashiko-mri": "1", "sashiko-city": "1"}
     starter = registry.resolve_model("models:/sashiko-city/2").digest
     assert registry.resolve_model("models:/sashiko-city@champion").digest != starter
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_installs_what_is_not_installed_and_nothing_twice(tmp_path):
+    """Once by hand, as the README says, is enough; other pins install anew."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "infra").mkdir()
+    for name in ("Makefile", "pyproject.toml", "infra/constraints.txt"):
+        shutil.copyfile(root / name, tmp_path / name)
+
+    def steps() -> str:
+        return subprocess.run(
+            ["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "pip install" in steps()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "sashiko").touch()
+    assert "pip install" not in steps()
+    later = time.time() + 9
+    os.utime(tmp_path / "infra" / "constraints.txt", (later, later))
+    assert "pip install" in steps()
