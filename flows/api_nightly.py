@@ -29,6 +29,7 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from flows.api_restore import RestoreResult, restore
 from flows.config import NightlySettings, RestoreSettings
+from flows.damage import place_below
 from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import RestoredEntry
@@ -208,13 +209,24 @@ class _Job:
         on_event: EventHandler,
     ) -> tuple[RestoreResult | None, tuple[Bad, ...]]:
         """Restore the staged files; the reasons of what cannot be used hold no names."""
+        reasons: dict[str, str] = {}
+
+        def hear(event: Event) -> None:
+            if event.kind == "quarantined":
+                place, _, reason = event.message.partition(": ")
+                reasons[place] = reason
+            on_event(event)
+
         try:
-            result = self._call(stage, model, more, on_event)
+            result = self._call(stage, model, more, hear)
         except PlanRefusedError:  # no fault of the files: another night, another machine
             raise
         except BadInputError as error:  # not one of them can be used as the job says
-            reason = self._without_names(str(error).replace(f"{stage}/", ""), files)
-            return None, tuple(self._bad(path, digest, reason) for path, digest in files.items())
+            whole = self._without_names(str(error).replace(f"{stage}/", ""), files)
+            return None, tuple(
+                self._bad(path, digest, reasons.get(place_below(path, self.path), whole))
+                for path, digest in files.items()
+            )
         places = {stage / path.relative_to(self.path): path for path in files}
         return result, tuple(
             Bad(q.item_id, q.reason)
@@ -224,8 +236,7 @@ class _Job:
         )
 
     def _bad(self, path: Path, digest: str, reason: str) -> Bad:
-        code = _code(digest)
-        return Bad(code, reason.removeprefix(f"{code}: "), str(path.relative_to(self.path)))
+        return Bad(_code(digest), reason, str(path.relative_to(self.path)))
 
     def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
         """The files to be done tonight, with their digests; counts the others."""

@@ -50,10 +50,8 @@ def _meant(where: str, kind: type[BaseModel] | None) -> str:
     """What could be meant by a name: the nearest known one, or all of them."""
     known = [] if kind is None else list(_names(kind))
     by_last = {name.rpartition(".")[2]: name for name in known}
-    near = get_close_matches(where, known, 1)
-    near += [by_last[n] for n in get_close_matches(where.rpartition(".")[2], by_last, 1)]
-    if near:
-        return f": did you mean '{near[0]}'?"
+    if near := get_close_matches(where.rpartition(".")[2], by_last, 1):
+        return f": did you mean '{by_last[near[0]]}'?"
     return f"; there are {', '.join(known)}" if known else ""
 
 

@@ -37,6 +37,8 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("restore --input nope --domain city --output o", "nope: there is no such file or folder"),
         ("restore --input photos --domain cty --output o", "unknown domain 'cty': choose one of"),
         ("restore --input photos --mask masks --output o", "photos: images need --domain"),
+        ("restore --input photos --domain cty --output o --plan", "unknown domain 'cty': choose"),
+        ("restore --input photos --output o --no-prefect", "photos: images need --domain"),
         ("restore --input photos --domain city --output o", "say what is wrong with the images"),
         ("restore --input photos --domain city --mask x --output o", "x: there is no such mask"),
         ("nightly --inbox nope --output o", "nope: there is no such folder"),

@@ -146,6 +146,20 @@ def test_a_night_of_nothing_but_a_bad_file_finishes_too(inbox: Path, model: Path
     assert run(inbox, model).quarantined == []
 
 
+def test_of_files_that_are_all_bad_each_has_its_own_reason(inbox: Path, model: Path):
+    for name in ("text.png", "dot.png"):
+        shutil.copy(add(inbox, 1), inbox / "streets" / "masks" / name)
+    (inbox / "streets" / f"{NAME}-1.png").unlink()
+    (inbox / "streets" / "text.png").write_text("no picture")
+    Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(inbox / "streets" / "dot.png")
+    (job,) = run(inbox, model).jobs
+    reasons = {bad.file: bad.reason for bad in job.quarantined}
+    assert set(reasons) == {"text.png", "dot.png"}
+    assert reasons["text.png"] == "not a readable PNG image; export it again"
+    assert "too small" in reasons["dot.png"]
+    assert "sha256" not in "".join(reasons.values())
+
+
 def test_the_report_names_what_is_quarantined_and_ledger_and_server_do_not(
     inbox: Path, model: Path
 ):
