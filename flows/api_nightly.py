@@ -35,7 +35,7 @@ from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import RestoredEntry
 from flows.inbox import JOB_FILE, JobFolder, Ledger, find_jobs, is_settled, staged
 from flows.mistakes import mistake_in
-from flows.nightly_report import WAITING, write_report
+from flows.nightly_report import CODE, WAITING, finding, write_report
 from flows.store import Measurements
 
 Status = Literal["restored", "nothing new", "quarantined", "failed"]
@@ -67,15 +67,12 @@ class Bad:
     """An input that could not be used.
 
     Attributes:
-        item: a code: names of files may tell of people, and codes are what ledger and server keep.
+        item: a code: names of files may tell of people, and reports and logs travel.
         reason: what is wrong with it, without its name.
-        file: its place below the job's folder, "" where it is no file; for the operator's report,
-            which lies beside the restored files of such names.
     """
 
     item: str
     reason: str
-    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,14 +105,14 @@ class NightlyResult:
             Bad(j.name, j.reason) for j in self.jobs if j.status == "quarantined" and j.reason
         ]
 
-    def summary(self, *, names: bool = True) -> str:
-        """The night in a few lines; without names of files for a server, which others may read."""
+    def summary(self) -> str:
+        """The night in a few lines, without names of files."""
         lines = []
         for job in self.jobs:
             lines.append(f"{job.name}: {_told(job)}")
-            for bad in job.quarantined:
-                file = f"{job.name}/{bad.file} ({bad.item})" if names and bad.file else bad.item
-                lines.append(f"  quarantined: {file}: {bad.reason}")
+            lines += [f"  quarantined: {bad.item}: {bad.reason}" for bad in job.quarantined]
+            if job.quarantined:
+                lines.append(f"  find it with: {finding(job)}")
         return "\n".join([*(lines or ["the inbox is empty"]), f"report: {self.page}"])
 
 
@@ -224,19 +221,16 @@ class _Job:
         except BadInputError as error:  # not one of them can be used as the job says
             whole = self._without_names(str(error).replace(f"{stage}/", ""), files)
             return None, tuple(
-                self._bad(path, digest, reasons.get(place_below(path, self.path), whole))
+                Bad(_code(digest), reasons.get(place_below(path, self.path), whole))
                 for path, digest in files.items()
             )
         places = {stage / path.relative_to(self.path): path for path in files}
         return result, tuple(
             Bad(q.item_id, q.reason)
             if q.source not in places
-            else self._bad(places[q.source], files[places[q.source]], q.reason)
+            else Bad(_code(files[places[q.source]]), q.reason)
             for q in result.quarantined
         )
-
-    def _bad(self, path: Path, digest: str, reason: str) -> Bad:
-        return Bad(_code(digest), reason, str(path.relative_to(self.path)))
 
     def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
         """The files to be done tonight, with their digests; counts the others."""
@@ -253,7 +247,7 @@ class _Job:
         return new
 
     def _without_names(self, text: str, files: Mapping[Path, str]) -> str:
-        """The text with codes for names of files: a server must not tell of people."""
+        """The text with codes for names of files: reports and ledgers must not tell of people."""
         for path, digest in files.items():
             place = str(path.relative_to(self.path))
             for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
@@ -296,7 +290,7 @@ class _Job:
 
 def _code(digest: str) -> str:
     """What stands for a file: a person finds it by its sha256."""
-    return f"sha256 {digest[:12]}"
+    return f"{CODE}{digest[:12]}"
 
 
 def _figures(entry: RestoredEntry) -> Figures:

@@ -14,5 +14,5 @@ from flows.watch import finished, flow_events
 def nightly_flow(settings: NightlySettings) -> NightlyResult | State[NightlyResult]:
     """Restore what is new in the inbox, measure what can be without a truth, and report."""
     result = nightly(settings, on_event=flow_events("nightly-progress"))
-    create_markdown_artifact(f"```\n{result.summary(names=False)}\n```", key="nightly-report")
+    create_markdown_artifact(f"```\n{result.summary()}\n```", key="nightly-report")
     return finished(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 WAITING = "left for the next run (touched within the last --settle-s seconds)"
 """Said of files that may still be being written."""
+
+CODE = "sha256 "
+"""Begins the code of a file, which its digest follows."""
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
@@ -50,10 +54,17 @@ def write_report(
         number += 1
         stem = f"{when.strftime('%Y%m%dT%H%M%SZ')}-{number}"
     night = {"when": when.isoformat("T", "seconds"), "seconds": round(seconds, 1)}
-    values = {**night, "jobs": [asdict(job) for job in jobs]}
+    values = {**night, "jobs": [{**asdict(job), "find": finding(job)} for job in jobs]}
     objects.create(f"{stem}.json", (json.dumps(values, indent=1) + "\n").encode())
     objects.create(f"{stem}.html", page(values).encode())
     return objects.path(f"{stem}.json"), objects.path(f"{stem}.html")
+
+
+def finding(job: JobReport) -> str:
+    """A command that lists a job's quarantined files by their digests, INBOX being the inbox."""
+    codes = [bad.item.removeprefix(CODE) for bad in job.quarantined]
+    wanted = " ".join(f"-e ^{code}" for code in dict.fromkeys(codes))
+    return f"find {shlex.quote(f'INBOX/{job.name}')} -type f -exec sha256sum {{}} + | grep {wanted}"
 
 
 def page(night: dict[str, Any]) -> str:
@@ -101,7 +112,8 @@ def _quarantined(job: dict[str, Any]) -> str:
     if not job["quarantined"]:
         return ""
     rows = "".join(
-        f'<tr class="bad"><td>{escape(b["file"])}<td>{escape(b["item"])}<td>{escape(b["reason"])}'
+        f'<tr class="bad"><td>{escape(b["item"])}<td>{escape(b["reason"])}'
         for b in job["quarantined"]
     )
-    return f"<table><tr><th>quarantined<th>code<th>reason{rows}</table>"
+    how = f"<p>Reports hold no names of files: <code>{escape(job['find'])}</code></p>"
+    return f"<table><tr><th>quarantined<th>reason{rows}</table>{how}"
