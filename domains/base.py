@@ -151,11 +151,12 @@ class Problem:
         operator: A, on batches (b c h w), b = slices of the measurement.
         y: data in the operator's range, with the affine offset of the units moved into it.
         noise: likelihood for y.
-        shape: (b, c, h, w) of the unknown.
+        shape: (b, c, h, w) of the unknown, which may be a larger canvas than the image's.
         reach: "plane" if every datum sees the whole plane, else a radius in pixels.
         condition: name of the network's condition: "ct", "mri", "mri-complex", "city", "city-grey",
             "city-log".
-        to_source: network units -> source units, as an image (b c' h w) (magnitude for complex).
+        to_source: network units -> source units, as an image (b c' h w) (magnitude for complex;
+            of a larger canvas the image's part).
         known: (b, 1|c, h, w) boolean, where pixels are measured exactly or directly; None if the
             operator is not a mask.
     """

@@ -4,7 +4,8 @@
 
 A Measurement of these kinds holds `y` (z c h' w') float32, and in `arrays`
     mask    (z 1|c h w) boolean, True where *measured* (users' masks mark what is missing)
-    kernel  (kh kw) float32, shared by all slices
+    kernel  (kh kw) float32, shared by all slices; of a user's picture ("cropped-blur") it reaches
+            beyond the border, where the scene goes on unseen: x then has the canvas of params
     kernels (gh gw kh kw) float32, of a blur that varies over the image, shared by all slices
 Bands that are not one image to the network (a satellite's four, say) are folded into the batch:
 b = z c, one channel each.
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from diffusion_core.operators import Operator
 
 IMAGE_OPERATORS = ("identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic")
+"""What images are measured with in simulations."""
+
+PICTURE_OPERATORS = (*IMAGE_OPERATORS, "cropped-blur")
+"""What makes measurements in image space: simulated, or pictures that a user gives."""
+
+_CANVAS_STEP_PX = 8
+"""Total stride of the network, which shall see the picture's own grid on a larger canvas."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def slices_first(pixels: Array) -> Array:
 def operator_of(
     kind: str, params: Mapping[str, Any], arrays: Mapping[str, Array], shape: tuple[int, int]
 ) -> Operator:
-    """The operator of an image-space measurement, on images of `shape` (h, w).
+    """The operator of an image-space measurement, of images of `shape` (h, w).
 
     Raises:
         BadInputError: for an unknown kind.
@@ -75,6 +83,9 @@ def operator_of(
         "identity": operators.Identity,
         "mask": lambda: operators.Mask(array("mask", bool)),
         "blur": lambda: operators.Blur(array("kernel", np.float32), shape),
+        "cropped-blur": lambda: operators.CroppedBlur(
+            array("kernel", np.float32), shape, _pair(params["margin"]), _pair(params["canvas"])
+        ),
         "varying-blur": lambda: operators.VaryingBlur(array("kernels", np.float32), shape),
         "pool": lambda: operators.Pool(int(params["factor"])),
         "downsample": lambda: operators.Downsample.bicubic(int(params["factor"]), shape),
@@ -82,7 +93,7 @@ def operator_of(
     }
     if kind in makers:
         return makers[kind]()
-    known = ", ".join(IMAGE_OPERATORS)
+    known = ", ".join(PICTURE_OPERATORS)
     raise BadInputError(f"unknown operator '{kind}' of an image: choose one of {known}")
 
 
@@ -170,7 +181,8 @@ def take_damaged(
         item: the damaged pixels.
         units: of its network scale.
         mask: (h w), (z h w) or (c z h w), True or non-zero where pixels are *missing*.
-        kernel: (kh kw), what blurred the image; it is scaled to sum 1.
+        kernel: (kh kw), what blurred the scene that the image is cut out of; it is scaled to sum
+            1. The light from beyond the border is part of the unknown.
         scale: the image is `scale` times coarser than what is wanted; the record of the
             measurement has the enlarged shape, and the spacing, affine that go with it.
         sigma_y: standard deviation of the noise, network units.
@@ -192,8 +204,8 @@ def take_damaged(
         kind, arrays = "mask", {"mask": measured_pixels(mask, item.record)}
         y = y * arrays["mask"]
     elif kernel is not None:
-        kind, arrays = "blur", {"kernel": unit_kernel(kernel, item.record)}
-        own["shared_arrays"] = ["kernel"]
+        kind, arrays = "cropped-blur", {"kernel": unit_kernel(kernel, item.record)}
+        own |= {"shared_arrays": ["kernel"], **canvas_round(arrays["kernel"], item.record)}
     elif scale is not None:
         kind, record = "pool", enlarged(item.record, scale)
         own["factor"] = int(scale)
@@ -206,6 +218,29 @@ def take_damaged(
         y=np.ascontiguousarray(y),
         arrays=arrays,
     )
+
+
+def canvas_round(kernel: Array, record: ItemRecord) -> dict[str, list[int]]:
+    """{"margin": (top, left), "canvas": (H, W)} of all that a kernel's light can come from.
+
+    Half the kernel on every side, and what brings the picture's place and the canvas's size to
+    multiples of the network's stride.
+    """
+    margin = [_stride_up(taps // 2) for taps in kernel.shape]
+    canvas = [
+        _stride_up(before + size + taps // 2)
+        for before, size, taps in zip(margin, record.shape[2:], kernel.shape, strict=True)
+    ]
+    return {"margin": margin, "canvas": canvas}
+
+
+def _stride_up(size: int) -> int:
+    return -(-size // _CANVAS_STEP_PX) * _CANVAS_STEP_PX
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    rows, columns = sizes
+    return int(rows), int(columns)
 
 
 def measured_pixels(missing: Array, record: ItemRecord) -> Array:
@@ -314,6 +349,7 @@ def problem_of(
     import torch
 
     from diffusion_core.noise.likelihood import GaussianNoise
+    from diffusion_core.operators import CroppedBlur
 
     c, z, h, w = measurement.record.shape
     arrays = dict(measurement.arrays)
@@ -323,19 +359,22 @@ def problem_of(
         if fold_bands:
             arrays["mask"] = np.broadcast_to(arrays["mask"], (z, c, h, w)).reshape(z * c, 1, h, w)
     y = torch.from_numpy(np.array(measurement.y, dtype=np.float32))
-    to_source: Callable[[Tensor], Tensor] = units.to_source
     if fold_bands:
         y = y.reshape(z * c, 1, *y.shape[2:])
-
-        def to_source(x: Tensor) -> Tensor:
-            return units.to_source(x).reshape(-1, c, h, w)
-
     operator = operator_of(measurement.operator, measurement.params, arrays, (h, w))
+    canvas = operator.blur.shape if isinstance(operator, CroppedBlur) else (h, w)
+
+    def to_source(x: Tensor) -> Tensor:
+        if isinstance(operator, CroppedBlur) and tuple(x.shape[-2:]) == canvas:
+            x = operator.crop(x)  # data are a picture already
+        image = units.to_source(x)
+        return image.reshape(-1, c, h, w) if fold_bands else image
+
     return Problem(
         operator=operator,
         y=y,
         noise=GaussianNoise(float(measurement.noise["sigma_y"])),
-        shape=(z * c, 1, h, w) if fold_bands else (z, c, h, w),
+        shape=(z * c, 1, *canvas) if fold_bands else (z, c, *canvas),
         reach=operator.reach,
         condition=condition,
         to_source=to_source,

@@ -34,7 +34,7 @@ from flows.damage import NODATA, Damage, place_below
 from flows.engine.events import Event, EventHandler
 from flows.store import Measurements, MeasurementWriter
 
-FORMAT = 2
+FORMAT = 3
 """Of the stores made here; another format has another name."""
 
 _GONE = ".gone-"

@@ -5,6 +5,7 @@ identity      Identity     A = I
 mask          Mask         mask: A is a projection
 mosaic        Mosaic       A A' = I, A' A a mask for each channel
 blur          Blur         transfer: diagonal in Fourier
+cropped-blur  CroppedBlur  blur, margin: diagonal in Fourier but for the crop
 varying-blur  VaryingBlur  transfers, weights: nearly diagonal in Fourier near every node
 pool          Pool         factor: A A' = I / factor^2
 downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
@@ -22,6 +23,7 @@ red-diff, dps take them): Saturation, PhaseRetrieval, JPEG.
 from diffusion_core.operators.base import Operator, inner
 from diffusion_core.operators.blur import Blur, transfer_function
 from diffusion_core.operators.compose import Compose, Stack
+from diffusion_core.operators.cropped_blur import CroppedBlur
 from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
 from diffusion_core.operators.identity import Identity
@@ -42,6 +44,7 @@ __all__ = [
     "ROUNDING_STD",
     "Blur",
     "Compose",
+    "CroppedBlur",
     "Downsample",
     "Fourier",
     "Identity",

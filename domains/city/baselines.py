@@ -12,7 +12,16 @@ import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from diffusion_core.operators import Blur, Downsample, Mask, Mosaic, Operator, Pool, VaryingBlur
+from diffusion_core.operators import (
+    Blur,
+    CroppedBlur,
+    Downsample,
+    Mask,
+    Mosaic,
+    Operator,
+    Pool,
+    VaryingBlur,
+)
 from diffusion_core.protocols import Signal
 from domains.base import Array, BadInputError, Baseline, Measurement, Problem
 from domains.classical import TVSettings, restore_tv, settings_from
@@ -127,12 +136,13 @@ def wiener(measurement: Measurement, problem: Problem, params: Mapping[str, Any]
     """Deconvolution with a squared Laplacian as prior (Hunt 1973): {balance}."""
     del measurement
     settings = settings_from(WienerSettings, params, "wiener")
-    transfer = _operator(problem, Blur, "wiener").transfer
+    operator: Blur | CroppedBlur = _operator(problem, (Blur, CroppedBlur), "wiener")
+    transfer = operator.blur.transfer if isinstance(operator, CroppedBlur) else operator.transfer
     h, w = problem.shape[-2:]
     fy, fx = torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)[None]
     laplacian = 4 - 2 * torch.cos(2 * torch.pi * fy) - 2 * torch.cos(2 * torch.pi * fx)
     gain = transfer.conj() / (transfer.abs() ** 2 + settings.balance * laplacian**2)
-    return torch.fft.irfft2(torch.fft.rfft2(problem.y) * gain, s=(h, w))
+    return torch.fft.irfft2(torch.fft.rfft2(_blurred(problem)) * gain, s=(h, w))
 
 
 def richardson_lucy(
@@ -141,11 +151,11 @@ def richardson_lucy(
     """Richardson-Lucy on intensities (x + 1) / 2, kept positive: {num_iterations}."""
     del measurement
     settings = settings_from(RichardsonLucySettings, params, "richardson-lucy")
-    operator = _operator(problem, (Blur, VaryingBlur), "richardson-lucy")
+    operator = _operator(problem, (Blur, CroppedBlur, VaryingBlur), "richardson-lucy")
     darkest = 1e-3
     data = ((problem.y + 1) / 2).clamp_min(darkest)
     shares = operator.A_adjoint(torch.ones_like(data)).clamp_min(darkest)
-    estimate = data
+    estimate = ((_blurred(problem) + 1) / 2).clamp_min(darkest)
     for _ in range(settings.num_iterations):
         ratio = data / operator.A(estimate).clamp_min(darkest)
         estimate = (estimate * operator.A_adjoint(ratio) / shares).clamp_min(0.0)
@@ -201,7 +211,26 @@ def _first_estimate(problem: Problem) -> Signal:
         return _demosaic(problem)
     if isinstance(problem.operator, Pool | Downsample):
         return _enlarge(problem, problem.operator.factor)
-    return problem.y
+    return _blurred(problem)
+
+
+def _blurred(problem: Problem) -> Signal:
+    """The data as an image of the unknown's size: a picture cut out of a scene is continued.
+
+    Linearly from each border to the opposite one, round the canvas: no step is left to ring.
+    """
+    operator, image = problem.operator, problem.y
+    if not isinstance(operator, CroppedBlur):
+        return image
+    for dim, first, size in zip((-2, -1), operator.margin, operator.blur.shape, strict=True):
+        length = image.shape[dim]
+        place = (torch.arange(size) - first) % size
+        before = place.clamp_max(length - 1)
+        after = torch.where(place < length, before, 0)
+        share = ((place - length + 1) / (size - length + 1)).clamp_min(0.0).to(image)
+        share = share[:, None] if dim == -2 else share
+        image = torch.lerp(image.index_select(dim, before), image.index_select(dim, after), share)
+    return image
 
 
 def _enlarge(problem: Problem, factor: int) -> Signal:

@@ -23,7 +23,7 @@ from domains.base import (
     Task,
 )
 from domains.imaging import (
-    IMAGE_OPERATORS,
+    PICTURE_OPERATORS,
     Units,
     problem_of,
     require_task,
@@ -114,7 +114,7 @@ class CT(Domain):
 
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of a sinogram, or of a damaged image."""
-        if measurement.operator in IMAGE_OPERATORS:
+        if measurement.operator in PICTURE_OPERATORS:
             return problem_of(measurement, UNITS, "ct")
         return sinogram_problem(measurement)
 

@@ -22,7 +22,7 @@ from domains.base import (
     Task,
 )
 from domains.imaging import (
-    IMAGE_OPERATORS,
+    PICTURE_OPERATORS,
     Units,
     measured_pixels,
     problem_of,
@@ -100,7 +100,7 @@ class MRI(Domain):
 
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of k-space, or of a damaged image."""
-        if measurement.operator in IMAGE_OPERATORS:
+        if measurement.operator in PICTURE_OPERATORS:
             return problem_of(measurement, units_of(measurement), "mri")
         return kspace_problem(measurement)
 

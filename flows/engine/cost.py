@@ -45,11 +45,18 @@ VIEW_SECONDS_PX = 7e-8
 DATA_STEP_SECONDS_PX = 2.5e-7
 """One level's data step of any other operator on one core: a pixel and channel."""
 
+CUT_OUT_SECONDS_PX = 2.6e-6
+"""The same of a blurred picture cut out of its scene: some 80 steps of CG (decisions/0012)."""
+
 BASELINE_SECONDS_PX = 5e-6
 """An iterative classical method on one core: a pixel and channel; a projector's: 3.5e-7 a view."""
 
 CLOSED_FORM = frozenset({"fbp", "zero-filled", "bicubic", "telea", "navier-stokes", "wiener"})
 """Classical methods that do not iterate: a tenth of the others."""
+
+
+Canvas = tuple[int, int, int]
+"""(z, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,9 @@ def predict(
         model_bytes: of the model's files; 0 without a model.
     """
     channels = grid.shape[0]
-    pixels = math.prod(grid.canvas)
-    share = pixels / math.prod(grid.shape[1:])
+    share = math.prod(grid.canvas) / math.prod(grid.shape[1:])
+    canvas = _unknown(grid, params)
+    pixels = math.prod(canvas)
     views = int(params.get("num_views", 0)) if operator in ("parallel-beam", "fan-beam") else 0
     memory = PROCESS_BYTES + math.ceil(input_bytes * share)
     memory += MATRIX_BYTES_PX * _stored(operator, params, grid) * math.prod(grid.shape[2:])
@@ -98,11 +106,12 @@ def predict(
         # Weights are float16 in the file, float32 while they are loaded, and live on beside it.
         memory += SOLVER_BYTES_PX * channels * pixels + 4 * model_bytes
         kept = VJP_FACTOR if method.name in ("pigdm", "dps") else 1
-        memory += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(grid)
+        memory += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(canvas)
     else:
         memory += BASELINE_BYTES_PX * channels * pixels
     return Cost(
-        seconds=_seconds(grid, views, method, dtype) * pixels,
+        seconds=_seconds(channels, canvas, views, method, dtype, cut_out="canvas" in params)
+        * pixels,
         peak_bytes=int(memory),
         output_bytes=4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w)),
     )
@@ -120,26 +129,41 @@ def _stored(operator: str, params: Mapping[str, Any], grid: Grid) -> int:
     return views // (4 if grid.shape[2] == grid.shape[3] and views % 2 == 0 else 2) + 2
 
 
-def _denoiser_pixels(grid: Grid) -> int:
-    """Pixels of the largest call of the denoiser."""
+def _unknown(grid: Grid, params: Mapping[str, Any]) -> Canvas:
+    """What a block solves for: its largest read region, or more where light comes from beyond."""
     slices, h, w = grid.canvas
+    rows, columns = params.get("canvas", (h, w))
+    return slices, int(rows), int(columns)
+
+
+def _denoiser_pixels(canvas: Canvas) -> int:
+    """Pixels of the largest call of the denoiser."""
+    slices, h, w = canvas
     if h * w > DENOISER_PLANE_PX:
         side = DENOISER_TILE_PX + 2 * HALO_PX
         return min(h, side) * min(w, side)
     return h * w * max(1, min(slices, DENOISER_BATCH_PX // (h * w)))
 
 
-def _seconds(grid: Grid, views: int, method: MethodSettings, dtype: str) -> float:
+def _seconds(
+    channels: int,
+    canvas: Canvas,
+    views: int,
+    method: MethodSettings,
+    dtype: str,
+    *,
+    cut_out: bool = False,
+) -> float:
     """Seconds a pixel of the canvas."""
-    channels = grid.shape[0]
     if method.kind == "baseline":
         iterative = 3.5e-7 * views if views else BASELINE_SECONDS_PX * channels
         return iterative / 10 if method.name in CLOSED_FORM else iterative
-    data_step = VIEW_SECONDS_PX * views if views else DATA_STEP_SECONDS_PX * channels
+    solve = CUT_OUT_SECONDS_PX if cut_out else DATA_STEP_SECONDS_PX
+    data_step = VIEW_SECONDS_PX * views if views else solve * channels
     if method.name == "kriging":
         return 2 * data_step
     denoiser = DENOISER_SECONDS_PX[dtype]
-    if math.prod(grid.canvas[1:]) > DENOISER_PLANE_PX:
+    if math.prod(canvas[1:]) > DENOISER_PLANE_PX:
         denoiser *= ((DENOISER_TILE_PX + 2 * HALO_PX) / DENOISER_TILE_PX) ** 2
     calls = EVALUATIONS_A_LEVEL.get(method.name, 1)
     return method.num_levels * (calls * denoiser + data_step)

@@ -35,8 +35,19 @@ the range, and about ten times the tolerance was seen at the worst pixel (infra/
 _NEAR = 1.4
 """Ratio of numbers of levels below which what was fitted for one serves the other: what suits
 8 levels (little fresh noise, few small levels) does not suit 20."""
+
+CUT_OUT = {"tolerance": 3e-3, "max_steps": 300}
+"""Options of the linear solves of a blurred picture whose scene goes on beyond its border: they
+take a hundred steps where those of a periodic one take ten, and to 1e-2 blocks would differ from
+the whole by 2e-3 (infra/decisions/0012)."""
+
 _SOLVED = frozenset({"covprox", "diffpir", "kriging"})
-_LIKE = {"blur": "deblur-gauss", "pool": "sr-x4", "identity": "inpaint-random70"}
+_LIKE = {
+    "blur": "deblur-gauss",
+    "cropped-blur": "deblur-gauss",
+    "pool": "sr-x4",
+    "identity": "inpaint-random70",
+}
 
 
 def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | None:
@@ -81,6 +92,8 @@ def resolve_method(
         own = calibrated_method(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
     if name == own.name:
         options = {**own.options, **options}
+    if entry.operator == "cropped-blur" and name in _SOLVED:
+        options = {**CUT_OUT, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array, Domain, ItemRecord, Measurement, Problem
-from domains.imaging import IMAGE_OPERATORS
+from domains.imaging import PICTURE_OPERATORS
 from flows.report.describe import method_label
 from flows.report.rows import Row, TaskSummary
 
@@ -169,7 +169,7 @@ def view_of(
 
 def is_picture(measurement: Measurement) -> bool:
     """Whether the data are pixels themselves: known ones, blurred ones, or fewer of them."""
-    return measurement.operator in IMAGE_OPERATORS
+    return measurement.operator in PICTURE_OPERATORS
 
 
 def classical(domain: Domain, measurement: Measurement, name: str) -> Array:

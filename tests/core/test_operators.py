@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, signal
 from scipy.fft import dctn
 from scipy.sparse import random_array
 
@@ -15,6 +15,7 @@ from diffusion_core.operators import (
     ROUNDING_STD,
     Blur,
     Compose,
+    CroppedBlur,
     Downsample,
     Fourier,
     Identity,
@@ -89,6 +90,11 @@ class TestBlur(LinearOperatorContract):
 class TestBlurWiderThanTheImage(LinearOperatorContract):
     def make(self, dtype):
         return Blur(lopsided_kernel(dtype), (3, 5)), (2, 1, 3, 5)
+
+
+class TestCroppedBlur(LinearOperatorContract):
+    def make(self, dtype):
+        return CroppedBlur(lopsided_kernel(dtype), (9, 14), (2, 5), (17, 23)), ODD
 
 
 class TestPool(LinearOperatorContract):
@@ -485,6 +491,34 @@ def test_arguments_that_do_not_fit_are_refused(make, message):
         make()
 
 
+def test_a_cropped_blur_is_what_scipy_convolves_of_the_larger_scene():
+    """Off-centre in the canvas, a kernel of an even and an odd side: nothing wraps round."""
+    scene, kernel = normal(1, 1, 17, 23), lopsided_kernel()
+    operator = CroppedBlur(kernel, (13, 16), (1, 4), (17, 23))
+    blurred = signal.convolve2d(scene[0, 0].numpy(), kernel.numpy(), mode="full")
+    # The kernel's centre, (2, 3), is at the pixel: rows 1 .. 13 of the scene are 3 .. 15 of that.
+    expected = torch.from_numpy(blurred[1 + 2 : 14 + 2, 4 + 3 : 20 + 3])
+    torch.testing.assert_close(operator.A(scene)[0, 0], expected)
+    assert torch.equal(operator.crop(operator.grow(expected)), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "margin"),
+    [((14, 16), (1, 4)), ((13, 17), (1, 4)), ((13, 16), (0, 4)), ((13, 16), (1, 2))],
+)
+def test_a_canvas_round_which_a_datum_would_see_is_refused(shape, margin):
+    # Rows: 1 before, 2 behind; columns: 3 and 3.
+    with pytest.raises(ValueError, match="leaves less than"):
+        CroppedBlur(lopsided_kernel(), shape, margin, (16, 22))
+    CroppedBlur(lopsided_kernel(), (13, 16), (1, 3), (16, 22))
+
+
+def test_pictures_of_another_size_are_refused():
+    operator = CroppedBlur(lopsided_kernel(), (13, 16), (1, 3), (16, 22))
+    with pytest.raises(ValueError, match="pictures of"):
+        operator.A_adjoint(normal(1, 1, 12, 16))
+
+
 def test_moving_to_a_device_reaches_nested_operators():
     mask = Mask(coin(2, 1, 15, 21))
     moved = Compose(mask, Blur(lopsided_kernel(), (15, 21))).to("meta")
@@ -501,6 +535,10 @@ ON_DEVICES = {
     "mask": (lambda: Mask(coin(2, 1, 16, 24)), (2, 3, 16, 24)),
     "mosaic": (Mosaic, (2, 3, 16, 24)),
     "blur": (lambda: Blur(lopsided_kernel(), (16, 24)), (2, 3, 16, 24)),
+    "cropped-blur": (
+        lambda: CroppedBlur(lopsided_kernel(), (11, 13), (2, 5), (16, 24)),
+        (2, 3, 16, 24),
+    ),
     "varying-blur": (lambda: VaryingBlur(node_kernels(), (16, 24)), (2, 3, 16, 24)),
     "pool": (lambda: Pool(4), (2, 3, 16, 24)),
     "jpeg-coefficients": (lambda: JPEGCoefficients(10, (16, 24)), (2, 3, 16, 24)),

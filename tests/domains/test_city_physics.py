@@ -310,10 +310,41 @@ def test_a_users_kernel_is_scaled_to_keep_the_light():
     item, domain = picture(), City()
     kernel = np.random.default_rng(0).random((5, 9)) * 40
     problem = domain.problem(domain.given(item, mask=None, kernel=kernel, scale=None, sigma_y=0.01))
-    assert isinstance(problem.operator, Blur)
-    flat = torch.full((2, 3, *SIZE), 0.3)
-    assert torch.allclose(problem.operator.A(flat), flat, atol=1e-5)
+    flat = torch.full(problem.shape, 0.3)
+    assert torch.allclose(problem.operator.A(flat), flat[..., : SIZE[0], : SIZE[1]], atol=1e-5)
     assert float(problem.noise.variance(flat)) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("taps", [(1, 1), (5, 9), (6, 17), (31, 4)])
+def test_a_users_blurred_picture_is_cut_out_of_its_scene(taps, channels):
+    """The scene blurred by scipy and then cropped is A of the canvas: nothing wraps, exactly."""
+    rng, domain = np.random.default_rng(1), City()
+    kernel = rng.random(taps) / np.prod(taps)
+    h, w = 41, 58
+    scene = rng.uniform(0, 1, (channels, 2, h + 80, w + 80))
+    blurred = ndimage.convolve(scene, kernel[None, None] / kernel.sum())
+    frame = np.s_[:, :, 40 : 40 + h, 40 : 40 + w]
+    item = picture(channels, dtype="float32")
+    record = replace(item.record, shape=(channels, 2, h, w))
+    given = domain.given(
+        Item(blurred[frame].astype(np.float32), record),
+        mask=None,
+        kernel=kernel,
+        scale=None,
+        sigma_y=0.0,
+    )
+    problem = domain.problem(given)
+    (top, left), (H, W) = given.params["margin"], given.params["canvas"]
+    assert problem.shape[2:] == (H, W)
+    assert not any(n % 8 for n in (top, left, H, W))
+    canvas = scene[:, :, 40 - top : 40 - top + H, 40 - left : 40 - left + W]
+    x = domain.truth_signal(Item(canvas, replace(record, shape=(channels, 2, H, W))), given)
+    assert torch.allclose(problem.operator.A(x), problem.y, atol=2e-5)
+    for image in (problem.to_source(x).numpy(), problem.to_source(problem.y).numpy()):
+        assert image.shape == (2, channels, h, w)
+    assert np.abs(problem.to_source(x).numpy() - scene[frame].swapaxes(0, 1)).max() < 1e-5
+    assert given.record.shape == (channels, 2, h, w)
 
 
 def test_a_coarse_picture_is_a_measurement_of_one_four_times_finer():

@@ -5,6 +5,7 @@ mask, identity, mosaic   in image space, on a padded canvas     mask.py
 blur, pool, downsample,
 MRI                      exact for S = 1, else dual CG          spectral.py
 varying blur             CG in image space                      varying.py
+cropped blur             dual CG                                cropped.py
 multi-coil MRI           CG in image space                      multi_coil.py
 projector                CG in image space                      projector.py
 anything else            dual CG                                base.py
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from diffusion_core.operators import (
     Blur,
+    CroppedBlur,
     Downsample,
     Fourier,
     Identity,
@@ -25,6 +27,7 @@ from diffusion_core.operators import (
     VaryingBlur,
 )
 from diffusion_core.posterior.linear.base import Accuracy, DataStep, DualStep, Update
+from diffusion_core.posterior.linear.cropped import CroppedBlurStep
 from diffusion_core.posterior.linear.mask import MaskStep, MosaicStep
 from diffusion_core.posterior.linear.multi_coil import MultiCoilStep
 from diffusion_core.posterior.linear.projector import ProjectorStep
@@ -50,6 +53,8 @@ def data_step(operator: LinearOperator, through: LinearOperator | None = None) -
             return MosaicStep(operator)
         case Blur():
             return BlurStep(through, operator)
+        case CroppedBlur():
+            return CroppedBlurStep(through, operator)
         case VaryingBlur():
             return VaryingBlurStep(through, operator)
         case MultiCoil():
