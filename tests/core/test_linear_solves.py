@@ -296,6 +296,22 @@ def test_solves_converge_in_few_steps():
         assert update.num_steps <= steps, name
 
 
+def test_a_cropped_blur_takes_as_few_steps_whether_the_scale_is_in_s_or_in_c():
+    """43 steps; plain CG takes 155, a preconditioner for R itself 61, for a hundred R 54."""
+    size = (64, 72)
+    operator = CroppedBlur(kernel(), (56, 64), (4, 4), size)
+    mu = smooth_image(2, 1, size)
+    one = level_covariance(size, 1, local=True).on(mu, 3.0)
+    other = replace(one, std=10 * one.std, spectrum=one.spectrum / 100)
+    residual = operator.A(mu + normal(2, 1, *size, stream=1))
+    solved = [
+        data_step(operator)(c, torch.tensor(0.02**2), residual, Accuracy(1e-3, 500))
+        for c in (one, other)
+    ]
+    assert all(update.num_steps <= 46 for update in solved)
+    assert relative(solved[1].delta, solved[0].delta) < 1e-2  # of a solve to 1e-3
+
+
 def test_the_coils_circulant_has_the_diagonal_of_the_normal_matrix_in_fourier():
     """T. Chan's: e(k)' A' A e(k) at every mode k, column by column of the matrix."""
     h, w = 5, 6
