@@ -190,6 +190,10 @@ class ScoreSettings(Settings):
     num_images: int = Field(2, ge=1, le=100, description="of each condition")
     side: int = Field(96, ge=32, le=1024, description="of the images' centre crops, pixels")
     num_levels: int = Field(6, ge=1, le=100, description="evaluations a restoration")
+    decides: bool = Field(
+        True,
+        description="whether the best by score is shipped; else the newest, scored for the curve",
+    )
 
 
 class TrainSettings(Settings):

@@ -83,6 +83,8 @@ def _candidates(settings: TrainSettings, run: Path, step: int) -> Iterator[tuple
 
     newest = _newest(run)
     yield "newest", lambda: load_file(newest / "ema.safetensors")
+    if not settings.score.decides:
+        return
     if settings.score.every_steps:
         for when, folder in folders_by_step(run / BEST):
             if when != step:
@@ -129,7 +131,7 @@ def _keep_if_best(
         step_folder,
     )
 
-    how = settings.score.model_dump(exclude={"every_steps"})
+    how = settings.score.model_dump(exclude={"every_steps", "decides"})
     before = [(path, json.loads((path / "score.json").read_text()))
               for _, path in folders_by_step(folder)]  # fmt: skip
     # A best that was scored otherwise is not comparable: it gives way.

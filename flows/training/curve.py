@@ -29,7 +29,7 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
     if not settings.score.every_steps:
         return {}
     how = {
-        "score": settings.score.model_dump(mode="json", exclude={"every_steps"}),
+        "score": settings.score.model_dump(mode="json", exclude={"every_steps", "decides"}),
         "conditions": sorted(settings.conditions),
     }
     points = _points_before(settings, how)

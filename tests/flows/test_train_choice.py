@@ -63,6 +63,11 @@ def test_the_best_by_restoration_is_shipped_and_every_candidate_is_told(dataset,
     assert f"| {config['average']} |" in card
     assert len(list((run / "snapshots").iterdir())) == 4
 
+    told = asked.model_copy(update={"score": asked.score.model_copy(update={"decides": False})})
+    newest = Model.load(train(told).model_path).config
+    assert (newest["average"], newest["restoration_scores_db"]) == ("newest", {})
+    assert len(newest["curve"]["points"]) == len(config["curve"]["points"]) == 3
+
 
 def test_the_curve_goes_on_through_the_parts_of_a_training(dataset, tmp_path):
     """From nothing, and from there: megapixels and hours add up, the last is what is shipped."""
