@@ -23,7 +23,7 @@ import yaml
 from diffusion_core.posterior import SOLVERS
 from domains.base import BadInputError
 from domains.registry import load_domain
-from flows.config import MethodSettings, config_path, load_method, task_names
+from flows.config import MethodSettings, config_path, load_method, load_task, task_names
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -46,7 +46,7 @@ _LIKE = {
     "blur": "deblur-gauss",
     "cropped-blur": "deblur-gauss",
     "pool": "sr-x4",
-    "identity": "inpaint-random70",
+    "identity": "denoise-25",
 }
 
 
@@ -90,12 +90,23 @@ def resolve_method(
     if calibrated and like:
         num_levels = given.get("num_levels", own.num_levels)
         own = calibrated_method(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
+    own = _at_noise_of(entry, own, like)
     if name == own.name:
         options = {**own.options, **options}
     if entry.operator == "cropped-blur" and name in _SOLVED:
         options = {**CUT_OUT, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
+
+
+def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None) -> MethodSettings:
+    """Levels that end where the noise of the data is: denoising has no other (decisions/0007)."""
+    sigma_y = entry.noise.get("sigma_y")
+    if entry.operator != "identity" or like in (None, entry.task) or not sigma_y:
+        return own
+    ratio = float(sigma_y) / float(load_task(str(like)).noise["sigma_y"])
+    levels = {"sigma_max": own.sigma_max * ratio, "sigma_min": own.sigma_min * ratio}
+    return own.model_copy(update=levels)
 
 
 def converged(method: MethodSettings, asked: MethodSettings | None) -> MethodSettings:

@@ -6,17 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from engine_kit import kinds, recorder
 from evaluation_kit import picture
 from PIL import Image
 from pydantic import ValidationError
 
+from diffusion_core.model import Model
 from domains.base import BadInputError
 from flows import api_restore
 from flows.api_data import ingest
 from flows.api_restore import plan, prepare, restore
 from flows.cli import run
-from flows.config import ComputeSettings, IngestSettings, MethodSettings, RestoreSettings
+from flows.config import (
+    ComputeSettings,
+    IngestSettings,
+    MethodSettings,
+    RestoreSettings,
+    config_path,
+)
 from flows.engine.campaign import run_plan
 from flows.engine.events import ignore
 from flows.engine.executor import InlineExecutor
@@ -66,6 +74,26 @@ def pixels_of(path: Path) -> np.ndarray:
 
 def changed(folder: Path, name: str) -> np.ndarray:
     return (pixels_of(folder / f"photos/{name}") != pixels_of(folder / f"out/files/{name}")).any(2)
+
+
+# --- noise alone ---------------------------------------------------------------------------------
+
+
+def test_noise_alone_is_taken_off_by_one_evaluation_at_its_level(folder):
+    """Every pixel seen under white noise: the posterior mean is D(y; sigma_y), whatever sigma_y."""
+    sigma_y = 0.08
+    asked = settings(
+        folder, mask=None, sigma_y=sigma_y, model="starter", method=None, dtype="float32"
+    )
+    restore(asked)
+    model = Model.load(config_path("models", "starter"))
+    y = torch.from_numpy(pixels_of(folder / "photos/a.png")).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        D_y = model.denoiser("city")(y.float(), torch.full((1,), sigma_y))
+    expected = ((D_y[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    restored = pixels_of(folder / "out/files/a.png")
+    assert np.abs(restored - expected).max() < 1.5
+    assert np.abs(restored - pixels_of(folder / "photos/a.png")).max() > 10
 
 
 # --- one image, two masks ------------------------------------------------------------------------
