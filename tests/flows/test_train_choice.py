@@ -17,6 +17,7 @@ from flows.api_train import new_network, recipe_of, train
 from flows.training.choice import score_and_keep
 from flows.training.run_folder import only_one
 from flows.training.score import restoration_score
+from flows.training.validation import validation_images
 
 SMALL_SCORE = {"num_images": 1, "side": 32, "num_levels": 2}
 
@@ -85,7 +86,7 @@ def test_the_curve_goes_on_through_the_parts_of_a_training(dataset, tmp_path):
     scored = [json.loads(x) for x in (tmp_path / "small/scores.jsonl").read_text().splitlines()]
     assert points[1]["score_db"] == pytest.approx(scored[1]["score_db"], abs=1e-3)
 
-    more = {"name": "more", "num_steps": 3, "init_from": first.model_path}
+    more = {"name": "more", "num_steps": 3, "init_from": first.model_path, "seed": 7}
     second = train(settings(dataset, tmp_path, **more, score=score))
     joined = Model.load(second.model_path).config["curve"]["points"]
     assert joined[:3] == points
@@ -94,6 +95,9 @@ def test_the_curve_goes_on_through_the_parts_of_a_training(dataset, tmp_path):
     shipped = Model.load(second.model_path).module.eval()
     asked = settings(dataset, tmp_path, score=score)
     assert joined[-1]["score_db"] == pytest.approx(restoration_score(asked, shipped).db, abs=0.02)
+    start = Model.load(first.model_path).module.eval()
+    of_other_seed = restoration_score(settings(dataset, tmp_path, score=score, seed=7), start).db
+    assert of_other_seed == pytest.approx(points[-1]["score_db"], abs=0.02), "float16 in the file"
     card = (second.model_path / "MODEL_CARD.md").read_text()
     assert f"| {joined[0]['score_db']:.2f} |" in card.split("## Restoration against training")[1]
 
@@ -103,6 +107,19 @@ def test_the_curve_goes_on_through_the_parts_of_a_training(dataset, tmp_path):
     unscored = train(settings(dataset, tmp_path, name="unscored", num_steps=2))
     assert Model.load(unscored.model_path).config["curve"] == {}
     assert "Restoration against" not in (unscored.model_path / "MODEL_CARD.md").read_text()
+
+
+def test_validation_images_are_the_same_for_every_seed(dataset, tmp_path):
+    """Or the scores of two parts of a training could not stand in one curve."""
+    drawn = [
+        validation_images(
+            settings(dataset, tmp_path, conditions={"city-grey": 1.0}, seed=seed), 4, 32
+        )["city-grey"]
+        for seed in (1, 2)
+    ]
+    assert len(drawn[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    assert not torch.equal(drawn[0][0], drawn[0][2])
 
 
 def test_curves_pictures_and_the_machine_s_figures_are_in_mlflow(dataset, tmp_path):
