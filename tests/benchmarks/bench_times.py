@@ -80,7 +80,6 @@ def test_the_command_starts(capsys: pytest.CaptureFixture[str]):
     show(capsys, f"sashiko --help on {machine()}, Python {platform.python_version()}", text)
 
 
-@pytest.mark.skipif(not STARTER.is_dir(), reason="there is no starter model in configs/models")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_network(dtype: str, capsys: pytest.CaptureFixture[str]):
     from diffusion_core.model import Model
@@ -99,7 +98,6 @@ def test_the_network(dtype: str, capsys: pytest.CaptureFixture[str]):
     show(capsys, f"one evaluation of the starter model, {dtype}", text)
 
 
-@pytest.mark.skipif(not STARTER.is_dir(), reason="there is no starter model in configs/models")
 @pytest.mark.parametrize("task", list(CASES))
 def test_every_method_of_a_task(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     settings = EvaluateSettings(
