@@ -80,7 +80,7 @@ def calibrate(settings: CalibrateSettings, on_event: EventHandler | None = None)
     document: dict[str, Any] = {**solver_settings(source)}
     document["format"] = 1
     model = Model.load(source, dtype=getattr(torch, settings.dtype))
-    dataset, parts = Dataset(settings.data), _parts(settings.parts)
+    dataset, parts = Dataset(settings.data), read_parts(settings.parts)
     tasks: dict[str, Any] = document.setdefault("tasks", {})
     with torch.no_grad():
         for name in settings.tasks:
@@ -196,7 +196,7 @@ def _validation(dataset: Dataset, domain: str) -> list[Selection]:
     ]
 
 
-def _parts(path: Path | None) -> dict[str, list[Selection]]:
+def read_parts(path: Path | None) -> dict[str, list[Selection]]:
     """Images by domain or task, from a YAML file: see configs/calibrate-starter.yaml."""
     from flows.tune import Selection
 

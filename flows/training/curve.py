@@ -36,12 +36,12 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
     }
     points = _points_before(settings, how)
     seen, spent = (points[-1]["megapixels"], points[-1]["hours"]) if points else (0.0, 0.0)
-    hours = _hours_by_step(settings, run)
+    hours = hours_by_step(settings, run)
 
     def point(step: int, score_db: float) -> dict[str, float]:
         done = max((s for s in hours if s <= step), default=0)
         return {
-            "megapixels": round(seen + _megapixels(settings, step), 4),
+            "megapixels": round(seen + megapixels(settings, step), 4),
             "hours": round(spent + hours.get(done, 0.0), 6),
             "score_db": round(score_db, 3),
         }
@@ -75,7 +75,7 @@ def _scores_by_step(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["score_db"] for entry in map(json.loads, lines)}
 
 
-def _hours_by_step(settings: TrainSettings, run: Path) -> dict[int, float]:
+def hours_by_step(settings: TrainSettings, run: Path) -> dict[int, float]:
     """Hours of training up to every reading."""
     readings = {
         entry["step"]: entry["megapixels_per_s"]
@@ -83,10 +83,11 @@ def _hours_by_step(settings: TrainSettings, run: Path) -> dict[int, float]:
     }
     hours, spent, before = {}, 0.0, 0
     for step, rate in sorted(readings.items()):
-        spent += _megapixels(settings, step - before) / rate / 3600
+        spent += megapixels(settings, step - before) / rate / 3600
         hours[step], before = spent, step
     return hours
 
 
-def _megapixels(settings: TrainSettings, steps: int) -> float:
+def megapixels(settings: TrainSettings, steps: int) -> float:
+    """Megapixels that so many steps see."""
     return steps * settings.batch_size * settings.patch_size**2 / 1e6

@@ -219,7 +219,7 @@ def megapixels_per_s(network: nn.Module, dtype: torch.dtype, repeats: int = 4) -
 
 def _settings(data: list[Path], seed: int) -> TrainSettings:
     changes = [f"seed={seed}", "init_from=null", "patch_size=64"]
-    settings = read_settings(TrainSettings, config_path("train-starter.yaml"), changes)
+    settings = read_settings(TrainSettings, config_path("train-starter-2.yaml"), changes)
     return settings.model_copy(update={"data": data})
 
 
