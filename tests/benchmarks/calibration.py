@@ -48,8 +48,9 @@ TEST: Mapping[str, Sequence[Selection]] = {
         Selection("china", size=(128, 128)),
         Selection("bikes-3", 3, size=(128, 128)),
     ),
+    "ct-lowdose": (Selection("lung2", 4, shrink=4),),
 }
-"""Images by domain, or by task where some of the domain's have no meaning."""
+"""Images by domain, or by task where some of the domain's have no meaning, or cost too much."""
 SOURCES = ("fixed", "task file", "model")
 
 Row = dict[str, Any]

@@ -9,6 +9,8 @@ same six channels. MONAI's has channels 32, 64, 128, two blocks a level and no a
 
     monai       as it comes; its middle block attends, which no argument switches off
     monai-bare  without that attention too
+    ours        the starter's network
+    ours-half   with half its widths, a quarter of its operations
 
 Each is timed in both memory layouts and the better counts; each is trained in the layout that is
 the quicker for it (channels-last for ours; for MONAI's it would halve the steps). Weights are
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -46,10 +49,12 @@ from flows.training.validation import denoising_psnr, validation_images
 
 SIGMAS = (0.05, 0.2, 0.5)
 NUM_IMAGES, SIDE_PX = 6, 256
+HALF_WIDTHS = (32, 48, 96)
 RESULTS = Path(__file__).parent / "results" / "unet_vs_monai.json"
 Clock = Callable[[], float]
 RUNS = (
     "ours:muon:2.5e-3",
+    "ours-half:muon:2.5e-3",
     "monai-bare:muon:2.5e-3",
     "monai-bare:adamw:1e-3",
     "monai:muon:2.5e-3",
@@ -194,6 +199,7 @@ def networks(settings: TrainSettings) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     return {
         "ours": LocalUNet(count, **settings.network),
+        "ours-half": LocalUNet(count, **{**settings.network, "widths": HALF_WIDTHS}),
         "monai": MonaiUNet(count),
         "monai-bare": MonaiUNet(count, middle_attention=False),
     }
@@ -246,10 +252,10 @@ def speed(threads: int) -> None:
         for name, network in networks(_settings([], 0)).items():
             key = f"{name}-{str(dtype).removeprefix('torch.')}"
             found[key] = round(megapixels_per_s(network, dtype), 4)
-    for name in ("monai", "monai-bare"):
+    for one, other in product(("ours", "ours-half"), ("monai", "monai-bare")):
         for kind in ("bfloat16", "float32"):
-            ratio = found[f"ours-{kind}"] / found[f"{name}-{kind}"]
-            found[f"ours / {name}, {kind}"] = round(ratio, 2)
+            ratio = found[f"{one}-{kind}"] / found[f"{other}-{kind}"]
+            found[f"{one} / {other}, {kind}"] = round(ratio, 2)
     _keep("megapixels_per_s", found)
 
 
