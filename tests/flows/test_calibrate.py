@@ -33,7 +33,7 @@ from flows.calibration import (
 )
 from flows.config import CalibrateSettings, MethodSettings, load_method, load_task
 from flows.engine.methods import resolve_method
-from flows.knobs import Knobs, climb, knots_of
+from flows.knobs import LEAST_SIGMA_MAX, Knobs, climb, knots_of
 from flows.store import DatasetWriter
 from flows.tune import case_of
 
@@ -120,10 +120,15 @@ def test_knobs_stay_in_their_bounds():
         knobs = Knobs(0.5, 0.05)
         for _ in range(12):
             knobs = climb(knobs, figure, 1.0)
-        assert 0.004 <= knobs.sigma_min <= 0.15 < 0.2 <= knobs.sigma_max <= 3.0
+        assert 0.004 <= knobs.sigma_min <= 0.15 < LEAST_SIGMA_MAX <= knobs.sigma_max <= 3.0
         assert all(0 <= z <= 1.3 for z in knobs.zeta)
         assert all(0.2 <= c <= 10.0 for c in knobs.inflation)
         assert 0 <= knobs.momentum <= 0.9
+
+
+def test_a_start_below_the_bound_is_left_where_the_task_has_it():
+    found = climb(Knobs(0.25, 0.05), lambda k: -k.sigma_max, 1.0)
+    assert found.sigma_max == 0.25
 
 
 def test_settings_and_knobs_are_each_others_inverse():
