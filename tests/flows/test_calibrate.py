@@ -127,7 +127,8 @@ def test_knobs_stay_in_their_bounds():
 
 
 def test_a_start_below_the_bound_is_left_where_the_task_has_it():
-    found = climb(Knobs(0.25, 0.05), lambda k: -k.sigma_max, 1.0)
+    """A move down must not end above it, at the bound."""
+    found = climb(Knobs(0.25, 0.05), lambda k: float(k.sigma_max == LEAST_SIGMA_MAX), 1.0)
     assert found.sigma_max == 0.25
 
 
