@@ -7,6 +7,7 @@ alike; otherwise its curve begins with the score of those weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,9 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
     hours = hours_by_step(settings, run)
 
     def point(step: int, score_db: float) -> dict[str, float]:
-        done = max((s for s in hours if s <= step), default=0)
         return {
             "megapixels": round(seen + megapixels(settings, step), 4),
-            "hours": round(spent + hours.get(done, 0.0), 6),
+            "hours": round(spent + hours_until(hours, step), 6),
             "score_db": round(score_db, 3),
         }
 
@@ -73,6 +73,11 @@ def _scores_by_step(run: Path) -> dict[int, float]:
     path = run / SCORES
     lines = path.read_text().splitlines() if path.exists() else []
     return {entry["step"]: entry["score_db"] for entry in map(json.loads, lines)}
+
+
+def hours_until(hours: Mapping[int, float], step: int) -> float:
+    """Hours at the last reading up to a step (see hours_by_step); 0 before the first."""
+    return max((spent for reading, spent in hours.items() if reading <= step), default=0.0)
 
 
 def hours_by_step(settings: TrainSettings, run: Path) -> dict[int, float]:

@@ -2,19 +2,24 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from diffusion_core.model import store_card_section
+from diffusion_core.model import Model, store_card_section
 from diffusion_core.networks.local_unet import LocalUNet
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.training.power import LENGTHS, PowerAverage, save_snapshot
+from domains.base import Item
 from flows.config import config_path
+from flows.store import Dataset, DatasetWriter
+from flows.tune import Selection
 from tests.benchmarks import training_curve
-from tests.benchmarks.training_curve import points_of
+from tests.benchmarks.linear_convergence import picture
+from tests.benchmarks.training_curve import Point, points_of
 
 RECIPE = {
     "name": "part",
@@ -72,10 +77,15 @@ def test_points_on_the_way_are_the_averages_of_the_snapshots(tmp_path):
 def test_a_kept_curve_is_told_to_the_card_and_nothing_is_measured_again(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(config_path("models", "starter"), model)
-    weights = training_curve.weights_digest(model)[:12]
     figures = dict.fromkeys(("denoising_db", *training_curve.TASKS), 30.0)
     run = part(tmp_path / "one", 100, 4, [(100, 0.5)], 1.0)
-    row = {"weights": weights, "point": "one/100", "megapixels": 4.0, "hours": 0.5, **figures}
+    row = {
+        "how": training_curve.how_of(model),
+        "point": "one/100",
+        "megapixels": 4.0,
+        "hours": 0.5,
+        **figures,
+    }
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     arguments = ["--data", tmp_path, "--model", model, "--run", run, "--card"]
     made = CliRunner().invoke(
@@ -85,3 +95,27 @@ def test_a_kept_curve_is_told_to_the_card_and_nothing_is_measured_again(tmp_path
     card = (model / "MODEL_CARD.md").read_text()
     assert "| 4 | 0.50 | 30.00 |" in card.split(f"## {training_curve.HEADING}")[1]
     assert store_card_section(model, "Nothing", "else"), "the model is whole"
+
+
+def test_a_point_is_measured_with_its_own_weights(tmp_path, monkeypatch):
+    """And a row counts only for the settings that it was made with."""
+    item = picture("city", 64)
+    with DatasetWriter(tmp_path / "data.zarr") as writer:
+        meta = {"value_range": (0, 255)}
+        writer.add(Item(item.pixels, replace(item.record, split="validation", meta=meta)))
+    monkeypatch.setattr(training_curve, "TASKS", ("inpaint-random70",))
+    monkeypatch.setattr(training_curve, "NUM_LEVELS", 2)
+    monkeypatch.setattr(training_curve, "read_parts", lambda _: {"city": [Selection("synthetic")]})
+    path = config_path("models", "starter")
+    model = Model.load(path)
+    measure = training_curve.Measure(model, Dataset(tmp_path / "data.zarr"))
+    good = {name: value.clone() for name, value in model.module.state_dict().items()}
+    bad = {name: 0.5 * value for name, value in good.items()}
+    with torch.no_grad():
+        rows = [measure.row(Point("x", 1.0, 1.0, weights)) for weights in (good, bad, good)]
+    assert rows[0] == rows[2]
+    for figure in ("denoising_db", "inpaint-random70"):
+        assert rows[1][figure] < rows[0][figure] - 0.5
+    before = training_curve.how_of(path)
+    monkeypatch.setattr(training_curve, "NUM_LEVELS", 3)
+    assert training_curve.how_of(path) != before

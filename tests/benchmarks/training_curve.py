@@ -16,9 +16,10 @@ card.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ from diffusion_core.training.files import folders_by_step
 from diffusion_core.training.power import reconstruct
 from flows.api_calibrate import read_parts
 from flows.calibration import Bench
-from flows.config import TrainSettings, config_path, load_method, load_task
+from flows.config import MethodSettings, TrainSettings, config_path, load_method, load_task
 from flows.engine.methods import calibrated_method
 from flows.store import Dataset
-from flows.training.curve import hours_by_step, megapixels
+from flows.training.curve import hours_by_step, hours_until, megapixels
 from flows.training.run_folder import SNAPSHOTS
 from flows.training.validation import denoising_psnr, validation_images
 from flows.tune import case_of, cut
@@ -45,6 +46,7 @@ from tests.benchmarks.rows import Row, Rows
 RESULTS = Path(__file__).parent / "results" / "training_curve.json"
 HEADING = "Restoration against training"
 TASKS = ("ct-sparse60", "kspace-x4-real", "inpaint-random70", "sr-x4", "deblur-gauss")
+PARTS = "calibrate-starter-samples.yaml"
 NUM_LEVELS = 12
 SIGMAS = (0.05, 0.1, 0.2, 0.5)
 NUM_IMAGES, SIDE_PX = 6, 192
@@ -78,43 +80,56 @@ def points_of(runs: Sequence[Path], length: float) -> Iterator[Point]:
         last = max(hours)
         for step, _ in folders_by_step(run / SNAPSHOTS):
             if step < last:
-                done = max((hours[s] for s in hours if s <= step), default=0.0)
+                done = megapixels(settings, step), hours_until(hours, step)
                 weights = reconstruct(run / SNAPSHOTS, length, step)
-                name = f"{run.name}/{step}"
-                yield Point(name, seen + megapixels(settings, step), spent + done, weights)
+                yield Point(f"{run.name}/{step}", seen + done[0], spent + done[1], weights)
         seen, spent = seen + megapixels(settings, last), spent + hours[last]
         weights = load_file(run / "model" / "weights.safetensors")
         yield Point(f"{run.name}/{last}", seen, spent, weights)
+
+
+def methods_of(model: Path) -> dict[str, MethodSettings]:
+    """What a model restores each task with."""
+    fits = solver_settings(model).get("tasks", {})
+    return {
+        name: calibrated_method(
+            load_method(name).model_copy(update={"num_levels": NUM_LEVELS}),
+            fits.get(name, {}),
+            "mean",
+            NUM_LEVELS,
+        )
+        for name in TASKS
+    }
+
+
+def how_of(model: Path) -> str:
+    """A digest of what the rows of a model depend on: its weights, and what it restores with."""
+    methods = {name: method.model_dump(mode="json") for name, method in methods_of(model).items()}
+    text = json.dumps([weights_digest(model), methods], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Measure:
     """The images, measured once."""
 
     def __init__(self, model: Model, dataset: Dataset) -> None:
-        self._model = model
-        parts = read_parts(config_path("calibrate-starter-samples.yaml"))
-        fits = solver_settings(model.path).get("tasks", {})
-        self._tasks = {}
-        for name in TASKS:
+        self._module, self._benches = model.module, {}
+        parts = read_parts(config_path(PARTS))
+        for name, method in methods_of(model.path).items():
             task = load_task(name)
             items = [cut(dataset, part) for part in parts[task.domain]]
             cases = [case_of(task, i.slices(z, z + 1)) for i in items for z in range(_depth(i))]
-            own = load_method(name).model_copy(update={"num_levels": NUM_LEVELS})
-            method = calibrated_method(own, fits.get(name, {}), "mean", NUM_LEVELS)
-            self._tasks[name] = cases, task.region, method
+            self._benches[name] = Bench(model, cases, task.region), method
         recipe = {**model.config["training"], "data": [dataset.path]}
         settings = TrainSettings.model_validate(recipe)
         self._images = validation_images(settings, NUM_IMAGES, SIDE_PX)
 
     def row(self, point: Point) -> Row:
         """PSNR of a point's weights."""
-        module = self._model.module
-        module.load_state_dict(point.weights)
-        denoised = denoising_psnr(module, self._images, SIGMAS)
-        model = replace(self._model, module=module)
+        self._module.load_state_dict(point.weights)
+        denoised = denoising_psnr(self._module, self._images, SIGMAS)
         restored = {
-            name: round(Bench(model, cases, region).psnr(method), 3)
-            for name, (cases, region, method) in self._tasks.items()
+            name: round(bench.psnr(method), 3) for name, (bench, method) in self._benches.items()
         }
         return {
             "point": point.name,
@@ -160,15 +175,15 @@ def main(
     data: Path, model: Path, runs: tuple[Path, ...], length: float, card: bool, output: Path
 ) -> None:
     """Measure what has no row yet, print, and tell the card."""
-    weights, rows = weights_digest(model)[:12], Rows(output, ("weights", "point"))
+    how, rows = how_of(model), Rows(output, ("how", "point"))
     measure: Measure | None = None
     with torch.no_grad():
         for point in points_of(runs, length):
-            if rows.get(weights, point.name) is None:
+            if rows.get(how, point.name) is None:
                 measure = measure or Measure(Model.load(model), Dataset(data))
-                rows.put({"weights": weights, **measure.row(point)})
-                click.echo(f"{point.name}: {rows.get(weights, point.name)}")
-    same = [row for row in rows if row["weights"] == weights]
+                rows.put({"how": how, **measure.row(point)})
+                click.echo(f"{point.name}: {rows.get(how, point.name)}")
+    same = [row for row in rows if row["how"] == how]
     click.echo(table(same))
     if card:
         click.echo(f"model: {store_card_section(model, HEADING, card_section(same))}")
