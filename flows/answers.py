@@ -10,6 +10,7 @@ from flows.console import duration, size, table
 if TYPE_CHECKING:
     from flows.api_restore import RestoreResult
     from flows.api_train import TrainResult
+    from flows.engine.account import RunAccount
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
     from flows.training.plan import TrainPlan
@@ -71,8 +72,41 @@ def restored_text(result: RestoreResult) -> str:
     bad = [f"quarantined: {q.source or q.item_id}: {q.reason}" for q in result.quarantined]
     before = f", {result.num_reused} of them before" if result.num_reused else ""
     files = f"; files in {result.output / 'files'}" if result.files else ""
-    return "\n".join(
-        [*bad, f"restored: {len(result.published)} items{before}, in {result.output}{files}"]
+    told = f"restored: {len(result.published)} items{before}, in {result.output}{files}"
+    return "\n".join([*bad, *account_lines(result.account), told])
+
+
+def account_lines(account: RunAccount) -> list[str]:
+    """What a run took, a line a figure; nothing where it computed nothing."""
+    if not account.num_computed and not account.retries:
+        return []
+    before = ", ".join(
+        f"{count} {what} done before"
+        for count, what in ((account.num_receipted, "blocks"), (account.num_reused, "items"))
+        if count
+    )
+    busy = account.device_seconds / account.seconds if account.seconds else 0.0
+    rows = [
+        ("computed", f"{account.num_computed} blocks, {account.num_pixels / 1e6:.3g} MP"),
+        ("reused", before),
+        ("time", f"{duration(account.seconds)}, {account.megapixels_per_s:.3g} MP/s"),
+        ("workers", f"{duration(account.device_seconds)} of work, {busy:.2f} busy on average, "
+         f"{size(account.peak_bytes)} at most"),
+        ("written", size(account.num_bytes)),
+        ("retries", ", ".join(f"{n} {kind}" for kind, n in sorted(account.retries.items()))),
+        ("quarantined", str(account.num_quarantined or "")),
+        ("seams", _seams(account)),
+    ]  # fmt: skip
+    return [f"{name:<11} {text}" for name, text in rows if text]
+
+
+def _seams(account: RunAccount) -> str:
+    worst = account.worst_seam
+    if worst is None:
+        return ""
+    return (
+        f"{account.num_cut} items cut; gradient across borders over that beside them: "
+        f"{worst.ratio:.3f} +- {worst.standard_error:.3f} at worst ({worst.item_id})"
     )
 
 

@@ -27,9 +27,11 @@ from pydantic import ValidationError
 from diffusion_core.model import BadModelError
 from domains.base import BadInputError
 from domains.files import file_digest
+from flows.answers import account_lines
 from flows.api_restore import RestoreResult, restore
 from flows.config import NightlySettings, RestoreSettings
 from flows.damage import place_below
+from flows.engine.account import RunAccount
 from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import RestoredEntry
@@ -86,6 +88,7 @@ class JobReport:
     num_known: int = 0
     num_waiting: int = 0
     reason: str = ""
+    account: RunAccount | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class NightlyResult:
         lines = []
         for job in self.jobs:
             lines.append(f"{job.name}: {_told(job)}")
+            if job.account is not None:
+                lines += [f"  {line}" for line in account_lines(job.account)]
             lines += [f"  quarantined: {bad.item}: {bad.reason}" for bad in job.quarantined]
             if job.quarantined:
                 lines.append(f"  find it with: {finding(job)}")
@@ -285,6 +290,7 @@ class _Job:
             num_known=self.known,
             num_waiting=self.waiting,
             reason=reason,
+            account=None if result is None else result.account,
         )
 
 

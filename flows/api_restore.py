@@ -10,8 +10,9 @@ Nothing that is published already is computed again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from domains.registry import domain_names, require_domain
 from flows.config import RestoreSettings
+from flows.engine.account import RunAccount, add_accounts
 from flows.engine.campaign import (
     CampaignError,
     CampaignResult,
@@ -26,6 +28,7 @@ from flows.engine.campaign import (
     record_quarantine,
     run_plan,
 )
+from flows.engine.event_log import new_run
 from flows.engine.events import EventHandler, ignore
 from flows.engine.executor import Executor, default_workers, make_executor
 from flows.engine.memory import machine_bytes
@@ -48,12 +51,14 @@ class RestoreJob:
         plan: what will be computed.
         given: the measurements, and the names of the files behind each item.
         rejected: files that could not be used.
+        run: names its log of events; see event_log.
     """
 
     settings: RestoreSettings
     plan: Plan
     given: Given
     rejected: tuple[Quarantined, ...] = ()
+    run: str = field(default_factory=new_run)
 
     def windows(self) -> list[Plan]:
         """The plan in windows of `settings.window_items` items."""
@@ -85,6 +90,7 @@ class RestoreResult:
         num_retries: attempts that failed and were made again.
         seconds: wall time of computing and publishing.
         num_unknown: files of the input that are of no kind the domain reads.
+        account: what it took; kept in OUTPUT/campaigns/CAMPAIGN/account-RUN.json too.
     """
 
     output: Path
@@ -98,6 +104,7 @@ class RestoreResult:
     num_retries: int
     seconds: float
     num_unknown: int = 0
+    account: RunAccount = field(default_factory=RunAccount)
 
 
 def restore(settings: RestoreSettings, on_event: EventHandler | None = None) -> RestoreResult:
@@ -192,7 +199,13 @@ def restore_window(
         executor: computes; stays open.
         on_event: told of progress.
     """
-    campaign = run_plan(window, executor, on_event, max_attempts=job.settings.compute.max_attempts)
+    campaign = run_plan(
+        window,
+        executor,
+        on_event,
+        max_attempts=job.settings.compute.max_attempts,
+        run=job.run,
+    )
     files: list[Path] = []
     unwritten: list[Quarantined] = []
     for entry in campaign.published:
@@ -216,6 +229,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
     """
     _record_rejected(job)
     campaigns = [result.campaign for result in results]
+    account = _record_account(job, campaigns)
     quarantined = [q for campaign in campaigns for q in campaign.quarantined]
     published = tuple(entry for campaign in campaigns for entry in campaign.published)
     if not published and quarantined:
@@ -237,6 +251,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
         num_retries=sum(campaign.num_retries for campaign in campaigns),
         seconds=sum(campaign.seconds for campaign in campaigns),
         num_unknown=job.given.num_unknown,
+        account=account,
     )
 
 
@@ -321,6 +336,16 @@ def _remove_scratch(job: RestoreJob, published: Sequence[RestoredEntry]) -> None
     left = {item.key for item in job.plan.items} - {entry.key for entry in published}
     if job.given.scratch is not None and not left:
         remove_scratch(job.given.scratch)
+
+
+def _record_account(job: RestoreJob, campaigns: Sequence[CampaignResult]) -> RunAccount:
+    """The account of all windows and of the files left out, kept beside the log of events."""
+    account = add_accounts(campaign.account for campaign in campaigns)
+    account = replace(account, num_quarantined=account.num_quarantined + len(job.rejected))
+    values = {**asdict(account), "megapixels_per_s": account.megapixels_per_s}
+    key = f"campaigns/{job.plan.campaign}/account-{job.run}.json"
+    LocalObjects(job.settings.output).create(key, (json.dumps(values, indent=1) + "\n").encode())
+    return account
 
 
 def _record_rejected(job: RestoreJob) -> None:

@@ -102,7 +102,7 @@ class Terminal:
             completed=event.done,
             total=event.total or None,
             description=event.message[:60],
-            left="" if eta is None else f"{duration(float(eta))} left",
+            left="" if eta is None else f"{duration(float(eta))} left{_speed(event)}",
         )
 
     def _put_up(self) -> Bar:
@@ -129,8 +129,14 @@ class Terminal:
 def _plain(event: Event) -> str:
     eta = event.facts.get("eta_s")
     count = f"[{event.done}/{event.total}] " if event.total else ""
-    left = f" ({duration(float(eta))} left)" if eta else ""
+    left = f" ({duration(float(eta))} left{_speed(event)})" if eta else ""
     return f"{count}{event.message}{left}"
+
+
+def _speed(event: Event) -> str:
+    """Megapixels a second, where a run counts them."""
+    speed = event.facts.get("megapixels_per_s")
+    return f", {float(speed):.3g} MP/s" if speed else ""
 
 
 def duration(seconds: float) -> str:

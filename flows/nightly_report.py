@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.answers import account_lines
 from flows.engine.objects import LocalObjects
 
 if TYPE_CHECKING:
@@ -54,10 +55,17 @@ def write_report(
         number += 1
         stem = f"{when.strftime('%Y%m%dT%H%M%SZ')}-{number}"
     night = {"when": when.isoformat("T", "seconds"), "seconds": round(seconds, 1)}
-    values = {**night, "jobs": [{**asdict(job), "find": finding(job)} for job in jobs]}
+    told = [
+        {**asdict(job), "find": finding(job), "account_lines": _account_lines(job)} for job in jobs
+    ]
+    values = {**night, "jobs": told}
     objects.create(f"{stem}.json", (json.dumps(values, indent=1) + "\n").encode())
     objects.create(f"{stem}.html", page(values).encode())
     return objects.path(f"{stem}.json"), objects.path(f"{stem}.html")
+
+
+def _account_lines(job: JobReport) -> list[str]:
+    return [] if job.account is None else account_lines(job.account)
 
 
 def finding(job: JobReport) -> str:
@@ -86,7 +94,14 @@ def _job(job: dict[str, Any]) -> str:
     counts = f"{job['num_known']} done before, {job['num_waiting']} {WAITING}"
     told = f"<p>{escape(job['status'])}; {counts}</p>"
     reason = f'<p class="bad">{escape(job["reason"])}</p>' if job["reason"] else ""
-    return f"<h2>{escape(job['name'])}</h2>{told}{reason}{_restored(job)}{_quarantined(job)}"
+    parts = (_took(job), _restored(job), _quarantined(job))
+    return f"<h2>{escape(job['name'])}</h2>{told}{reason}{''.join(parts)}"
+
+
+def _took(job: dict[str, Any]) -> str:
+    """The account of the job; the same lines as at the end of `sashiko restore`."""
+    lines = job["account_lines"]
+    return f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
 
 
 def _restored(job: dict[str, Any]) -> str:

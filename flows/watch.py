@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -85,17 +85,20 @@ class ProgressArtifact:
     Args:
         key: of the artifact: lower case and dashes.
         every_s: seconds between two updates, each of which is a request to the server.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, key: str, every_s: float = 5.0) -> None:
-        self._key, self._every_s = key, every_s
+    def __init__(
+        self, key: str, every_s: float = 5.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._key, self._every_s, self._clock = key, every_s, clock
         self._id: UUID | None = None
         self._last_s = float("-inf")
         self._lost = False
 
     def __call__(self, event: Event) -> None:
         """Show an event's share of the work, if it is time to."""
-        now = time.monotonic()
+        now = self._clock()
         last = event.total > 0 and event.done >= event.total
         if self._lost or event.total <= 0 or not (last or now - self._last_s >= self._every_s):
             return

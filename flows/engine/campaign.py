@@ -11,11 +11,13 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.engine.events import EventHandler, Progress, ignore
+from flows.engine.account import Book, RunAccount
+from flows.engine.event_log import EventLog, log_path, new_run
+from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
 from flows.engine.objects import LocalObjects
 from flows.engine.plan import ItemPlan, Plan
@@ -82,6 +84,7 @@ class CampaignResult:
         num_retries: attempts that failed and were made again.
         num_lost: items that another driver published first.
         seconds: wall time.
+        account: what it took; see RunAccount.
     """
 
     campaign: str
@@ -93,6 +96,7 @@ class CampaignResult:
     num_retries: int
     num_lost: int
     seconds: float
+    account: RunAccount
 
 
 def run_plan(
@@ -102,6 +106,7 @@ def run_plan(
     *,
     max_attempts: int = 3,
     clock: Callable[[], float] = time.monotonic,
+    run: str | None = None,
 ) -> CampaignResult:
     """Carry out a plan, or what is left of it.
 
@@ -111,11 +116,23 @@ def run_plan(
         on_event: told of everything that happens.
         max_attempts: at one block before its item is quarantined.
         clock: monotonic seconds, for progress.
+        run: names the log of events; windows of one run share it. None: a run of its own.
 
     Raises:
         CampaignError: if the disk is full, the model changed, or nothing else could go well.
     """
-    return _Campaign(plan, executor, on_event or ignore, max_attempts, clock).run()
+    book, heard = Book(), on_event or ignore
+    log = EventLog(log_path(plan.output, plan.campaign, run or new_run()))
+
+    def tell(event: Event) -> None:
+        book(event)
+        log(event)
+        heard(event)
+
+    try:
+        return _Campaign(plan, executor, tell, book, max_attempts, clock).run()
+    finally:
+        log.close()
 
 
 @dataclass
@@ -145,9 +162,11 @@ class _Campaign:
         plan: Plan,
         executor: Executor,
         on_event: EventHandler,
+        book: Book,
         max_attempts: int,
         clock: Callable[[], float],
     ) -> None:
+        self._book = book
         self._plan, self._executor, self._max_attempts = plan, executor, max_attempts
         self._objects = LocalObjects(plan.output)
         self._clock, self._start = clock, clock()
@@ -171,6 +190,9 @@ class _Campaign:
             f"{len(self._plan.items)} items, {left} of {self._plan.num_blocks} blocks to compute "
             f"on {self._executor.num_workers} workers",
             campaign=self._plan.campaign,
+            num_workers=self._executor.num_workers,
+            num_receipted=sum(len(i.receipts) for i in self._items.values() if i.open),
+            predicted_peak_bytes=self._plan.predicted_peak_bytes,
         )
         for item in [i for i in self._items.values() if i.open and i.complete]:
             self._publish(item)
@@ -195,7 +217,7 @@ class _Campaign:
         if manifest is not None:
             self._reused.add(plan.key)
             self._close_published(item, manifest)
-            self._progress.tell("reused", f"{item.label}: published before", **self._facts(item))
+            self._tell_of("reused", item, "published before", manifest)
             return
         item.receipts = load_receipts(self._objects, plan)
         known = len(item.receipts)
@@ -226,7 +248,13 @@ class _Campaign:
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
             self._progress.advance(item.plan.cost.seconds, pixels)
-            self._progress.tell("block", f"restoring {item.label}", **self._facts(item, index))
+            self._progress.tell(
+                "block",
+                f"restoring {item.label}",
+                **self._facts(item, index),
+                **_figures(outcome.receipt, pixels),
+                fresh=outcome.fresh,
+            )
             if item.complete:
                 self._publish(item)
 
@@ -255,6 +283,7 @@ class _Campaign:
             f"{item.label}: block {index} failed ({failure.reason}); "
             f"attempt {attempts + 1} of {self._max_attempts}",
             **self._facts(item, index),
+            failure=failure.kind,
         )
 
     def _publish(self, item: _Item) -> None:
@@ -279,7 +308,12 @@ class _Campaign:
             self._lose(item, done.manifest)
             return
         self._close_published(item, done.manifest)
-        self._progress.tell("published", f"{item.label}: published", **self._facts(item))
+        self._tell_of("published", item, "published", done.manifest)
+
+    def _tell_of(self, kind: str, item: _Item, what: str, manifest: Mapping[str, Any]) -> None:
+        """Tell of an item that readers can see."""
+        seams = manifest.get("seams")
+        self._progress.tell(kind, f"{item.label}: {what}", **self._facts(item), seams=seams)
 
     def _recompute(self, item: _Item, blocks: tuple[int, ...]) -> None:
         if self._was_overtaken(item):
@@ -299,6 +333,7 @@ class _Campaign:
                 f"{item.label}: block {index} changed on the disk after it was written; "
                 "computed again",
                 **self._facts(item, index),
+                failure="damaged",
             )
 
     def _was_overtaken(self, item: _Item) -> bool:
@@ -349,6 +384,7 @@ class _Campaign:
             "quarantined",
             f"{item.label} is quarantined: {failure.reason}",
             **self._facts(item, index),
+            failure=failure.kind,
         )
 
     def _facts(self, item: _Item, block: int | None = None) -> dict[str, Any]:
@@ -374,6 +410,7 @@ class _Campaign:
             num_retries=self._num_retries,
             num_lost=self._num_lost,
             seconds=self._clock() - self._start,
+            account=self._book.account(),
         )
         given_up = f", {len(result.quarantined)} quarantined" if result.quarantined else ""
         self._progress.tell(
@@ -382,7 +419,19 @@ class _Campaign:
             f"{result.num_computed} blocks computed, {result.num_retries} retries",
             campaign=result.campaign,
         )
-        return result
+        return replace(result, account=self._book.account())
+
+
+def _figures(receipt: Receipt, num_pixels: int) -> dict[str, Any]:
+    """What a block took, by its receipt."""
+    account = receipt.account
+    return {
+        "seconds": account.seconds,
+        "nfe": account.nfe,
+        "num_pixels": num_pixels,
+        "num_bytes": sum(chunk.size for chunk in receipt.chunks),
+        "peak_bytes": account.peak_bytes,
+    }
 
 
 def record_quarantine(objects: LocalObjects, name: str, entry: Quarantined) -> None:

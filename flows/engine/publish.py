@@ -17,7 +17,7 @@ import itertools
 import platform
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +28,7 @@ from domains.base import Array
 from flows import ome
 from flows.engine.plan import ItemPlan, Plan, content_of
 from flows.engine.receipt import Chunk, Objects, Receipt, damaged_blocks, seal, set_aside, unseal
+from flows.engine.seams import measure_seams
 
 MANIFEST_FORMAT = 1
 LIBRARIES = ("sashiko", "torch", "numpy", "scipy")
@@ -101,7 +102,7 @@ def publish(
         raise DamagedBlocksError(damaged)
     attempt = uuid.uuid4().hex
     draft = f"{item.work}/assembled-{attempt}"
-    provenance = _provenance(plan, item, receipts)
+    provenance = {**_provenance(plan, item, receipts), "seams": _seams(objects, item, receipts)}
     ledger = _assemble(objects, item, receipts, draft, provenance)
     name = f"{item.method.name}-{item.key[:12]}-{attempt[:8]}.ome.zarr"
     path = f"items/{item.item_id}/{item.task}/{name}"
@@ -122,6 +123,21 @@ def publish(
         reject_manifest(objects, item.key)
         return publish(objects, plan, item, receipts, facts)
     return Published(winner, won=False)
+
+
+def _seams(
+    objects: Objects, item: ItemPlan, receipts: Mapping[int, Receipt]
+) -> dict[str, Any] | None:
+    """The seams between the item's blocks, out of the staged chunks; None if it was not cut."""
+    if not item.grid.tiled:
+        return None
+    staged = {c.key: r.staged(item, c) for r in receipts.values() for c in r.chunks}
+
+    def read(index: tuple[int, int, int, int]) -> Array:
+        return ome.decode_chunk(objects.get(staged[ome.chunk_name(index)]), item.grid.chunk)
+
+    seams = measure_seams(item.grid, read)
+    return None if seams is None else asdict(seams)
 
 
 def _assemble(
