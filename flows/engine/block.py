@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +38,6 @@ from flows.engine.grid import (
     Block,
     Region,
 )
-from flows.engine.memory import peak_memory
 from flows.engine.plan import ItemPlan, ModelRef
 from flows.engine.receipt import Account
 from flows.store import Measurements
@@ -64,52 +63,67 @@ class Solved:
 
 
 class Restorer:
-    """Computes blocks, and keeps between them what is costly to make: stores, domains, models."""
+    """Computes blocks, and keeps between them what is costly to make: stores, domains, models.
+
+    Threads may share one: each reads and computes blocks of its own.
+    """
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.RLock()
 
-    def compute(self, measurements: Path, item: ItemPlan, block: Block) -> tuple[Array, Account]:
-        """Restore the write region of a block.
+    def read(self, measurements: Path, item: ItemPlan, block: Block) -> Measurement:
+        """What is measured in the read region of a block.
 
         Args:
             measurements: path of the store.
             item: whose block it is.
             block: which.
 
+        Raises:
+            BadInputError: if it is not there, or damaged.
+        """
+        store: Measurements = self._keep(("store", measurements), Measurements)
+        region = block.read
+        measurement = store.read(item.item_id, item.task, slice(region.z0, region.z1))
+        return window(measurement, region) if item.grid.tiled else measurement
+
+    def compute(
+        self, measurement: Measurement, item: ItemPlan, block: Block
+    ) -> tuple[Array, Account]:
+        """Restore the write region of a block.
+
+        Args:
+            measurement: of its read region.
+            item: whose block it is.
+            block: which.
+
         Returns:
-            Pixels (c z h w) float32 in source units, and the account without its writing.
+            Pixels (c z h w) float32 in source units, and the account, whose seconds
+            and memory are the caller's to fill in.
 
         Raises:
             BadInputError: if the measurement cannot be used.
             NotFiniteError: if the result has NaN or infinite pixels.
             ModelChangedError: if the model is not the plan's.
         """
-        start = time.perf_counter()
-        with torch.no_grad(), peak_memory() as peak:
-            measurement = self._read(measurements, item, block.read)
+        with torch.no_grad():
             domain: Domain = self._keep(("domain", item.record.domain), load_domain)
             problem = domain.problem(measurement)
             solved = self._solve(item, domain, measurement, problem, block)
             pixels = _to_source(problem, solved.x, item, block)
             residuals, exact = _residuals(problem, solved.x, block)
         account = Account(
-            seconds=time.perf_counter() - start,
+            seconds=0.0,
+            peak_bytes=0,
             nfe=solved.nfe,
             num_operator_calls=solved.num_operator_calls,
-            peak_bytes=peak(),
             residual=residuals,
             exact_data=exact,
             low=float(pixels.min()),
             high=float(pixels.max()),
         )
         return pixels, account
-
-    def _read(self, path: Path, item: ItemPlan, region: Region) -> Measurement:
-        store: Measurements = self._keep(("store", path), Measurements)
-        z = slice(region.z0, region.z1)
-        measurement = store.read(item.item_id, item.task, z)
-        return window(measurement, region) if item.grid.tiled else measurement
 
     def _solve(
         self,
@@ -181,18 +195,19 @@ class Restorer:
 
     def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any], most: int = 16) -> Any:
         """The thing of a key, made from the key's second part if it is not kept."""
-        if key not in self._kept:
-            self._kept[key] = make(key[1])
-            while len(self._kept) > most:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        with self._lock:  # making one may ask for another
+            if key not in self._kept:
+                self._kept[key] = make(key[1])
+                while len(self._kept) > most:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
 
 
 def window(measurement: Measurement, region: Region) -> Measurement:
     """The measurement of a window of the plane, for operators that act pixel by pixel.
 
-    Every array whose last two axes are the plane is cut.
+    Every array whose last two axes are the plane is cut, and copied: a view would keep the plane.
 
     Args:
         measurement: of whole planes, its slices those of the region already.
@@ -203,7 +218,7 @@ def window(measurement: Measurement, region: Region) -> Measurement:
     def cut(array: Array) -> Array:
         if array.shape[-2:] != (h, w):
             return array
-        return array[..., region.y0 : region.y1, region.x0 : region.x1]
+        return array[..., region.y0 : region.y1, region.x0 : region.x1].copy()
 
     _, height, width = region.shape
     return replace(

@@ -265,6 +265,10 @@ class _Campaign:
         if failure.kind == "returned":
             self._queue.appendleft((item, index))
             return
+        if failure.kind == "lost":
+            self._queue.appendleft((item, index))
+            self._retry(item, index, failure, "another attempt")
+            return
         if failure.kind == "fatal":
             raise CampaignError(f"{failure.reason}; what is done is kept, run it again to go on")
         item.attempts[index] += 1
@@ -276,12 +280,15 @@ class _Campaign:
         if failure.kind in _AT_ONCE or worst >= self._max_attempts:
             self._quarantine(item, index, failure)
             return
-        self._num_retries += 1
         self._queue.append((item, index))
+        self._retry(item, index, failure, f"attempt {attempts + 1} of {self._max_attempts}")
+
+    def _retry(self, item: _Item, index: int, failure: Failure, how: str) -> None:
+        """Count and tell that a block is tried again."""
+        self._num_retries += 1
         self._progress.tell(
             "retry",
-            f"{item.label}: block {index} failed ({failure.reason}); "
-            f"attempt {attempts + 1} of {self._max_attempts}",
+            f"{item.label}: block {index} failed ({failure.reason}); {how}",
             **self._facts(item, index),
             failure=failure.kind,
         )

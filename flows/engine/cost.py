@@ -65,7 +65,7 @@ class Cost:
 
     Attributes:
         seconds: on one worker.
-        peak_bytes: of the worker's resident memory.
+        peak_bytes: of the worker's resident memory, with the block before and the one after.
         output_bytes: written before compression.
     """
 
@@ -83,8 +83,12 @@ def predict(
     *,
     input_bytes: int,
     model_bytes: int,
+    num_lanes: int = 1,
 ) -> Cost:
     """Predict the largest block of an item.
+
+    While a worker computes, the input of the block after is in memory already, and the result of
+    the one before still is, once as pixels and once as the chunks that are written.
 
     Args:
         grid: of the item.
@@ -94,26 +98,31 @@ def predict(
         dtype: of the network.
         input_bytes: of the item's whole measurement.
         model_bytes: of the model's files; 0 without a model.
+        num_lanes: blocks that a worker computes at the same time.
     """
     channels = grid.shape[0]
     share = math.prod(grid.canvas) / math.prod(grid.shape[1:])
     canvas = _unknown(grid, params)
     pixels = math.prod(canvas)
     views = int(params.get("num_views", 0)) if operator in ("parallel-beam", "fan-beam") else 0
-    memory = PROCESS_BYTES + math.ceil(input_bytes * share)
+    block_input = math.ceil(input_bytes * share)
+    block_output = 4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w))
+    memory = PROCESS_BYTES + block_input + 2 * block_output
     memory += MATRIX_BYTES_PX * _stored(operator, params, grid) * math.prod(grid.shape[2:])
     if method.kind == "solver":
         # Weights are float16 in the file, float32 while they are loaded, and live on beside it.
-        memory += SOLVER_BYTES_PX * channels * pixels + 4 * model_bytes
+        memory += 4 * model_bytes
+        lane = SOLVER_BYTES_PX * channels * pixels
         kept = VJP_FACTOR if method.name in ("pigdm", "dps") else 1
-        memory += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(canvas)
+        lane += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(canvas)
     else:
-        memory += BASELINE_BYTES_PX * channels * pixels
+        lane = BASELINE_BYTES_PX * channels * pixels
+    memory += num_lanes * (block_input + lane)
     return Cost(
         seconds=_seconds(channels, canvas, views, method, dtype, cut_out="canvas" in params)
         * pixels,
         peak_bytes=int(memory),
-        output_bytes=4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w)),
+        output_bytes=block_output,
     )
 
 

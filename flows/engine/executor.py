@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from flows.config import ComputeSettings
 from flows.engine.ray_session import connect
+from flows.engine.seats import Seat, Suspicions, answers_at_hand, with_its_node
 from flows.engine.worker import BlockJob, BlockWorker, Failure, Outcome
 
 NextJob = Callable[[], BlockJob | None]
 """Asked whenever a worker has room; None: nothing now (failures may bring more)."""
 
 MAX_FAILED_STARTS = 3
+RESIZE_S = 5.0
+"""Seconds between two looks at the size of the cluster."""
+
 _PATIENCE_S = 60.0
-_RETURNED = Failure("returned", "its worker died before it came to this block")
 _LOG = logging.getLogger(__name__)
 
 
@@ -96,27 +99,20 @@ class InlineExecutor:
         self.close()
 
 
-@dataclass(eq=False)
-class _Seat:
-    """One place in the pool: its actor and the jobs in flight there, oldest first."""
-
-    actor: Any
-    starting: Any
-    queue: deque[tuple[Any, BlockJob]] = field(default_factory=deque)
-
-
 class RayExecutor:
-    """A pool of Ray actors that hold the model, with two blocks in flight each.
+    """A pool of Ray actors that hold the model, with one block in flight more than they compute.
 
-    Actors do one block after the other; the second in flight hides the way to the driver and back.
-    A dead actor is replaced; of its blocks only the one that it was at failed, others go back.
-    Actors that are still starting, or wait for a place on a busy cluster, are given nothing yet.
+    While an actor computes, it reads the block after and writes the one before; whoever is done
+    asks for more, so that fast machines do more than slow ones and a slow disk is not flooded.
+    A dead actor is replaced; seats.py says which of its blocks is to blame. Actors that are still
+    starting, or wait for a place on a busy cluster, are given nothing yet. The pool grows onto
+    machines that come later and shrinks with the cluster, within the number wanted.
 
     Args:
         num_workers: 0: one a core, or one a GPU.
         address: of a running cluster; None: use Ray if it is up in this process, else start it.
         num_gpus_per_worker: GPUs of each actor, may be a fraction; 0: computes on the CPU.
-        in_flight: blocks in flight at each actor.
+        num_lanes: blocks that each actor computes at the same time, each on a core of its own.
     """
 
     def __init__(
@@ -125,13 +121,16 @@ class RayExecutor:
         *,
         address: str | None = None,
         num_gpus_per_worker: float = 0.0,
-        in_flight: int = 2,
+        num_lanes: int = 1,
     ) -> None:
         self._wanted, self._address = num_workers, address
-        self._gpus, self._in_flight = num_gpus_per_worker, in_flight
-        self._seats: list[_Seat] = []
+        self._gpus, self._lanes, self._in_flight = num_gpus_per_worker, num_lanes, num_lanes + 1
+        self._seats: list[Seat] = []
+        self._held: deque[BlockJob] = deque()
+        self._suspicions = Suspicions()
         self._started_ray = False
         self._failed_starts = 0
+        self._resized = self._silent_s = 0.0
         self.num_replaced = 0
 
     @property
@@ -145,13 +144,13 @@ class RayExecutor:
         Raises:
             ExecutorError: if Ray has not a single place of the kind wanted.
         """
-        num_cpus = max(self._wanted, default_workers(0.0))
+        num_cpus = max(self._wanted * self._lanes, default_workers(0.0))
         self._started_ray = connect(self._address, num_cpus) or self._started_ray
-        places = self._places()
-        # On a cluster "one a core" means the cluster's cores, not those of the driver's machine.
-        wanted = self._wanted or (places if self._address else default_workers(self._gpus))
-        while len(self._seats) < min(wanted, places):
-            self._seats.append(self._new_seat())
+        if self._places() < 1:
+            gpus = f"{self._gpus:g} GPU and " if self._gpus > 0 else ""
+            cpus = "one CPU" if self._lanes == 1 else f"{self._lanes} CPUs"
+            raise ExecutorError(f"Ray has no place with {gpus}{cpus} for a worker")
+        self._resize()
 
     def run(self, next_job: NextJob) -> Iterator[Outcome]:
         """Carry out jobs on the pool; outcomes come as workers finish."""
@@ -160,23 +159,26 @@ class RayExecutor:
         try:
             while True:
                 hungry = self._fill(next_job)
-                busy = {seat.queue[0][0]: seat for seat in self._seats if seat.queue}
+                busy = {ref: seat for seat in self._seats for ref, _ in seat.queue}
                 starting = {seat.starting: seat for seat in self._seats if seat.starting}
                 if not busy and not hungry:
                     break
                 # Nobody waits for an actor to start when there is nothing for it to do.
                 waiting = {**starting, **busy} if hungry else busy
-                yield from self._collect(waiting[_first_ready(list(waiting))])
+                ref = self._first_ready(list(waiting)) if waiting else None
+                if ref is not None:
+                    yield from self._collect(waiting[ref], ref)
             finished = True
         finally:
             if not finished:  # the campaign stopped: nobody wants what is in flight
-                self._dismiss(busy_only=True)
+                self._held.clear()
+                self._dismiss([seat for seat in self._seats if seat.queue])
 
     def close(self) -> None:
         """Let the actors go, and Ray too if it was started here."""
         import ray
 
-        self._dismiss(busy_only=False)
+        self._dismiss(list(self._seats))
         if self._started_ray and ray.is_initialized():
             ray.shutdown()
         self._started_ray = False
@@ -197,22 +199,41 @@ class RayExecutor:
         import ray
 
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        places = int(resources.get("CPU", 0))
+        places = int(resources.get("CPU", 0) / self._lanes)
         if self._gpus > 0:
             places = min(places, int(resources.get("GPU", 0) / self._gpus))
-        if places < 1:
-            kind = f"{self._gpus:g} GPU and one CPU" if self._gpus > 0 else "one CPU"
-            raise ExecutorError(f"Ray has no place with {kind} for a worker")
         return places
 
-    def _new_seat(self) -> _Seat:
+    def _resize(self) -> bool:
+        """Let the pool follow the cluster: new seats on new machines, none where none can be.
+
+        Returns:
+            Whether there are other seats now.
+        """
+        before = list(self._seats)
+        self._resized = time.monotonic()
+        places = self._places()
+        # On a cluster "one a core" means the cluster's cores, not those of the driver's machine.
+        wanted = self._wanted or (places if self._address else default_workers(self._gpus))
+        while len(self._seats) < min(wanted, places):
+            self._seats.append(self._new_seat())
+        beyond = len(self._seats) - max(places, 1)
+        if beyond > 0:
+            self._dismiss([seat for seat in self._seats if seat.starting][:beyond])
+        return self._seats != before
+
+    def _new_seat(self) -> Seat:
         import ray
 
         # Retries are the campaign's: one that Ray does by itself would not be counted.
         actor_class = ray.remote(max_restarts=0, max_task_retries=0)(BlockWorker)
-        # With one CPU an actor Ray sets OMP_NUM_THREADS to 1; the worker does as much for torch.
-        actor: Any = actor_class.options(num_cpus=1, num_gpus=self._gpus).remote()
-        return _Seat(actor, actor.ready.remote())
+        options: dict[str, Any] = {"num_cpus": self._lanes, "num_gpus": self._gpus}
+        if self._lanes > 1:  # with one CPU an actor Ray does so itself
+            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+        actor: Any = actor_class.options(max_concurrency=self._in_flight, **options).remote(
+            self._lanes
+        )
+        return Seat(actor, actor.ready.remote())
 
     def _fill(self, next_job: NextJob) -> bool:
         """Give out jobs one at a time, so that few jobs are spread over all workers.
@@ -222,80 +243,89 @@ class RayExecutor:
         """
         for depth in range(self._in_flight):
             # A second job behind a running one would be missed by an actor about to be ready.
-            if depth and any(seat.starting for seat in self._seats):
+            if depth and any(seat.starting_soon for seat in self._seats):
                 return True
             for seat in self._seats:
-                if seat.starting or len(seat.queue) > depth:
+                if seat.starting or seat.alone or len(seat.queue) > depth:
                     continue
-                job = next_job()
+                job = self._job_for(seat, next_job)
                 if job is None:
-                    return False
-                seat.queue.append((seat.actor.attempt.remote(job), job))
+                    return bool(self._held)
+                seat.give(job, alone=self._suspicions.has(job))
         return True
 
-    def _collect(self, seat: _Seat) -> list[Outcome]:
+    def _job_for(self, seat: Seat, next_job: NextJob) -> BlockJob | None:
+        """The next job that a seat may have: a suspect is held back until one is empty."""
+        if self._held and not seat.queue:
+            return self._held.popleft()
+        while (job := next_job()) is not None and seat.queue and self._suspicions.has(job):
+            self._held.append(job)
+        return job
+
+    def _first_ready(self, refs: list[Any]) -> Any | None:
+        """Wait for the first answer; None if none came for a while, or the pool has changed.
+
+        Says so in the log if none comes for long.
+        """
+        import ray
+
+        if time.monotonic() - self._resized >= RESIZE_S and self._resize():
+            return None
+        done, _ = ray.wait(refs, num_returns=1, timeout=RESIZE_S)
+        self._silent_s = 0.0 if done else self._silent_s + RESIZE_S
+        if self._silent_s >= _PATIENCE_S:
+            free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+            _LOG.info("waiting for %d answers of workers; Ray has %g CPUs free", len(refs), free)
+            self._silent_s = 0.0
+        return done[0] if done else None
+
+    def _collect(self, seat: Seat, ref: Any) -> list[Outcome]:
         """Take the answer that is there, and tell what it says of jobs."""
         import ray
 
-        if seat.starting:
+        if ref == seat.starting:
             self._seat_started(seat)
             return []
-        ref, job = seat.queue.popleft()
         try:
-            return [ray.get(ref)]
+            outcome: Outcome = ray.get(ref)
         except ray.exceptions.RayTaskError as error:
-            return [Outcome(job, failure=Failure("transient", _last_line(error)))]
+            outcome = Outcome(seat.take(ref), failure=Failure("transient", _last_line(error)))
         except ray.exceptions.RayError as error:
-            reason = f"its worker died ({type(error).__name__}): killed, or out of memory"
-            died = Outcome(job, failure=Failure("worker", reason))
-            behind = [Outcome(other, failure=_RETURNED) for _, other in seat.queue]
-            self._replace(seat)
-            self.num_replaced += 1
-            return [died, *behind]
+            return self._bury(seat, error)
+        else:
+            seat.take(ref)
+        self._suspicions.acquit(outcome.job)
+        return [outcome]
 
-    def _seat_started(self, seat: _Seat) -> None:
+    def _bury(self, seat: Seat, error: Exception) -> list[Outcome]:
+        """Replace a dead actor, and tell what became of the jobs in its hands."""
+        answered = list(answers_at_hand(seat))
+        told = self._suspicions.outcomes([job for _, job in seat.queue], error)
+        seat.move_in(self._new_seat())
+        self.num_replaced += 1
+        return [*answered, *told]
+
+    def _seat_started(self, seat: Seat) -> None:
         """Welcome an actor, or replace one that died before it was up."""
         import ray
 
         try:
             ray.get(seat.starting)
         except ray.exceptions.RayError as error:
-            self._failed_starts += 1
+            self._failed_starts += not with_its_node(error)
             if self._failed_starts >= MAX_FAILED_STARTS:
                 raise ExecutorError(f"workers cannot start: {_last_line(error)}") from error
-            self._replace(seat)
+            seat.move_in(self._new_seat())
         else:
             seat.starting, self._failed_starts = None, 0
 
-    def _replace(self, seat: _Seat) -> None:
-        """Put a new actor in a dead one's place."""
+    def _dismiss(self, leaving: list[Seat]) -> None:
         import ray
 
-        with suppress(Exception):
-            ray.kill(seat.actor)
-        fresh = self._new_seat()
-        seat.actor, seat.starting, seat.queue = fresh.actor, fresh.starting, fresh.queue
-
-    def _dismiss(self, *, busy_only: bool) -> None:
-        import ray
-
-        leaving = [seat for seat in self._seats if seat.queue or not busy_only]
         self._seats = [seat for seat in self._seats if seat not in leaving]
         for seat in leaving:
             with suppress(Exception):
                 ray.kill(seat.actor)
-
-
-def _first_ready(refs: list[Any]) -> Any:
-    """Wait for the first answer; says so in the log if none comes for long."""
-    import ray
-
-    while True:
-        done, _ = ray.wait(refs, num_returns=1, timeout=_PATIENCE_S)
-        if done:
-            return done[0]
-        free = ray.available_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-        _LOG.info("waiting for %d workers; Ray has %g CPUs free", len(refs), free)
 
 
 def default_workers(num_gpus_per_worker: float) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -27,15 +29,37 @@ def machine_bytes() -> int:
     return int(min(limits))
 
 
+@dataclass(eq=False)
+class _Record:
+    """The highest resident memory of one measurement so far, in bytes."""
+
+    highest: int = 0
+
+
+_lock = threading.Lock()
+_open: list[_Record] = []
+
+
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
     """Measure the highest resident memory from here on, in bytes, files mapped included.
 
     Linux can be told to start its record anew; elsewhere the figure is that of the process's life.
+    Threads may measure at the same time: before the record starts anew, those who go on note it.
     """
-    with suppress(OSError):
-        _RESET.write_text("5")  # "5": reset the peak resident set size, see proc(5)
-    yield peak_bytes
+    mine = _Record()
+    with _lock:
+        seen = peak_bytes() if _open else 0
+        for record in _open:
+            record.highest = max(record.highest, seen)
+        with suppress(OSError):
+            _RESET.write_text("5")  # "5": reset the peak resident set size, see proc(5)
+        _open.append(mine)
+    try:
+        yield lambda: max(mine.highest, peak_bytes())
+    finally:
+        with _lock:
+            _open.remove(mine)
 
 
 def peak_bytes() -> int:

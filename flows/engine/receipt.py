@@ -90,7 +90,7 @@ class Account:
     """How a block was computed.
 
     Attributes:
-        seconds: on one worker, reading and writing included.
+        seconds: on one worker, reading and writing included, waiting for a lane not.
         nfe: denoiser calls for one image.
         num_operator_calls: applications of A or A' for one image.
         peak_bytes: highest resident memory of the worker during the block.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from domains.base import BadInputError
+from flows.engine.memory import peak_memory
 from flows.engine.objects import LocalObjects
 from flows.engine.plan import ItemPlan
 from flows.engine.receipt import (
@@ -29,14 +31,16 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-FailureKind = Literal["input", "result", "worker", "transient", "returned", "fatal"]
+FailureKind = Literal["input", "result", "worker", "transient", "lost", "returned", "fatal"]
 """What a failure calls for.
 
     input      the user's data cannot be used: the item is quarantined at once
     result     the block is a pure function and its result unusable: quarantined at once
     worker     the worker died: a new one, and another attempt, a bounded number of times
     transient  anything that may go better next time: another attempt, a bounded number of times
-    returned   its worker died of another block before it was begun: back into the queue
+    lost       the worker died and this block need not be why (its machine went, or blocks of other
+               items were in its hands too): another attempt that is not held against the item
+    returned   was in the hands of a worker that died of another block: back into the queue
     fatal      no block can go well (disk full, model gone): the run stops
 """
 
@@ -86,19 +90,26 @@ class Outcome:
 
 
 class BlockWorker:
-    """Computes blocks one after the other; lives as long as its executor and keeps models loaded.
+    """Computes blocks; lives as long as its executor and keeps models loaded.
+
+        thread 1   read 0 | compute 0 | write 0 | read 2       | compute 2 | ...
+        thread 2   read 1             | compute 1              | write 1   | read 3 ...
+
+    Its executor calls `attempt` from one thread more than there are lanes: while the lanes compute,
+    the block after is read and the one before is written, and no more than that is in memory. One
+    thread alone does one thing after the other. What a block becomes is the same either way.
 
     Args:
-        num_threads: of torch on the CPU. One: results then do not depend on the machine's cores,
-            and workers do not fight for them.
+        num_lanes: blocks that are computed at the same time.
+        num_threads: of torch on the CPU, for each lane. One: results then do not depend on the
+            machine's cores, and workers do not fight for them.
     """
 
-    def __init__(self, num_threads: int = 1) -> None:
-        import torch
-
+    def __init__(self, num_lanes: int = 1, num_threads: int = 1) -> None:
         from flows.engine.block import Restorer
 
-        torch.set_num_threads(num_threads)
+        self._num_threads = num_threads
+        self._lanes = threading.Semaphore(num_lanes)
         self._restorer: Restorer = Restorer()
 
     def ready(self) -> bool:
@@ -113,18 +124,29 @@ class BlockWorker:
             receipt = load_receipt(objects, job.item, job.block)
             if receipt is not None:
                 return Outcome(job, receipt, fresh=False)
-            return Outcome(job, self._compute(objects, job))
+            return Outcome(job, self._carry_out(objects, job))
         except Exception as error:
             _LOG.debug("block %d failed", job.block, exc_info=True)
             return Outcome(job, failure=failure_of(error))
 
-    def _compute(self, objects: LocalObjects, job: BlockJob) -> Receipt:
+    def _carry_out(self, objects: LocalObjects, job: BlockJob) -> Receipt:
+        """Read, compute when a lane is free, write."""
+        import torch
+
         start = time.perf_counter()
         block = job.item.grid.block(job.block)
-        pixels, account = self._restorer.compute(job.measurements, job.item, block)
         attempt = new_attempt(block)
-        chunks = stage_block(objects, job.item, block, attempt, pixels)
-        account = replace(account, seconds=time.perf_counter() - start)
+        with peak_memory() as peak:
+            measurement = self._restorer.read(job.measurements, job.item, block)
+            read = time.perf_counter()
+            with self._lanes:
+                waited = time.perf_counter() - read
+                torch.set_num_threads(self._num_threads)  # each thread has a number of its own
+                pixels, account = self._restorer.compute(measurement, job.item, block)
+            del measurement  # the next block's is in memory already
+            chunks = stage_block(objects, job.item, block, attempt, pixels)
+        seconds = time.perf_counter() - start - waited
+        account = replace(account, seconds=seconds, peak_bytes=peak())
         receipt = Receipt(job.item.key, job.block, attempt, chunks, account)
         return create_receipt(objects, job.item, receipt)
 

@@ -106,7 +106,7 @@ def restored(store: Path, dtype: str, tile: int, options: Mapping[str, Any]) -> 
             slice(part.write.y0, part.write.y1),
             slice(part.write.x0, part.write.x1),
         )
-        pixels[:, z, y, x] = restorer.compute(store, item, part)[0]
+        pixels[:, z, y, x] = restorer.compute(restorer.read(store, item, part), item, part)[0]
     return pixels, "blocks" if item.grid.tiled else "denoiser"
 
 

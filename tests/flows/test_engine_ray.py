@@ -17,6 +17,7 @@ from flows.engine.executor import (
     default_workers,
     make_executor,
 )
+from flows.engine.worker import BlockJob
 
 pytestmark = pytest.mark.ray
 
@@ -126,6 +127,37 @@ def test_an_item_that_always_kills_its_worker_is_quarantined_and_the_others_fini
     assert same(seen, {("item-1", "kill"): undisturbed["item-1", "twice"]})
 
 
+def test_of_items_in_the_hands_of_one_worker_only_the_one_that_kills_it_is_given_up(pool, tmp_path):
+    store = make_store(tmp_path / "m.zarr", items=6, shape=(1, 1, 20, 24))
+    way, log = method("kill", where=["item-2"]), tmp_path / "log"
+    plan = tiny_plan(store, tmp_path / "out", way.model_copy(
+        update={"options": {**way.options, "log": str(log)}}))  # fmt: skip
+    result = run_plan(plan, pool, max_attempts=1)
+    assert [entry.item_id for entry in result.quarantined] == ["item-2"]
+    assert len(published(tmp_path / "out")) == 5
+
+
+def test_no_more_blocks_are_given_out_than_the_workers_hold(pool, store, tmp_path):
+    plan = tiny_plan(store, tmp_path)
+    jobs = iter([(item, n) for item in plan.items for n in range(item.num_blocks)])
+    given = answered = most = 0
+
+    def next_job():
+        nonlocal given, most
+        item, index = next(jobs, (None, 0))
+        if item is None:
+            return None
+        given += 1
+        most = max(most, given - answered)
+        return BlockJob(plan.measurements, plan.output, item, index)
+
+    for outcome in pool.run(next_job):
+        assert outcome.receipt is not None
+        answered += 1
+    assert answered == given == 2 * BLOCKS
+    assert 2 < most <= 4, "two workers, two blocks each"
+
+
 def test_a_stopped_campaign_frees_the_pool_for_the_next(pool, store, undisturbed, tmp_path):
     with pytest.raises(CampaignError, match="No space left"):
         run_plan(tiny_plan(store, tmp_path / "full", method("disk-full")), pool)
@@ -152,7 +184,7 @@ def test_workers_that_cannot_start_fail_the_run_and_quarantine_nothing(
     local_ray, store, tmp_path, monkeypatch
 ):
     class Broken:
-        def __init__(self):
+        def __init__(self, num_lanes):
             raise OSError("no such library")
 
         def ready(self): ...
