@@ -70,16 +70,20 @@ def as_method(pixels: dict, name: str) -> dict:
     return {(item, name): values for (item, _), values in pixels.items()}
 
 
+def await_workers(pool: RayExecutor) -> None:
+    """Until all are up."""
+    import ray
+
+    pool.start()
+    ray.get([seat.starting for seat in pool._seats if seat.starting])
+
+
 def test_two_workers_make_the_bytes_of_one_process_and_share_the_work(
     pool, store, undisturbed, tmp_path
 ):
     log = tmp_path / "log"
     plan = tiny_plan(store, tmp_path / "out", method(log=str(log)))
-    # Tiny blocks would all be done by the first actor that is up.
-    import ray
-
-    pool.start()
-    ray.get([seat.starting for seat in pool._seats if seat.starting])
+    await_workers(pool)  # tiny blocks would all be done by the first actor that is up
     result = run_plan(plan, pool)
     assert same(published(tmp_path / "out"), undisturbed)
     assert result.num_computed == lines(log) == 2 * BLOCKS
@@ -141,6 +145,7 @@ def test_no_more_blocks_are_given_out_than_the_workers_hold(pool, store, tmp_pat
     plan = tiny_plan(store, tmp_path)
     jobs = iter([(item, n) for item in plan.items for n in range(item.num_blocks)])
     given = answered = most = 0
+    await_workers(pool)
 
     def next_job():
         nonlocal given, most
