@@ -19,6 +19,7 @@ from flows.engine.account import Book, RunAccount
 from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
+from flows.engine.fencing import driving
 from flows.engine.objects import LocalObjects
 from flows.engine.plan import ItemPlan, Plan
 from flows.engine.publish import (
@@ -181,6 +182,10 @@ class _Campaign:
 
     def run(self) -> CampaignResult:
         """Do what is missing."""
+        with driving(self._objects, self._plan.campaign):
+            return self._run()
+
+    def _run(self) -> CampaignResult:
         self._record_plan()
         for item in self._items.values():
             self._take_stock(item)

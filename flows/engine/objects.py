@@ -7,6 +7,7 @@ put, server-side copy) needs this one class again and nothing else. What they pr
     create   all of an object or nothing, and only if the key is free: one writer wins
     link     a second key for the same bytes, without copying them
     adopt    a whole folder appears under its final key at once
+    now      the clock that the store stamps its objects with; nobody compares it with another
 """
 
 from __future__ import annotations
@@ -17,13 +18,30 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR
 
 from diffusion_core.disk import sync
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
 
 _FEW_FILES = 8
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What lies under a key: an object, or a folder with all that is in it.
+
+    Attributes:
+        num_objects: files.
+        num_bytes: of them.
+        modified_s: when the youngest of it was written (folders count), by the store's clock.
+    """
+
+    num_objects: int
+    num_bytes: int
+    modified_s: float
 
 
 class LocalObjects:
@@ -102,6 +120,37 @@ class LocalObjects:
             return []
         return sorted(e.name for e in entries if not e.name.startswith("."))
 
+    def hidden(self, prefix: str) -> list[str]:
+        """Keys below a prefix, at any depth, that `names` leaves out: drafts of creates, mostly."""
+        found: list[str] = []
+        for folder, folders, files in os.walk(self.path(prefix)):
+            hidden = [name for name in (*folders, *files) if name.startswith(".")]
+            found += [Path(folder, name).relative_to(self.root).as_posix() for name in hidden]
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        return sorted(found)
+
+    def now(self) -> float:
+        """The store's own clock, in seconds: that of the file server, if there is one."""
+        probe = self.root / ".work" / f".clock.{uuid.uuid4().hex}.partial"
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def usage(self, key: str) -> Usage | None:
+        """What lies under a key; None if nothing does, or a link leads out of the root."""
+        path = self.path(key)
+        if path.parent.resolve() != path.parent:
+            return None
+        places = [*_tree(path)] if path.is_dir() and not path.is_symlink() else [path]
+        stats = [stat for place in places if (stat := _stat(place)) is not None]
+        if not stats:
+            return None
+        files = [stat.st_size for stat in stats if not S_ISDIR(stat.st_mode)]
+        return Usage(len(files), sum(files), max(stat.st_mtime for stat in stats))
+
     def rename(self, key: str, new_key: str) -> bool:
         """Move one object; False if it was gone already (another process moved it)."""
         try:
@@ -149,6 +198,14 @@ def _link(source: Path, target: Path) -> None:
             file.write(source.read_bytes())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """Of the file, or of the link itself; None if it is gone."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
 
 
 def _tree(root: Path) -> Iterator[Path]:

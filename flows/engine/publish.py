@@ -3,6 +3,7 @@
     all receipts -> their chunks verified, byte for byte
                  -> linked into a new folder beside the work, pyramid, metadata, provenance
                  -> flushed to the disk, renamed to a path that only this attempt has
+                 -> the attempt's fence taken (fencing.py), against a gc that took us for dead
                  -> manifests/KEY.json, created only if absent: from here on the item exists
 
 Two drivers that publish the same item make two folders and one manifest; the loser removes its own.
@@ -15,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import platform
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,11 +26,13 @@ import numpy as np
 
 from domains.base import Array
 from flows import ome
+from flows.engine.fencing import Attempt, holder_of, take_fence
 from flows.engine.plan import ItemPlan, Plan, content_of
 from flows.engine.receipt import Chunk, Objects, Receipt, damaged_blocks, seal, set_aside, unseal
 from flows.engine.seams import measure_seams
 
 MANIFEST_FORMAT = 1
+LEDGER = "ledger.json"
 LIBRARIES = ("sashiko", "torch", "numpy", "scipy")
 
 
@@ -100,13 +102,21 @@ def publish(
     damaged = damaged_blocks(objects, item, receipts)
     if damaged:
         raise DamagedBlocksError(damaged)
-    attempt = uuid.uuid4().hex
-    draft = f"{item.work}/assembled-{attempt}"
+    attempt = Attempt.new(item.key)
     provenance = {**_provenance(plan, item, receipts), "seams": _seams(objects, item, receipts)}
-    ledger = _assemble(objects, item, receipts, draft, provenance)
-    name = f"{item.method.name}-{item.key[:12]}-{attempt[:8]}.ome.zarr"
-    path = f"items/{item.item_id}/{item.task}/{name}"
-    objects.adopt(draft, path)
+    path = f"items/{item.item_id}/{item.task}/{item.method.name}-{attempt}.ome.zarr"
+    try:
+        ledger = _assemble(objects, item, receipts, attempt.draft, provenance)
+        objects.adopt(attempt.draft, path)
+    except OSError:
+        for place in (attempt.draft, path):
+            objects.remove(place)
+        if holder_of(objects, attempt) == "gc":  # it took us for dead: we were stopped for long
+            return publish(objects, plan, item, receipts, facts)
+        raise
+    if not take_fence(objects, attempt, "publisher"):
+        objects.remove(path)
+        return publish(objects, plan, item, receipts, facts)
     manifest = {
         "format": MANIFEST_FORMAT,
         **provenance,
@@ -115,14 +125,16 @@ def publish(
         "ledger_sha256": hashlib.sha256(ledger).hexdigest(),
         "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if objects.create(manifest_key(item.key), seal(manifest)):
-        return Published(manifest, won=True)
-    objects.remove(path)
-    winner = load_manifest(objects, item.key)
+    created = objects.create(manifest_key(item.key), seal(manifest))
+    winner = manifest if created else load_manifest(objects, item.key)
+    won = winner is not None and winner["path"] == path  # also where a store's answer was lost
+    if not won:
+        objects.remove(path)
+    objects.remove(attempt.fence)  # from here on the manifest decides
     if winner is None:
         reject_manifest(objects, item.key)
         return publish(objects, plan, item, receipts, facts)
-    return Published(winner, won=False)
+    return Published(winner, won)
 
 
 def _seams(
@@ -147,26 +159,33 @@ def _assemble(
     draft: str,
     provenance: Mapping[str, Any],
 ) -> bytes:
-    """Put the folder of an item together; returns its ledger (chunks and hashes of every level)."""
-    chunks = {}
+    """Put the folder of an item together; returns its ledger: size and sha256 of every object."""
+    ledger = {}
     for receipt in receipts.values():
         for chunk in receipt.chunks:
             objects.link(receipt.staged(item, chunk), f"{draft}/0/{chunk.key}")
-            chunks[f"0/{chunk.key}"] = chunk
+            ledger[f"0/{chunk.key}"] = chunk
     shapes = ome.level_shapes(item.grid.shape)
     for level, shape in enumerate(shapes):
         grid = _level_chunk(item, shape)
-        objects.put(f"{draft}/{level}/zarr.json", ome.array_metadata(shape, grid))
+        name = f"{level}/zarr.json"
+        ledger[name] = _put(objects, draft, name, ome.array_metadata(shape, grid))
         if level:
             made = _reduce(objects, draft, level, shapes, item)
-            chunks |= {f"{level}/{chunk.key}": chunk for chunk in made}
+            ledger |= {chunk.key: chunk for chunk in made}
     accounts = [receipt.account for receipt in receipts.values()]
     window = (min(a.low for a in accounts), max(a.high for a in accounts))
     group = ome.group_metadata(item.record, shapes, window, provenance)
-    objects.put(f"{draft}/zarr.json", group)
-    ledger = seal({name: [c.size, c.sha256] for name, c in chunks.items()})
-    objects.put(f"{draft}/ledger.json", ledger)
-    return ledger
+    ledger["zarr.json"] = _put(objects, draft, "zarr.json", group)
+    sealed = seal({name: [c.size, c.sha256] for name, c in ledger.items()})
+    objects.put(f"{draft}/{LEDGER}", sealed)
+    return sealed
+
+
+def _put(objects: Objects, prefix: str, name: str, data: bytes) -> Chunk:
+    """Write an object of a folder; returns what the ledger says of it."""
+    objects.put(f"{prefix}/{name}", data)
+    return Chunk(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _reduce(
@@ -185,9 +204,7 @@ def _reduce(
         wide = [*box[:2], *((2 * a, min(2 * b, n)) for (a, b), n in plane)]
         fine = _read_box(objects, f"{draft}/{level - 1}", wide, source_chunk)
         data = ome.encode_chunk(ome.halve(fine), chunk)
-        name = ome.chunk_name(index)
-        objects.put(f"{draft}/{level}/{name}", data)
-        made.append(Chunk(name, len(data), hashlib.sha256(data).hexdigest()))
+        made.append(_put(objects, draft, f"{level}/{ome.chunk_name(index)}", data))
     return made
 
 

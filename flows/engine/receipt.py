@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from domains.base import Array
 from flows import ome
 from flows.engine.grid import Block
+from flows.engine.objects import Usage
 from flows.engine.plan import ItemPlan
 
 RECEIPT_FORMAT = 1
@@ -53,6 +54,18 @@ class Objects(Protocol):
 
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted."""
+        ...
+
+    def hidden(self, prefix: str) -> list[str]:
+        """Keys at any depth that `names` leaves out: drafts; a store may have none."""
+        ...
+
+    def now(self) -> float:
+        """The clock that `usage` tells times by, in seconds."""
+        ...
+
+    def usage(self, key: str) -> Usage | None:
+        """Number, bytes and youngest time of the objects under a key or prefix; None if none."""
         ...
 
     def rename(self, key: str, new_key: str) -> bool:
@@ -130,7 +143,7 @@ class Receipt:
 
     def staged(self, item: ItemPlan, chunk: Chunk) -> str:
         """Object key of a staged chunk."""
-        return _staged(item, self.attempt, chunk.key)
+        return staged_key(item.work, self.attempt, chunk)
 
 
 def new_attempt(block: Block) -> str:
@@ -158,9 +171,9 @@ def stage_block(
     for index, values in ome.cut_chunks(pixels, origin, item.grid.chunk):
         data = ome.encode_chunk(values, item.grid.chunk)
         name = ome.chunk_name(index)
-        target = _staged(item, attempt, name)
-        objects.put(target, data)
         chunk = Chunk(name, len(data), hashlib.sha256(data).hexdigest())
+        target = staged_key(item.work, attempt, chunk)
+        objects.put(target, data)
         if hashlib.sha256(objects.get(target)).hexdigest() != chunk.sha256:
             raise ReadBackError(f"{target}: the store gives back other bytes than were written")
         chunks.append(chunk)
@@ -201,6 +214,14 @@ def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None
         reject_receipt(objects, item, block)
         return None
     return receipt
+
+
+def read_receipt(objects: Objects, key: str) -> Receipt | None:
+    """The receipt under an object key, or None if it is gone or not true; nothing is moved."""
+    try:
+        return _parse(objects.get(key))
+    except FileNotFoundError:
+        return None
 
 
 def load_receipts(objects: Objects, item: ItemPlan) -> dict[int, Receipt]:
@@ -282,6 +303,6 @@ def _receipt_key(item: ItemPlan, block: int) -> str:
     return f"{item.work}/receipts/{block:06d}.json"
 
 
-def _staged(item: ItemPlan, attempt: str, chunk_key: str) -> str:
+def staged_key(work: str, attempt: str, chunk: Chunk) -> str:
     """Key of a staged chunk: one flat folder, so that a block costs no folders to make."""
-    return f"{item.work}/stage/{attempt}.{chunk_key.removeprefix('c/').replace('/', '.')}"
+    return f"{work}/stage/{attempt}.{chunk.key.removeprefix('c/').replace('/', '.')}"

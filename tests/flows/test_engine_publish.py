@@ -161,8 +161,11 @@ def test_every_published_object_is_in_the_ledger_with_its_hash(store, tmp_path):
     assert hashlib.sha256(data).hexdigest() == entry.facts["ledger_sha256"]
     ledger = unseal(data)
     on_disk = {
-        str(p.relative_to(entry.path)): p for p in entry.path.glob("*/c/**/*") if p.is_file()
+        str(p.relative_to(entry.path)): p
+        for p in entry.path.rglob("*")
+        if p.is_file() and p.name != "ledger.json"
     }
+    assert {"zarr.json", "0/zarr.json", "0/c/0/0/0/0"} <= on_disk.keys()
     assert ledger.keys() == on_disk.keys()
     for name, (size, digest) in ledger.items():
         stored = on_disk[name].read_bytes()
@@ -172,7 +175,7 @@ def test_every_published_object_is_in_the_ledger_with_its_hash(store, tmp_path):
 def test_nothing_unpublished_is_left_behind(store, tmp_path):
     run(tiny_plan(store, tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {".work", "items", "manifests", "campaigns"}
-    assert not list((tmp_path / ".work").iterdir())
+    assert not [path for path in (tmp_path / ".work").rglob("*") if path.is_file()]
     assert not list(tmp_path.rglob("*.partial"))
 
 
