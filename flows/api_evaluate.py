@@ -330,6 +330,7 @@ def _restore(
                 dtype=settings.dtype,
                 device_class="cuda" if compute.num_gpus_per_worker > 0 else "cpu",
                 num_workers=executor.num_workers,
+                num_lanes=compute.lanes,
                 memory_limit_bytes=compute.memory_limit_bytes,
                 methods_for=methods_for,
             )

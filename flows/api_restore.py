@@ -179,6 +179,8 @@ def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Pl
         device_class="cuda" if compute.num_gpus_per_worker > 0 else "cpu",
         block_size=settings.block_size,
         slices_per_block=settings.slices_per_block,
+        batch_px=settings.batch_px,
+        num_lanes=compute.lanes,
         num_workers=_num_workers(settings),
         memory_limit_bytes=compute.memory_limit_bytes,
     )

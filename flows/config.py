@@ -84,9 +84,17 @@ class ComputeSettings(Settings):
         ge=0,
         description="may be a fraction; default: 1 where torch sees a GPU, else 0",
     )
+    num_lanes: int = Field(
+        0, ge=0, description="blocks a worker computes at once; 0: 1 on a CPU, 4 on a GPU"
+    )
     memory_limit_bytes: int | None = Field(None, gt=0)
     ray_address: str | None = None
     max_attempts: int = Field(3, ge=1)
+
+    @property
+    def lanes(self) -> int:
+        """Blocks that a worker computes at the same time."""
+        return self.num_lanes or (4 if self.num_gpus_per_worker > 0 else 1)
 
 
 class SamplesSettings(Settings):
@@ -138,6 +146,12 @@ class RestoreSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     block_size: int = Field(512, description="write region of a tiled block, pixels")
     slices_per_block: int = 4
+    batch_px: int | None = Field(
+        None,
+        ge=0,
+        description="pixels in a denoiser call, shared by the lanes of a worker; 0: each block has "
+        "its own calls; default: 0 on a CPU, 2^22 on a GPU",
+    )
     window_items: int = Field(8, description="items a Prefect window task")
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
 

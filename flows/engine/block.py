@@ -29,11 +29,13 @@ from diffusion_core.tiles import tiled_denoiser
 from domains.base import Array, BadInputError, Domain, Measurement, Problem
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
+from flows.engine.batches import Batcher
 from flows.engine.grid import (
     DENOISER_BATCH_PX,
     DENOISER_PLANE_PX,
     DENOISER_TILE_PX,
     HALO_PX,
+    MAX_BATCH,
     STRIDE,
     Block,
     Region,
@@ -71,6 +73,7 @@ class Restorer:
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.RLock()
+        self._batcher = Batcher()
 
     def read(self, measurements: Path, item: ItemPlan, block: Block) -> Measurement:
         """What is measured in the read region of a block.
@@ -145,18 +148,34 @@ class Restorer:
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
+        denoise = self._denoiser(model, problem.condition, item, origin[1:])
+        draws = KeyedDraws(item.seed, item.record.source_digest, origin)
         try:
-            result = solver(
-                _bounded(model.denoiser(problem.condition), item.device_class, origin[1:]),
-                problem.operator,
-                problem.y,
-                problem.noise,
-                sigmas,
-                KeyedDraws(item.seed, item.record.source_digest, origin),
-            )
+            with self._batcher.lane():
+                result = solver(denoise, problem.operator, problem.y, problem.noise, sigmas, draws)
         except UnsuitedError as error:
             raise BadInputError(str(error)) from error
         return Solved(result.x, result.num_denoiser_calls, result.num_operator_calls)
+
+    def _denoiser(
+        self, model: Model, condition: str, item: ItemPlan, origin_yx: tuple[int, int]
+    ) -> Denoiser:
+        """D(x; sigma) of a block's canvas, on the item's device, in calls of bounded size."""
+        denoise = _on_device(model.denoiser(condition), item.device_class)
+        alone = _bounded(denoise, origin_yx)
+        if not item.batch_px:
+            return alone
+        key = (model.digest, condition, item.dtype, item.device_class, item.batch_px)
+        batched = self._batcher.denoiser(key, denoise, item.batch_px)
+        shared = _tiled(batched, origin_yx, max_batch=MAX_BATCH)
+
+        def call(x: Signal, sigma: Sigma) -> Signal:
+            # A graph of gradients ends at its own lane: nothing of it may be another's.
+            if torch.is_grad_enabled() and x.requires_grad:
+                return alone(x, sigma)
+            return shared(x, sigma)
+
+        return call
 
     def _model(self, ref: ModelRef, dtype: str, device: str) -> Model:
         def load(_: Any) -> Model:
@@ -269,35 +288,43 @@ def _counted(operator: Any) -> Iterator[Callable[[], int]]:
             vars(operator).pop(name, None)
 
 
-def _bounded(denoise: Denoiser, device: str, origin_yx: tuple[int, int]) -> Denoiser:
-    """The denoiser with bounded memory: few pixels a call, planes beyond a size in tiles.
+def _on_device(denoise: Denoiser, device: str) -> Denoiser:
+    """The denoiser of tensors on the CPU: the data step stays there, where the operators are."""
 
-    The data step stays on the CPU, where the operators are; batches go to the device and back.
-    """
-
-    def on_device(x: Signal, sigma: Sigma) -> Signal:
+    def call(x: Signal, sigma: Sigma) -> Signal:
         return denoise(x.to(device), sigma.to(device)).to(x.device)
 
+    return call
+
+
+def _tiled(denoise: Denoiser, origin_yx: tuple[int, int], max_batch: int) -> Denoiser:
+    """The denoiser with planes beyond a size in tiles, some of them in one call."""
     tiles = tiled_denoiser(
-        on_device,
+        denoise,
         tile=DENOISER_TILE_PX,
         halo=HALO_PX,
         stride=STRIDE,
-        max_batch=1,
+        max_batch=max_batch,
         origin_yx=origin_yx,
     )
 
     def call(x: Signal, sigma: Sigma) -> Signal:
-        plane = math.prod(x.shape[-2:])
-        if plane > DENOISER_PLANE_PX:
-            return tiles(x, sigma)
-        step = max(1, DENOISER_BATCH_PX // plane)
-        if len(x) <= step:
-            return on_device(x, sigma)
-        parts = range(0, len(x), step)
-        return torch.cat([on_device(x[i : i + step], sigma[i : i + step]) for i in parts])
+        return (tiles if math.prod(x.shape[-2:]) > DENOISER_PLANE_PX else denoise)(x, sigma)
 
     return call
+
+
+def _bounded(denoise: Denoiser, origin_yx: tuple[int, int]) -> Denoiser:
+    """The denoiser with bounded memory: few pixels a call."""
+
+    def split(x: Signal, sigma: Sigma) -> Signal:
+        step = max(1, DENOISER_BATCH_PX // math.prod(x.shape[-2:]))
+        if len(x) <= step:
+            return denoise(x, sigma)
+        parts = range(0, len(x), step)
+        return torch.cat([denoise(x[i : i + step], sigma[i : i + step]) for i in parts])
+
+    return _tiled(split, origin_yx, max_batch=1)
 
 
 def _inner(block: Block) -> tuple[slice, slice]:

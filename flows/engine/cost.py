@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.config import MethodSettings
-from flows.engine.grid import DENOISER_BATCH_PX, DENOISER_PLANE_PX, DENOISER_TILE_PX, HALO_PX, Grid
+from flows.engine.grid import (
+    DENOISER_BATCH_PX,
+    DENOISER_PLANE_PX,
+    DENOISER_TILE_PX,
+    HALO_PX,
+    MAX_BATCH,
+    Grid,
+)
 
 PROCESS_BYTES = 320 * 2**20
 """A worker that has imported torch and the domains, before its first block."""
@@ -83,6 +90,7 @@ def predict(
     *,
     input_bytes: int,
     model_bytes: int,
+    batch_px: int = 0,
     num_lanes: int = 1,
 ) -> Cost:
     """Predict the largest block of an item.
@@ -98,6 +106,7 @@ def predict(
         dtype: of the network.
         input_bytes: of the item's whole measurement.
         model_bytes: of the model's files; 0 without a model.
+        batch_px: pixels in a batch of the denoiser that all lanes share; 0: each has its own.
         num_lanes: blocks that a worker computes at the same time.
     """
     channels = grid.shape[0]
@@ -113,8 +122,12 @@ def predict(
         # Weights are float16 in the file, float32 while they are loaded, and live on beside it.
         memory += 4 * model_bytes
         lane = SOLVER_BYTES_PX * channels * pixels
-        kept = VJP_FACTOR if method.name in ("pigdm", "dps") else 1
-        lane += kept * DENOISER_BYTES_PX[dtype] * _denoiser_pixels(canvas)
+        guided = method.name in ("pigdm", "dps")
+        call = DENOISER_BYTES_PX[dtype] * (VJP_FACTOR if guided else 1)
+        if guided or not batch_px:  # gradients are a lane's own
+            lane += call * _denoiser_pixels(canvas, DENOISER_BATCH_PX)
+        else:
+            memory += call * _denoiser_pixels((MAX_BATCH, *canvas[1:]), batch_px)
     else:
         lane = BASELINE_BYTES_PX * channels * pixels
     memory += num_lanes * (block_input + lane)
@@ -145,13 +158,12 @@ def _unknown(grid: Grid, params: Mapping[str, Any]) -> Canvas:
     return slices, int(rows), int(columns)
 
 
-def _denoiser_pixels(canvas: Canvas) -> int:
-    """Pixels of the largest call of the denoiser."""
+def _denoiser_pixels(canvas: Canvas, batch_px: int) -> int:
+    """Pixels of the largest call of the denoiser: some windows of at most a batch's pixels."""
     slices, h, w = canvas
     if h * w > DENOISER_PLANE_PX:
-        side = DENOISER_TILE_PX + 2 * HALO_PX
-        return min(h, side) * min(w, side)
-    return h * w * max(1, min(slices, DENOISER_BATCH_PX // (h * w)))
+        h, w = (min(side, DENOISER_TILE_PX + 2 * HALO_PX) for side in (h, w))
+    return h * w * max(1, min(slices, batch_px // (h * w)))
 
 
 def _seconds(

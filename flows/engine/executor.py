@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -63,23 +64,31 @@ class Executor(Protocol):
 
 
 class InlineExecutor:
-    """Computes in this process, one block at a time. A block that kills its worker kills us."""
+    """Computes in this process. A block that kills its worker kills us.
+
+    Args:
+        num_lanes: blocks that are computed at the same time. With one, a block is read, computed
+            and written before the next is asked for; with more, in threads, as an actor does it.
+    """
 
     num_workers = 1
 
-    def __init__(self) -> None:
+    def __init__(self, num_lanes: int = 1) -> None:
+        self._lanes = num_lanes
         self._worker: BlockWorker | None = None
 
     def run(self, next_job: NextJob) -> Iterator[Outcome]:
-        """Carry out jobs in the order given, on one thread of torch."""
+        """Carry out jobs, on one thread of torch for each lane; with one lane in their order."""
         import torch
 
         threads = torch.get_num_threads()
-        self._worker = self._worker or BlockWorker()
-        torch.set_num_threads(1)
+        self._worker = worker = self._worker or BlockWorker(self._lanes)
         try:
+            if self._lanes > 1:
+                yield from _threaded(worker, self._lanes + 1, next_job)
+                return
             while (job := next_job()) is not None:
-                yield self._worker.attempt(job)
+                yield worker.attempt(job)
         finally:
             torch.set_num_threads(threads)
 
@@ -97,6 +106,19 @@ class InlineExecutor:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _threaded(worker: BlockWorker, num_threads: int, next_job: NextJob) -> Iterator[Outcome]:
+    """Outcomes of jobs in threads; no more of them are asked for than there are threads."""
+    running: set[Future[Outcome]] = set()
+    with ThreadPoolExecutor(num_threads, "lane") as threads:
+        while True:
+            while len(running) < num_threads and (job := next_job()) is not None:
+                running.add(threads.submit(worker.attempt, job))
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
 
 
 class RayExecutor:
@@ -344,11 +366,12 @@ def default_workers(num_gpus_per_worker: float) -> int:
 def make_executor(compute: ComputeSettings) -> Executor:
     """The executor that the settings ask for; nothing is started yet."""
     if compute.executor == "inline":
-        return InlineExecutor()
+        return InlineExecutor(compute.lanes)
     return RayExecutor(
         compute.num_workers,
         address=compute.ray_address,
         num_gpus_per_worker=compute.num_gpus_per_worker,
+        num_lanes=compute.lanes,
     )
 
 

@@ -35,6 +35,12 @@ MAX_CHUNK_PX = 512
 DENOISER_BATCH_PX = 512**2
 """Pixels in one call of the denoiser, where a plane is less: larger batches are split."""
 
+DEVICE_BATCH_PX = 2**22
+"""Pixels in one call of the denoiser on a GPU, filled from all lanes of a worker."""
+
+MAX_BATCH = 16
+"""Windows in such a call, however small they are."""
+
 DENOISER_PLANE_PX = 1024**2
 """Largest plane in one call of the denoiser: larger ones are tiled."""
 

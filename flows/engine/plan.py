@@ -27,7 +27,7 @@ from domains.base import BadInputError, ItemRecord
 from domains.registry import domain_names
 from flows.config import MethodSettings
 from flows.engine.cost import Cost, predict
-from flows.engine.grid import Block, Grid, make_grid
+from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
 from flows.engine.methods import converged, resolve_method
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class ItemPlan:
         device_class: "cpu" or "cuda"; results differ in the last bits between them.
         grid: of the blocks.
         cost: predicted, of one block.
+        batch_px: pixels in a batch of the denoiser that is filled from all lanes of a worker; 0:
+            batches are a block's own.
     """
 
     key: str
@@ -95,6 +97,7 @@ class ItemPlan:
     device_class: str
     grid: Grid
     cost: Cost
+    batch_px: int = 0
 
     @property
     def work(self) -> str:
@@ -121,6 +124,7 @@ class Plan:
         output: root of what is written.
         items: sorted so that the heaviest blocks come first.
         num_workers: recorded, not hashed.
+        num_lanes: blocks that each worker computes at the same time; likewise.
     """
 
     campaign: str
@@ -128,6 +132,7 @@ class Plan:
     output: Path
     items: tuple[ItemPlan, ...]
     num_workers: int = 1
+    num_lanes: int = 1
 
     @property
     def num_blocks(self) -> int:
@@ -173,6 +178,7 @@ class Plan:
                 "seconds": self.predicted_seconds,
                 "bytes": self.predicted_bytes,
                 "num_workers": self.num_workers,
+                "num_lanes": self.num_lanes,
             },
             "items": [{"key": item.key, **content_of(item)} for item in self.items],
         }
@@ -191,7 +197,9 @@ def make_plan(
     device_class: str = "cpu",
     block_size: int = 512,
     slices_per_block: int = 4,
+    batch_px: int | None = None,
     num_workers: int = 1,
+    num_lanes: int = 1,
     memory_limit_bytes: int | None = None,
     methods_for: Callable[[MeasurementEntry], Sequence[MethodSettings]] | None = None,
 ) -> Plan:
@@ -210,7 +218,10 @@ def make_plan(
         device_class: "cpu" or "cuda".
         block_size: side of a tile's write region, where planes are cut.
         slices_per_block: depth of a block, where planes are seen whole.
+        batch_px: pixels in a batch of the denoiser that is filled from all lanes of a worker; 0:
+            batches are a block's own; None: that on a CPU, DEVICE_BATCH_PX on a GPU.
         num_workers: that will share the work.
+        num_lanes: blocks that each worker computes at the same time.
         memory_limit_bytes: of driver and workers together; None: no limit.
         methods_for: chooses the methods of each measurement; overrides `method`.
 
@@ -224,6 +235,8 @@ def make_plan(
     model_bytes = _model_bytes(reference)
     calibrated = solver_settings(Path(reference.path)) if reference else {}
     asked = [method] if method is None or isinstance(method, MethodSettings) else list(method)
+    if batch_px is None:
+        batch_px = 0 if device_class == "cpu" else DEVICE_BATCH_PX
     planned: dict[str, ItemPlan] = {}
     for entry in chosen:
         grid = make_grid(
@@ -235,12 +248,15 @@ def make_plan(
         for way in methods_for(entry) if methods_for else asked:
             full = resolve_method(way, entry, calibrated)
             full = converged(full, way) if grid.tiled else full
-            item = _plan_item(entry, full, reference, model_bytes, grid, seed, dtype, device_class)
+            item = _plan_item(
+                entry, full, reference, grid, seed, dtype, device_class, batch_px,
+                model_bytes=model_bytes, num_lanes=num_lanes,
+            )  # fmt: skip
             planned[item.key] = item
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.
     ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
     keys = sorted(item.key for item in ordered)
-    plan = Plan(_digest(keys), Path(measurements), Path(output), ordered, num_workers)
+    plan = Plan(_digest(keys), Path(measurements), Path(output), ordered, num_workers, num_lanes)
     if memory_limit_bytes is not None:
         require_memory(plan, memory_limit_bytes)
     return plan
@@ -289,6 +305,8 @@ def content_of(item: ItemPlan) -> dict[str, Any]:
         "dtype": item.dtype if solver else None,
         "device_class": item.device_class,
         "grid": {**asdict(item.grid), **({"reach": item.grid.reach} if item.grid.tiled else {})},
+        # Rounding goes by a batch's shape; without shared batches it is the grid's.
+        **({"batch_px": item.batch_px} if item.batch_px else {}),
     }
 
 
@@ -296,11 +314,14 @@ def _plan_item(
     entry: MeasurementEntry,
     method: MethodSettings,
     model: ModelRef | None,
-    model_bytes: int,
     grid: Grid,
     seed: int,
     dtype: str,
     device_class: str,
+    batch_px: int,
+    *,
+    model_bytes: int,
+    num_lanes: int,
 ) -> ItemPlan:
     for name in (entry.item_id, entry.task, method.name):
         if not _NAME.fullmatch(name):
@@ -308,6 +329,7 @@ def _plan_item(
     needs_model = method.kind == "solver"
     if needs_model and model is None:
         raise BadInputError(f"the solver '{method.name}' needs a model: name one with --model")
+    batch_px = batch_px if needs_model else 0
     cost = predict(
         grid,
         entry.operator,
@@ -316,6 +338,8 @@ def _plan_item(
         dtype,
         input_bytes=entry.num_bytes,
         model_bytes=model_bytes,
+        batch_px=batch_px,
+        num_lanes=num_lanes,
     )
     item = ItemPlan(
         key="",
@@ -331,6 +355,7 @@ def _plan_item(
         device_class=device_class,
         grid=grid,
         cost=cost,
+        batch_px=batch_px,
     )
     return replace(item, key=_digest(content_of(item)))
 
