@@ -13,6 +13,7 @@ zarr-python in the tests. Source: OME-NGFF 0.5 (ngff.openmicroscopy.org/0.5), Za
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,13 +62,26 @@ def cut_chunks(
     Raises:
         ValueError: if the origin is not on the grid: two writers would then share a chunk.
     """
+    for index in chunk_indices(values.shape, origin, chunk):
+        starts = [i * n - o for i, n, o in zip(index, chunk, origin, strict=True)]
+        part = tuple(slice(a, a + n) for a, n in zip(starts, chunk, strict=True))
+        yield index, values[part]
+
+
+def chunk_indices(
+    shape: Sequence[int], origin: Sequence[int], chunk: Shape4
+) -> Iterator[tuple[int, ...]]:
+    """Indices of the chunks that a region touches, the last axis fastest.
+
+    Raises:
+        ValueError: if the region's origin is not on the chunk grid.
+    """
     if any(o % n for o, n in zip(origin, chunk, strict=True)):
         raise ValueError(f"origin {tuple(origin)} is not on the chunk grid {chunk}")
-    first = tuple(o // n for o, n in zip(origin, chunk, strict=True))
-    counts = [math.ceil(size / n) for size, n in zip(values.shape, chunk, strict=True)]
-    for offset in np.ndindex(*counts):
-        part = tuple(slice(i * n, (i + 1) * n) for i, n in zip(offset, chunk, strict=True))
-        yield tuple(a + b for a, b in zip(first, offset, strict=True)), values[part]
+    counts = [math.ceil(size / n) for size, n in zip(shape, chunk, strict=True)]
+    first = [o // n for o, n in zip(origin, chunk, strict=True)]
+    for offset in itertools.product(*map(range, counts)):
+        yield tuple(a + b for a, b in zip(first, offset, strict=True))
 
 
 def array_metadata(shape: Shape4, chunk: Shape4) -> bytes:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from flows.engine.publish import (
     publish,
     reject_manifest,
 )
-from flows.engine.receipt import Receipt, load_receipts, reject_receipt
+from flows.engine.receipt import Receipt, each_receipt, reject_receipt
+from flows.engine.receipt_book import ReceiptBook
 from flows.engine.restored import RestoredEntry, entry_of
 from flows.engine.worker import BlockJob, Failure, FailureKind, Outcome
 
@@ -141,10 +142,14 @@ class _Item:
     """The state of one item of the plan during a run."""
 
     plan: ItemPlan
-    receipts: dict[int, Receipt] = field(default_factory=dict)
+    receipts: MutableMapping[int, Receipt] = field(init=False)
     attempts: Counter[int] = field(default_factory=Counter)
     deaths_in_a_row: int = 0
     open: bool = True
+    num_listed: int = 0
+
+    def __post_init__(self) -> None:
+        self.receipts = ReceiptBook(self.plan)
 
     @property
     def complete(self) -> bool:
@@ -175,6 +180,8 @@ class _Campaign:
         self._progress = Progress(plan.num_blocks, weight, on_event, clock)
         self._items = {item.key: _Item(item) for item in plan.items}
         self._queue: deque[tuple[_Item, int]] = deque()
+        self._returned: deque[tuple[_Item, int]] = deque()
+        self._fresh = self._in_order()
         self._published: dict[str, RestoredEntry] = {}
         self._reused: set[str] = set()
         self._quarantined: list[Quarantined] = []
@@ -189,7 +196,7 @@ class _Campaign:
         self._record_plan()
         for item in self._items.values():
             self._take_stock(item)
-        left = len(self._queue)
+        left = sum(i.plan.num_blocks - len(i.receipts) for i in self._items.values() if i.open)
         self._progress.tell(
             "start",
             f"{len(self._plan.items)} items, {left} of {self._plan.num_blocks} blocks to compute "
@@ -201,7 +208,7 @@ class _Campaign:
         )
         for item in [i for i in self._items.values() if i.open and i.complete]:
             self._publish(item)
-        if self._queue:
+        if any(i.open and not i.complete for i in self._items.values()):
             for outcome in self._executor.run(self._next_job):
                 self._settle(outcome)
         return self._result()
@@ -224,15 +231,35 @@ class _Campaign:
             self._close_published(item, manifest)
             self._tell_of("reused", item, "published before", manifest)
             return
-        item.receipts = load_receipts(self._objects, plan)
+        for receipt in each_receipt(self._objects, plan):
+            item.receipts[receipt.block] = receipt
         known = len(item.receipts)
         self._progress.skip(known, known * plan.cost.seconds)
-        missing = (i for i in range(plan.num_blocks) if i not in item.receipts)
-        self._queue.extend((item, index) for index in missing)
+
+    def _in_order(self) -> Iterator[tuple[_Item, int]]:
+        """Blocks to compute, as the plan has them, listed when they are asked for."""
+        for item in self._items.values():
+            for index in range(item.plan.num_blocks):
+                item.num_listed = index + 1
+                if not item.open:
+                    break
+                if index not in item.receipts:
+                    yield item, index
+
+    def _wanted(self) -> Iterator[tuple[_Item, int]]:
+        """What went back into the queue first; failures that are tried again after all others."""
+        while True:
+            if self._returned:
+                yield self._returned.popleft()
+            elif (fresh := next(self._fresh, None)) is not None:
+                yield fresh
+            elif self._queue:
+                yield self._queue.popleft()
+            else:
+                return
 
     def _next_job(self) -> BlockJob | None:
-        while self._queue:
-            item, index = self._queue.popleft()
+        for item, index in self._wanted():
             if not item.open or index in item.receipts:
                 continue
             # Another driver may have published meanwhile: its work area is gone then, and so is
@@ -268,7 +295,7 @@ class _Campaign:
         if not item.open or self._was_overtaken(item):
             return
         if failure.kind == "returned":
-            self._queue.appendleft((item, index))
+            self._returned.append((item, index))
             return
         if failure.kind == "lost":
             self._queue.appendleft((item, index))
@@ -339,7 +366,8 @@ class _Campaign:
                 self._quarantine(item, index, Failure("transient", reason))
                 return
             self._progress.skip(-1, -item.plan.cost.seconds)
-            self._queue.append((item, index))
+            if index < item.num_listed:  # the others' turn comes
+                self._queue.append((item, index))
             self._progress.tell(
                 "corrupt",
                 f"{item.label}: block {index} changed on the disk after it was written; "
@@ -376,6 +404,7 @@ class _Campaign:
         left = item.plan.num_blocks - len(item.receipts)
         self._progress.skip(left, left * item.plan.cost.seconds)
         item.open = False
+        item.receipts.clear()
 
     def _quarantine(self, item: _Item, index: int, failure: Failure) -> None:
         plan = item.plan

@@ -163,6 +163,13 @@ class Grid:
         )
         return Block(index, write, read)
 
+    def block_of_chunk(self, index: tuple[int, int, int, int]) -> int:
+        """Index of the block that writes a chunk (c, z, y, x)."""
+        _, rows, columns = self.counts
+        _, tall, wide = self.chunk[1:]
+        z, y, x = index[1] // self.slices, index[2] * tall, index[3] * wide
+        return (z * rows + y // self.tile_h) * columns + x // self.tile_w
+
     def __iter__(self) -> Iterator[Block]:
         return (self.block(i) for i in range(self.num_blocks))
 

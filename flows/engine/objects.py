@@ -19,7 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from stat import S_ISDIR
 
 from diffusion_core.disk import sync
@@ -56,10 +56,14 @@ class LocalObjects:
         Raises:
             ValueError: if the key is absolute or steps out of the root.
         """
-        parts = PurePosixPath(key)
-        if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+        return Path(self._file(key))
+
+    def _file(self, key: str) -> str:
+        """The same as a string: a resumed run asks for hundreds of thousands."""
+        parts = key.split("/")
+        if key.startswith("/") or ".." in parts or not any(p not in ("", ".") for p in parts):
             raise ValueError(f"'{key}' is not a key under {self.root}")
-        return self.root / parts
+        return f"{self.root}/{key}"
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object under a key of the caller's own."""
@@ -99,18 +103,19 @@ class LocalObjects:
 
     def get(self, key: str) -> bytes:
         """Read an object. Raises FileNotFoundError if there is none."""
-        return self.path(key).read_bytes()
+        with open(self._file(key), "rb") as file:  # noqa: PTH123  # Path takes as long as the read
+            return file.read()
 
     def size(self, key: str) -> int | None:
         """Size in bytes, or None if there is no such object."""
         try:
-            return self.path(key).stat().st_size
+            return os.stat(self._file(key)).st_size  # noqa: PTH116
         except FileNotFoundError:
             return None
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object or folder."""
-        return self.path(key).exists()
+        return os.path.exists(self._file(key))  # noqa: PTH110
 
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; drafts of unfinished creates are left out."""

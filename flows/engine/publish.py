@@ -143,10 +143,12 @@ def _seams(
     """The seams between the item's blocks, out of the staged chunks; None if it was not cut."""
     if not item.grid.tiled:
         return None
-    staged = {c.key: r.staged(item, c) for r in receipts.values() for c in r.chunks}
 
     def read(index: tuple[int, int, int, int]) -> Array:
-        return ome.decode_chunk(objects.get(staged[ome.chunk_name(index)]), item.grid.chunk)
+        name = ome.chunk_name(index)
+        receipt = receipts[item.grid.block_of_chunk(index)]
+        chunk = next(c for c in receipt.chunks if c.key == name)
+        return ome.decode_chunk(objects.get(receipt.staged(item, chunk)), item.grid.chunk)
 
     seams = measure_seams(item.grid, read)
     return None if seams is None else asdict(seams)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -151,6 +151,14 @@ def new_attempt(block: Block) -> str:
     return f"{block.index:06d}-{uuid.uuid4().hex}"
 
 
+def chunk_keys(item: ItemPlan, block: Block) -> list[str]:
+    """Keys of a block's chunks inside its array, in the order in which they are staged."""
+    write = block.write
+    origin = (0, write.z0, write.y0, write.x0)
+    shape = (item.grid.shape[0], *write.shape)
+    return [ome.chunk_name(index) for index in ome.chunk_indices(shape, origin, item.grid.chunk)]
+
+
 def stage_block(
     objects: Objects, item: ItemPlan, block: Block, attempt: str, pixels: Array
 ) -> tuple[Chunk, ...]:
@@ -200,7 +208,8 @@ def create_receipt(objects: Objects, item: ItemPlan, receipt: Receipt) -> Receip
 def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None:
     """The valid receipt of a block, or None; an invalid one is moved out of the way.
 
-    Checked are its seal, that it is of this block, and that its chunks are there with their sizes.
+    Checked are its seal, that it is of this block, that it names all of the block's chunks and no
+    others, and that these are there with their sizes.
     """
     try:
         data = objects.get(_receipt_key(item, block))
@@ -210,7 +219,9 @@ def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None
     if receipt is None or (receipt.key, receipt.block) != (item.key, block):
         reject_receipt(objects, item, block)
         return None
-    if any(objects.size(receipt.staged(item, c)) != c.size for c in receipt.chunks):
+    if [c.key for c in receipt.chunks] != chunk_keys(item, item.grid.block(block)) or any(
+        objects.size(receipt.staged(item, c)) != c.size for c in receipt.chunks
+    ):
         reject_receipt(objects, item, block)
         return None
     return receipt
@@ -225,8 +236,12 @@ def read_receipt(objects: Objects, key: str) -> Receipt | None:
 
 
 def load_receipts(objects: Objects, item: ItemPlan) -> dict[int, Receipt]:
-    """All valid receipts of an item by block; invalid ones are moved out of the way."""
-    found = {}
+    """All valid receipts of an item by block; see each_receipt."""
+    return {receipt.block: receipt for receipt in each_receipt(objects, item)}
+
+
+def each_receipt(objects: Objects, item: ItemPlan) -> Iterator[Receipt]:
+    """The valid receipts of an item, one at a time; invalid ones are moved out of the way."""
     for name in objects.names(f"{item.work}/receipts"):
         stem, dot, suffix = name.partition(".")
         if not (stem.isdigit() and f"{dot}{suffix}" == ".json"):
@@ -234,8 +249,7 @@ def load_receipts(objects: Objects, item: ItemPlan) -> dict[int, Receipt]:
         index = int(stem)
         receipt = load_receipt(objects, item, index) if index < item.num_blocks else None
         if receipt is not None:
-            found[index] = receipt
-    return found
+            yield receipt
 
 
 def reject_receipt(objects: Objects, item: ItemPlan, block: int) -> None:
