@@ -193,6 +193,10 @@ Baseline = Callable[[Measurement, Problem, Mapping[str, Any]], "Tensor"]
 """(measurement, its problem, frozen parameters) -> restored batch (b c h w) in network units."""
 
 
+ReadBox = Callable[[slice, slice, slice], Array]
+"""(z, y, x) -> restored pixels (c z h w) float32 of that box, in source units."""
+
+
 class Domain(ABC):
     """One field. Subclass it, name the subclass in the entry-point group `sashiko.domains`."""
 
@@ -210,6 +214,16 @@ class Domain(ABC):
     @abstractmethod
     def write(self, item: Item, stem: Path) -> Path:
         """Write an item in its source's format at `stem` + suffix; returns the path written."""
+
+    def write_large(self, record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
+        """Write an item that is too large to be held, part by part; None if that cannot be.
+
+        Args:
+            record: of the item.
+            read: gives a box of its pixels.
+            stem: as in write.
+        """
+        return None
 
     @abstractmethod
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:

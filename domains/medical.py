@@ -10,7 +10,7 @@ NIfTI file says its two affines lead to (scanner, atlas ...).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,9 @@ AXIAL, CORONAL, SAGITTAL = "LPS", "LIP", "PIL"
 PLANES = {"S": AXIAL, "I": AXIAL, "A": CORONAL, "P": CORONAL, "L": SAGITTAL, "R": SAGITTAL}
 THICK = 1.3
 """A volume is cut across the axis whose spacing is this much above the others', else axially."""
+
+_NIFTI_OFFSET = 352
+"""Where the voxels of a single NIfTI-1 file begin."""
 
 SINGULAR = 1e-12
 """Determinant (mm^3) under which an affine says nothing."""
@@ -262,24 +265,94 @@ def write_volume(item: Item, stem: Path, dtype: np.dtype[Any]) -> Path:
     import nibabel
     from nibabel import orientations
 
-    record = item.record
-    if item.pixels.shape[0] != 1:
-        raise BadInputError(f"{stem}: a NIfTI volume has one channel, got {item.pixels.shape[0]}")
-    affine = np.array(record.affine) if record.affine else _affine_of_spacing(record)
-    volume = item.pixels[0].transpose(2, 1, 0)
-    transform = orientations.ornt_transform(
-        orientations.axcodes2ornt(nibabel.aff2axcodes(affine)),
-        orientations.axcodes2ornt(record.meta.get("orientation", AXIAL)),
+    _require_grey(item.record, stem)
+    turn = _turn_of(item.record)
+    volume = orientations.apply_orientation(item.pixels[0].transpose(2, 1, 0), turn)
+    path = stem.with_name(stem.name + ".nii.gz")
+    nibabel.save(_nifti(np.ascontiguousarray(volume, dtype=dtype), item.record), path)
+    return path
+
+
+def write_slices(
+    record: ItemRecord, slice_of: Callable[[int], Array], stem: Path, dtype: np.dtype[Any]
+) -> Path | None:
+    """Write a volume that cannot be held, slice by slice; voxels and header as of write_volume.
+
+    Args:
+        record: of the item.
+        slice_of: slice -> its values (h w), to be taken as they are.
+        stem: path without suffix.
+        dtype: to write.
+
+    Returns:
+        stem + ".nii.gz", or None if the file's slices are not the item's: it then must be turned
+        as a whole.
+    """
+    import gzip
+
+    from nibabel import orientations
+
+    _require_grey(record, stem)
+    turn = _turn_of(record)
+    if turn[2, 0] != 2:
+        return None
+    _, z, h, w = record.shape
+    stored = [0, 0, 0]
+    for (axis, _), length in zip(turn, (w, h, z), strict=True):
+        stored[int(axis)] = length
+    # One value seen as many: the header is made of an image that takes no memory.
+    image = _nifti(np.broadcast_to(np.zeros((), dtype), stored), record)
+    image.update_header()
+    header = image.header
+    header.set_slope_inter(1.0, 0.0)
+    header["vox_offset"] = _NIFTI_OFFSET
+    order = range(z) if turn[2, 1] > 0 else range(z - 1, -1, -1)
+    flat = turn.copy()
+    flat[2, 1] = 1
+    path = stem.with_name(stem.name + ".nii.gz")
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        header.write_to(file)
+        file.write(b"\0" * (_NIFTI_OFFSET - file.tell()))
+        for index in order:
+            plane = orientations.apply_orientation(slice_of(index).T[..., None], flat)
+            file.write(np.asarray(plane, dtype).tobytes(order="F"))
+    return path
+
+
+def _require_grey(record: ItemRecord, stem: Path) -> None:
+    if record.shape[0] != 1:
+        raise BadInputError(f"{stem}: a NIfTI volume has one channel, got {record.shape[0]}")
+
+
+def _turn_of(record: ItemRecord) -> Array:
+    """nibabel's transform from canonical axes (x, y, z) to those of the source."""
+    import nibabel
+    from nibabel import orientations
+
+    return np.asarray(
+        orientations.ornt_transform(
+            orientations.axcodes2ornt(nibabel.aff2axcodes(_affine(record))),
+            orientations.axcodes2ornt(record.meta.get("orientation", AXIAL)),
+        )
     )
-    affine = affine @ orientations.inv_ornt_aff(transform, volume.shape)
-    volume = np.ascontiguousarray(orientations.apply_orientation(volume, transform), dtype=dtype)
+
+
+def _affine(record: ItemRecord) -> Array:
+    return np.array(record.affine) if record.affine else _affine_of_spacing(record)
+
+
+def _nifti(volume: Array, record: ItemRecord) -> Any:
+    """The NIfTI image of a volume in its source's orientation."""
+    import nibabel
+    from nibabel import orientations
+
+    _, z, h, w = record.shape
+    affine = _affine(record) @ orientations.inv_ornt_aff(_turn_of(record), (w, h, z))
     volume = volume.reshape(_source_shape(volume.shape, record.meta.get("num_source_dims", 3)))
     image = nibabel.Nifti1Image(volume, affine, dtype=volume.dtype)
     _set_worlds(image, affine, record.meta.get("nifti_worlds", {}))
     image.header.set_xyzt_units("mm")
-    path = stem.with_name(stem.name + ".nii.gz")
-    nibabel.save(image, path)
-    return path
+    return image
 
 
 def _source_shape(shape: tuple[int, ...], num_dims: int) -> tuple[int, ...]:

@@ -16,15 +16,26 @@ if TYPE_CHECKING:
     from flows.training.plan import TrainPlan
 
 
+MAX_ROWS = 60
+"""Items that a plan lists one by one; --json has them all."""
+
+
 def plan_text(plan: Plan) -> str:
     """What a plan would do, for people."""
-    rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in plan.items]
-    total = (
-        f"{len(plan.items)} items, {plan.num_blocks} blocks, {plan.num_workers} workers: about "
+    shown = plan.items[:MAX_ROWS]
+    rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in shown]
+    lines = [table(["item", "task", "method", "blocks", "s a block"], rows)]
+    if len(plan.items) > len(shown):
+        lines.append(f"... and {len(plan.items) - len(shown)} items more, which take less a block")
+    workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
+    lines += [
+        f"{len(plan.items)} items, {plan.num_blocks} blocks, {workers}: about "
         f"{duration(plan.predicted_seconds)}, {size(plan.predicted_peak_bytes)} of memory, "
-        f"{size(plan.predicted_bytes)} written"
-    )
-    return f"{table(['item', 'task', 'method', 'blocks', 's a block'], rows)}\n{total}"
+        f"{size(plan.predicted_bytes)} written",
+        f"a worker: {duration(plan.predicted_work_seconds / plan.num_workers)} of work, "
+        f"{size(plan.worker_peak_bytes)}; the driver: {size(plan.driver_peak_bytes)}",
+    ]
+    return "\n".join(lines)
 
 
 def train_plan_text(plan: TrainPlan) -> str:

@@ -149,8 +149,8 @@ def prepare(
         BadInputError: if nothing of the input can be used, or a name stands for nothing.
         PlanRefusedError: if it needs more memory than the stated limit, or than this machine has.
     """
-    check_request(settings)  # before the images: what is mistyped is told at once
-    model = _model(settings)
+    domains = check_request(settings)  # before the images: what is mistyped is told at once
+    model = _model(settings, domains)
     given = _measurements(settings, work or settings.output / ".work", on_event)
     try:
         planned = _plan(settings, given, model)
@@ -279,8 +279,11 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     return Given(settings.input)
 
 
-def check_request(settings: RestoreSettings) -> None:
+def check_request(settings: RestoreSettings) -> set[str]:
     """Refuse an input, a domain or a method that is not there, before anything is read.
+
+    Returns:
+        Whose images they are, as far as that can be told before any is read.
 
     Raises:
         BadInputError: naming it.
@@ -299,9 +302,10 @@ def check_request(settings: RestoreSettings) -> None:
     domains = _domains(settings)
     if settings.method is not None and "name" in settings.method.model_fields_set and domains:
         require_methods([settings.method.name], sorted(domains))
+    return domains
 
 
-def _model(settings: RestoreSettings) -> ModelRef | None:
+def _model(settings: RestoreSettings, domains: set[str]) -> ModelRef | None:
     """The model, resolved once; None where a classical method needs none."""
     from diffusion_core.posterior import SOLVERS
 
@@ -310,7 +314,7 @@ def _model(settings: RestoreSettings) -> ModelRef | None:
         return None
     from flows.registry import resolve_model
 
-    found = resolve_model(settings.model, _domains(settings))
+    found = resolve_model(settings.model, domains)
     return ModelRef(str(found.path), found.digest, found.name, found.version)
 
 

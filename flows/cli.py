@@ -252,7 +252,7 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
         from flows.api_restore import plan
 
         planned = plan(settings)
-        _answer(planned.to_json(), plan_text(planned), as_json=as_json)
+        _answer(planned.to_json() if as_json else None, plan_text(planned), as_json=as_json)
         return OK
     result = _run("restore", settings, prefect=prefect)
     _answer(result, restored_text(result), as_json=as_json)

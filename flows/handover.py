@@ -11,14 +11,16 @@ PLACE--METHOD-KEY.
 from __future__ import annotations
 
 import json
+import math
 import uuid
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from domains.base import Item
+from domains.base import Array, Item
 from domains.registry import load_domain
+from flows.engine.cost import LARGE_ITEM_BYTES
 from flows.engine.objects import LocalObjects
 from flows.engine.restored import RestoredEntry, open_restored
 
@@ -83,9 +85,7 @@ def _write(objects: LocalObjects, output: Path, entry: RestoredEntry, key: str) 
     folder = objects.path(draft)
     folder.mkdir(parents=True)
     try:
-        pixels = open_restored(output).read(entry)
-        item = Item(np.asarray(pixels), entry.record)
-        written = load_domain(entry.record.domain).write(item, folder / PurePosixPath(key).name)
+        written = _written(output, entry, folder / PurePosixPath(key).name)
         target = str(PurePosixPath(key).with_name(written.name))
         provenance = {"file": written.name, **entry.facts}
         objects.create(f"{key}.json", (json.dumps(provenance, indent=1) + "\n").encode())
@@ -96,3 +96,17 @@ def _write(objects: LocalObjects, output: Path, entry: RestoredEntry, key: str) 
     finally:
         objects.remove(draft)
     return objects.path(target)
+
+
+def _written(output: Path, entry: RestoredEntry, stem: Path) -> Path:
+    """The item as a file: part by part if it is large and its domain can, else at once."""
+    restored, domain = open_restored(output), load_domain(entry.record.domain)
+    if 4 * math.prod(entry.record.shape) > LARGE_ITEM_BYTES:
+
+        def read(z: slice, y: slice, x: slice) -> Array:
+            return restored.read(entry, z, plane=(y, x))
+
+        path = domain.write_large(entry.record, read, stem)
+        if path is not None:
+            return path
+    return domain.write(Item(np.asarray(restored.read(entry)), entry.record), stem)

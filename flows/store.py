@@ -1,8 +1,8 @@
 """Datasets of items and stores of measurements, in Zarr v3.
 
-One chunk is one slice of one item (all its channels), so that a block of a run reads only what
-it needs. Stores are immutable and named by their content; store_files.py says how they are
-published.
+One chunk is one slice of one item (all its channels), or a piece of it where slices are so large
+that they are cut: a block of a run reads only what it needs. Stores are immutable and named by
+their content; store_files.py says how they are published.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import zarr
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
+from flows.engine.grid import MAX_CANVAS_PX, MAX_CHUNK_PX
 from flows.store_files import StoreWriter, StrictStore, array_digest, read_manifest, write_array
 from flows.store_records import (
     MeasurementEntry,
@@ -80,7 +81,7 @@ class MeasurementWriter(StoreWriter):
         group = self._group.create_group(f"measurements/{item_id}/{task}", attributes=values)
         shared = shared_names(measurement.params)
         for name, array in arrays.items():
-            chunk = array.shape if name in shared else (1, *array.shape[1:])
+            chunk = array.shape if name in shared else _chunk(array, measurement.record)
             write_array(group, name, array, chunk)
         self._entries.append(values)
 
@@ -96,18 +97,26 @@ class Store:
 
     kind: ClassVar[str]
 
-    def __init__(self, path: Path) -> None:
-        """Open a store.
+    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+        """Open a store; `manifest` if it has been read already.
 
         Raises:
             BadInputError: if there is none of this kind at the path.
         """
         self.path = path
-        self.manifest = read_manifest(path)
+        self.manifest = read_manifest(path) if manifest is None else manifest
         if self.manifest["kind"] != self.kind:
             raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
         self.content_digest: str = self.manifest["digest"]
         self._group = zarr.open_group(StrictStore(path, read_only=True), mode="r", zarr_format=3)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of an array; () if it is damaged, which reading it will tell."""
+        try:
+            array: Any = self._group[name]
+            return tuple(array.shape)
+        except (OSError, KeyError, RuntimeError, ValueError):
+            return ()
 
     def _array(self, name: str, where: Any) -> Array:
         """A part of an array; only the chunks it touches are read."""
@@ -124,8 +133,8 @@ class Dataset(Store):
 
     kind = DatasetWriter.kind
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+        super().__init__(path, manifest)
         records = [record_from_json(e["record"]) for e in self.manifest["entries"]]
         self._records = {record.item_id: record for record in records}
         self._digests = {
@@ -173,8 +182,8 @@ class Measurements(Store):
 
     kind = MeasurementWriter.kind
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+        super().__init__(path, manifest)
         entries = [entry_from_json(e) for e in self.manifest["entries"]]
         self._by_key = {(e.item_id, e.task): e for e in entries}
 
@@ -196,8 +205,17 @@ class Measurements(Store):
         """Sha256 of the content of one measurement."""
         return self.entry(item_id, task).digest
 
-    def read(self, item_id: str, task: str, z: slice = ALL) -> Measurement:
-        """Read a measurement, or that of the slices z.
+    def read(
+        self, item_id: str, task: str, z: slice = ALL, plane: tuple[slice, slice] = (ALL, ALL)
+    ) -> Measurement:
+        """Read a measurement, or that of the slices z, or of a window of their planes.
+
+        Args:
+            item_id: of the item.
+            task: that it was measured for.
+            z: slices wanted.
+            plane: rows and columns wanted of the arrays whose last two axes are the image's; the
+                record tells of whole planes still.
 
         Raises:
             BadInputError: if the store has no such measurement, or a chunk is damaged.
@@ -205,13 +223,13 @@ class Measurements(Store):
         entry = self.entry(item_id, task)
         start, stop = _bounds(z, entry.num_slices)
         shared = shared_names(entry.params)
-        arrays = {
-            name: self._array(
-                f"measurements/{item_id}/{task}/{name}",
-                ... if name in shared else slice(start, stop),
-            )
-            for name in entry.arrays
-        }
+        size = entry.record.shape[2:]
+        arrays = {}
+        for name in entry.arrays:
+            path = f"measurements/{item_id}/{task}/{name}"
+            first = () if name in shared else (slice(start, stop),)
+            window = plane if self._shape(path)[-2:] == size else ()
+            arrays[name] = self._array(path, (*first, ..., *window))
         return Measurement(
             record=entry.record.slices(start, stop),
             task=task,
@@ -223,6 +241,14 @@ class Measurements(Store):
             truth_digest=entry.truth_digest,
             seed=entry.seed,
         )
+
+
+def _chunk(array: Array, record: ItemRecord) -> tuple[int, ...]:
+    """One slice; of planes that will be cut a piece, so that a block reads little else."""
+    h, w = record.shape[2:]
+    if array.shape[-2:] != (h, w) or h * w <= MAX_CANVAS_PX:
+        return (1, *array.shape[1:])
+    return (1, *array.shape[1:-2], min(h, MAX_CHUNK_PX), min(w, MAX_CHUNK_PX))
 
 
 def _bounds(z: slice, num_slices: int) -> tuple[int, int]:
@@ -243,7 +269,8 @@ def open_store(path: Path) -> Dataset | Measurements:
         Dataset.kind: Dataset,
         Measurements.kind: Measurements,
     }
-    kind = read_manifest(path)["kind"]
+    manifest = read_manifest(path)
+    kind = manifest["kind"]
     if kind not in kinds:
         raise BadInputError(f"{path}: a {kind} store is not known here; update sashiko")
-    return kinds[kind](path)
+    return kinds[kind](path, manifest)

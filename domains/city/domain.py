@@ -18,6 +18,7 @@ from domains.base import (
     ItemRecord,
     Measurement,
     Problem,
+    ReadBox,
     Task,
 )
 from domains.imaging import (
@@ -57,6 +58,12 @@ class City(Domain):
         from domains.city.writer import write
 
         return write(item, stem)
+
+    def write_large(self, record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
+        """Write as `write` does, tile by tile."""
+        from domains.city.writer import write_large
+
+        return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
         """Damage a clean image; y is in network units, (z c h' w'), or speckled intensities."""

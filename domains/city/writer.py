@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from domains.base import Array, BadInputError, Item
+from domains.base import Array, BadInputError, Item, ItemRecord, ReadBox
 
 
 def write(item: Item, stem: Path) -> Path:
@@ -29,6 +29,23 @@ def write(item: Item, stem: Path) -> Path:
     if pixels.dtype == np.uint8 and c == 1 and (opaque or bilevel):
         return _write_grey_png(pixels[0, 0], path, opaque=opaque)
     return _write_png(pixels[:, 0], path, opaque=opaque)
+
+
+def write_large(record: ItemRecord, read: ReadBox, stem: Path) -> Path:
+    """Write an item that cannot be held, of the same kind and values; black and white as grey."""
+    from domains.city import large
+
+    dtype = np.dtype(record.dtype)
+    c, z, _, _ = record.shape
+
+    def rounded(z: slice, y: slice, x: slice) -> Array:
+        return to_dtype(read(z, y, x), dtype)
+
+    fits_png = z == 1 and c in (1, 3) and dtype in (np.uint8, np.uint16)
+    if record.source_format == "tiff" or not fits_png:
+        return large.write_tiff(record, dtype, rounded, stem)
+    opaque = record.meta.get("alpha") == "opaque"
+    return large.write_png(record, dtype, rounded, stem, opaque=opaque)
 
 
 def to_dtype(pixels: Array, dtype: np.dtype[np.generic]) -> Array:

@@ -20,6 +20,7 @@ from domains.base import (
     ItemRecord,
     Measurement,
     Problem,
+    ReadBox,
     Task,
 )
 from domains.imaging import (
@@ -59,6 +60,12 @@ class CT(Domain):
         from domains.ct.writer import write
 
         return write(item, stem)
+
+    def write_large(self, record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
+        """Write as `write` does, slice by slice."""
+        from domains.ct.writer import write_large
+
+        return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
         """Scan a clean volume, or damage it in image space.

@@ -19,6 +19,7 @@ from domains.base import (
     ItemRecord,
     Measurement,
     Problem,
+    ReadBox,
     Task,
 )
 from domains.imaging import (
@@ -62,6 +63,12 @@ class MRI(Domain):
         from domains.mri.writer import write
 
         return write(item, stem)
+
+    def write_large(self, record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
+        """Write as `write` does, slice by slice."""
+        from domains.mri.writer import write_large
+
+        return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
         """Undersampled k-space of a clean volume; y in the source's intensity units."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from domains import medical
-from domains.base import Item
+from domains.base import Array, Item, ItemRecord, ReadBox
 
 
 def write(item: Item, stem: Path) -> Path:
@@ -18,3 +18,13 @@ def write(item: Item, stem: Path) -> Path:
     """
     dtype = item.pixels.dtype if item.pixels.dtype.kind in "iu" else np.dtype(np.float32)
     return medical.write_volume(item, stem, dtype)
+
+
+def write_large(record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
+    """Write a computed MRI item that cannot be held, slice by slice; None if it must be turned."""
+    whole = slice(None)
+
+    def slice_of(index: int) -> Array:
+        return read(slice(index, index + 1), whole, whole)[0, 0]
+
+    return medical.write_slices(record, slice_of, stem, np.dtype(np.float32))

@@ -88,8 +88,11 @@ class Restorer:
         """
         store: Measurements = self._keep(("store", measurements), Measurements)
         region = block.read
-        measurement = store.read(item.item_id, item.task, slice(region.z0, region.z1))
-        return window(measurement, region) if item.grid.tiled else measurement
+        z = slice(region.z0, region.z1)
+        if not item.grid.tiled:
+            return store.read(item.item_id, item.task, z)
+        plane = slice(region.y0, region.y1), slice(region.x0, region.x1)
+        return window(store.read(item.item_id, item.task, z, plane), region)
 
     def compute(
         self, measurement: Measurement, item: ItemPlan, block: Block
@@ -227,6 +230,7 @@ def window(measurement: Measurement, region: Region) -> Measurement:
     """The measurement of a window of the plane, for operators that act pixel by pixel.
 
     Every array whose last two axes are the plane is cut, and copied: a view would keep the plane.
+    Those that were read as this window are taken as they are.
 
     Args:
         measurement: of whole planes, its slices those of the region already.

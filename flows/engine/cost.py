@@ -62,6 +62,36 @@ CLOSED_FORM = frozenset({"fbp", "zero-filled", "bicubic", "telea", "navier-stoke
 """Classical methods that do not iterate: a tenth of the others."""
 
 
+LARGE_ITEM_BYTES = 32 * 2**20
+"""Pixels of a float32 item that are handed over part by part; less is written at once."""
+
+DRIVER_BYTES = 320 * 2**20
+"""A driver that has imported Ray and Prefect, with an item being published."""
+
+ITEM_BYTES = 12 * 2**10
+"""What the driver keeps of an item: its plan, its manifest."""
+
+RECEIPT_BYTES = 400
+"""What the driver keeps of a block that is done."""
+
+CHUNK_BYTES = 2500
+"""What the driver holds of each block of the item being published: the ledger, thrice as JSON."""
+
+
+def driver_bytes(num_items: int, num_blocks: int, most_blocks: int, largest_bytes: int) -> int:
+    """Predict the resident memory of a driver.
+
+    Args:
+        num_items: of the plan.
+        num_blocks: of the plan.
+        most_blocks: of one item.
+        largest_bytes: float32 pixels of the largest item. Written at once, it is held thrice.
+    """
+    whole = 3 * min(largest_bytes, LARGE_ITEM_BYTES)
+    kept = ITEM_BYTES * num_items + RECEIPT_BYTES * num_blocks
+    return DRIVER_BYTES + kept + CHUNK_BYTES * most_blocks + whole
+
+
 Canvas = tuple[int, int, int]
 """(z, h, w)."""
 

@@ -26,7 +26,7 @@ from diffusion_core.model import solver_settings
 from domains.base import BadInputError, ItemRecord
 from domains.registry import domain_names
 from flows.config import MethodSettings
-from flows.engine.cost import Cost, predict
+from flows.engine.cost import Cost, driver_bytes, predict
 from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
 from flows.engine.methods import converged, resolve_method
 
@@ -37,7 +37,6 @@ ALGORITHM_VERSION = 1
 """Part of every key: raise it when the same settings come to make other pixels."""
 
 PLAN_FORMAT = 1
-DRIVER_BYTES = 300 * 2**20
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,127}")
 
 
@@ -142,17 +141,33 @@ class Plan:
     @property
     def predicted_peak_bytes(self) -> int:
         """Resident memory of the driver and all workers at the worst moment."""
-        worker = max((item.cost.peak_bytes for item in self.items), default=0)
-        largest = max((4 * math.prod(item.grid.shape) for item in self.items), default=0)
-        # Handing files over, the driver holds one whole item and what its writer makes of it.
-        return DRIVER_BYTES + 3 * largest + self.num_workers * worker
+        return self.driver_peak_bytes + self.num_workers * self.worker_peak_bytes
+
+    @property
+    def worker_peak_bytes(self) -> int:
+        """Resident memory of one worker at its worst block."""
+        return max((item.cost.peak_bytes for item in self.items), default=0)
+
+    @property
+    def driver_peak_bytes(self) -> int:
+        """Resident memory of the driver; the domain writes large items part by part."""
+        return driver_bytes(
+            len(self.items),
+            self.num_blocks,
+            max((item.num_blocks for item in self.items), default=0),
+            max((4 * math.prod(item.grid.shape) for item in self.items), default=0),
+        )
+
+    @property
+    def predicted_work_seconds(self) -> float:
+        """Seconds of work, of all workers together."""
+        return sum(item.cost.seconds * item.num_blocks for item in self.items)
 
     @property
     def predicted_seconds(self) -> float:
         """Wall seconds, all workers busy; start-up not counted."""
-        work = sum(item.cost.seconds * item.num_blocks for item in self.items)
         longest = max((item.cost.seconds for item in self.items), default=0.0)
-        return max(work / self.num_workers, longest)
+        return max(self.predicted_work_seconds / self.num_workers, longest)
 
     @property
     def predicted_bytes(self) -> int:
@@ -175,7 +190,10 @@ class Plan:
             "num_blocks": self.num_blocks,
             "predicted": {
                 "peak_bytes": self.predicted_peak_bytes,
+                "worker_peak_bytes": self.worker_peak_bytes,
+                "driver_peak_bytes": self.driver_peak_bytes,
                 "seconds": self.predicted_seconds,
+                "work_seconds": self.predicted_work_seconds,
                 "bytes": self.predicted_bytes,
                 "num_workers": self.num_workers,
                 "num_lanes": self.num_lanes,

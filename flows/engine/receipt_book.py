@@ -1,6 +1,6 @@
-"""The receipts of one item in the driver's memory: a tenth of what they take as objects.
+"""The receipts of one item in the driver's memory: a quarter of what they take as objects.
 
-A campaign of a million blocks would hold more than a gigabyte of receipts. Packed they are some 200
+A campaign of a million blocks would hold more than a gigabyte of receipts. Packed they are some 300
 bytes each: what follows from the item and the block is left out, and hashes are bytes.
 
     seconds nfe calls peak exact low high | attempt | size, sha256 of each chunk | residual

@@ -74,13 +74,20 @@ class Restored:
         manifest = load_manifest(self._objects, key)
         return None if manifest is None else entry_of(self.path, manifest)
 
-    def read(self, entry: RestoredEntry, z: slice = slice(None), level: int = 0) -> Array:
+    def read(
+        self,
+        entry: RestoredEntry,
+        z: slice = slice(None),
+        level: int = 0,
+        plane: tuple[slice, slice] = (slice(None), slice(None)),
+    ) -> Array:
         """Read an item's pixels.
 
         Args:
             entry: of items().
             z: slices wanted.
             level: of the pyramid; 0 is full resolution.
+            plane: rows and columns wanted.
 
         Returns:
             (c z h w) float32 in source units.
@@ -95,7 +102,7 @@ class Restored:
         try:
             store = StrictStore(entry.path, read_only=True)
             array = zarr.open_array(store, path=str(level), mode="r")
-            return np.asarray(array[:, z])
+            return np.asarray(array[:, z, *plane])
         except Exception as error:
             raise BadInputError(
                 f"{entry.path}: a chunk is damaged or missing; remove its manifest "
