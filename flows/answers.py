@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.console import duration, size, table
@@ -83,6 +84,8 @@ def restored_text(result: RestoreResult) -> str:
     bad = [f"quarantined: {q.source or q.item_id}: {q.reason}" for q in result.quarantined]
     before = f", {result.num_reused} of them before" if result.num_reused else ""
     files = f"; files in {result.output / 'files'}" if result.files else ""
+    if result.published and not isinstance(result.output, Path):
+        files = "; on S3 no files are written for other tools, items are read by their manifests"
     told = f"restored: {len(result.published)} items{before}, in {result.output}{files}"
     return "\n".join([*bad, *account_lines(result.account), told])
 

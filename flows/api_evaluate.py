@@ -39,6 +39,7 @@ from flows.engine.methods import known_methods, require_methods
 from flows.report.page import ModelFacts
 from flows.report.rows import Row, summarise
 from flows.report.table import results_table
+from flows.roots import require_local
 
 if TYPE_CHECKING:
     from flows.api_data import Quarantined as QuarantinedFile
@@ -162,8 +163,8 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     result = EvaluateResult(
         rows=rows,
         output=settings.output,
-        dataset=dataset.path,
-        measurements=measurements.path,
+        dataset=require_local(dataset.path),
+        measurements=require_local(measurements.path),
         json_path=settings.json_path or settings.output / "results.json",
         keys=frozenset(entry.key for entry in campaign.published),
         model=None if model is None else _model_facts(model),

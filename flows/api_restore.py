@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from domains.base import BadInputError
 from domains.files import file_digest
 from domains.registry import domain_names, require_domain
-from flows.config import RestoreSettings
+from flows.config import Home, RestoreSettings
 from flows.engine.account import RunAccount, add_accounts
 from flows.engine.campaign import (
     CampaignError,
@@ -33,11 +33,12 @@ from flows.engine.events import EventHandler, ignore
 from flows.engine.executor import Executor, default_workers, make_executor
 from flows.engine.memory import machine_bytes
 from flows.engine.methods import require_methods
-from flows.engine.objects import LocalObjects
+from flows.engine.objects import open_objects
 from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
 from flows.engine.restored import RestoredEntry
-from flows.given import Given, remove_scratch, take_images
+from flows.given import Given, local_images, remove_scratch, take_images
 from flows.handover import hand_over, place_of
+from flows.roots import Root, S3Root
 
 INPUT_TASK = "given"
 
@@ -84,7 +85,7 @@ class RestoreResult:
         published: items that readers can see now, new or from before.
         num_reused: how many of them had been published before.
         quarantined: files and items that could not be done, with reasons.
-        files: in the formats of their sources.
+        files: in the formats of their sources; none where the output is on S3.
         num_blocks: of the plan.
         num_computed: blocks computed now.
         num_retries: attempts that failed and were made again.
@@ -93,7 +94,7 @@ class RestoreResult:
         account: what it took; kept in OUTPUT/campaigns/CAMPAIGN/account-RUN.json too.
     """
 
-    output: Path
+    output: Root
     campaign: str
     published: tuple[RestoredEntry, ...]
     num_reused: int
@@ -143,7 +144,8 @@ def prepare(
     Args:
         settings: of the restoration.
         on_event: told of each file read.
-        work: where the measurements of damaged images are made; default: in the output.
+        work: where the measurements of damaged images are made; default: in the output, or, if
+            that is on S3, in the cache here (SASHIKO_CACHE), which workers elsewhere must see.
 
     Raises:
         BadInputError: if nothing of the input can be used, or a name stands for nothing.
@@ -151,7 +153,7 @@ def prepare(
     """
     domains = check_request(settings)  # before the images: what is mistyped is told at once
     model = _model(settings, domains)
-    given = _measurements(settings, work or settings.output / ".work", on_event)
+    given = _measurements(settings, work or _scratch(settings.output), on_event)
     try:
         planned = _plan(settings, given, model)
     except BaseException:
@@ -210,6 +212,8 @@ def restore_window(
     )
     files: list[Path] = []
     unwritten: list[Quarantined] = []
+    if not isinstance(window.output, Path):  # tools outside do not ask manifests what is whole
+        return WindowResult(campaign, ())
     for entry in campaign.published:
         places = job.given.names.get(entry.item_id) or (place_of(entry),)
         try:
@@ -260,10 +264,10 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
 def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler) -> Given:
     """The store to restore from: the input itself, or one made of damaged images."""
     from flows.store import Measurements, open_store
-    from flows.store_files import MANIFEST
+    from flows.store_files import has_manifest
 
     damaged = any(p is not None for p in (settings.mask, settings.kernel, settings.scale))
-    if not (settings.input / MANIFEST).is_file():
+    if not has_manifest(settings.input):
         return take_images(settings, work, on_event)
     store = open_store(settings.input)
     if not isinstance(store, Measurements):
@@ -288,13 +292,15 @@ def check_request(settings: RestoreSettings) -> set[str]:
     Raises:
         BadInputError: naming it.
     """
-    from flows.store_files import MANIFEST
+    from flows.store_files import has_manifest
 
-    if not settings.input.exists():
-        raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
+    _require_answers(settings)
+    measured = has_manifest(settings.input)
+    if not measured:
+        local_images(settings)
     if settings.domain is not None:
         require_domain(settings.domain)
-    elif not (settings.input / MANIFEST).is_file():
+    elif not measured:
         known = ", ".join(domain_names())
         raise BadInputError(
             f"{settings.input}: images need --domain, to say what they are: one of {known}"
@@ -303,6 +309,21 @@ def check_request(settings: RestoreSettings) -> set[str]:
     if settings.method is not None and "name" in settings.method.model_fields_set and domains:
         require_methods([settings.method.name], sorted(domains))
     return domains
+
+
+def _require_answers(settings: RestoreSettings) -> None:
+    """Ask the buckets of a request for something, before anything is read or computed."""
+    for root in (settings.input, settings.output):
+        if isinstance(root, S3Root):
+            try:
+                open_objects(root).names("manifests")
+            except OSError as error:
+                raise BadInputError(str(error)) from error
+
+
+def _scratch(output: Root) -> Path:
+    """Where the measurements of damaged images are made until they are restored."""
+    return output / ".work" if isinstance(output, Path) else Home().cache.resolve() / "given"
 
 
 def _model(settings: RestoreSettings, domains: set[str]) -> ModelRef | None:
@@ -321,9 +342,9 @@ def _model(settings: RestoreSettings, domains: set[str]) -> ModelRef | None:
 def _domains(settings: RestoreSettings) -> set[str]:
     """Whose images they are, as far as that can be told before any is read."""
     from flows.store import Measurements, open_store
-    from flows.store_files import MANIFEST
+    from flows.store_files import has_manifest
 
-    if settings.domain is not None or not (settings.input / MANIFEST).is_file():
+    if settings.domain is not None or not has_manifest(settings.input):
         return {settings.domain} - {None}  # type: ignore[return-value]
     store = open_store(settings.input)
     entries = store.entries() if isinstance(store, Measurements) else []
@@ -350,12 +371,12 @@ def _record_account(job: RestoreJob, campaigns: Sequence[CampaignResult]) -> Run
     account = replace(account, num_quarantined=account.num_quarantined + len(job.rejected))
     values = {**asdict(account), "megapixels_per_s": account.megapixels_per_s}
     key = f"campaigns/{job.plan.campaign}/account-{job.run}.json"
-    LocalObjects(job.settings.output).create(key, (json.dumps(values, indent=1) + "\n").encode())
+    open_objects(job.settings.output).create(key, (json.dumps(values, indent=1) + "\n").encode())
     return account
 
 
 def _record_rejected(job: RestoreJob) -> None:
     """Keep why files were left out."""
-    objects = LocalObjects(job.settings.output)
+    objects = open_objects(job.settings.output)
     for entry in job.rejected:
         record_quarantine(objects, entry.item_id, entry)

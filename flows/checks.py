@@ -67,12 +67,13 @@ def _restore(settings: RestoreSettings) -> None:
     from flows.api_data import find_files
     from flows.api_restore import check_request
     from flows.damage import Damage
-    from flows.store_files import MANIFEST
+    from flows.given import local_images
+    from flows.store_files import has_manifest
 
     check_request(settings)
-    if settings.domain is not None and not (settings.input / MANIFEST).is_file():
+    if settings.domain is not None and not has_manifest(settings.input):
         domain = load_domain(settings.domain)
-        find_files(settings.input, domain)
+        find_files(local_images(settings), domain)
         Damage.of(settings, domain)
     _model(settings.model)
 

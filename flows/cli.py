@@ -19,6 +19,8 @@ import click
 from flows import quiet
 from flows.answers import models_text, plan_text, restored_text, train_plan_text, trained_text
 from flows.cli_options import (
+    AnyPlace,
+    LocalPath,
     compute_options,
     computing,
     given,
@@ -43,7 +45,8 @@ from flows.console import (
 if TYPE_CHECKING:
     from flows.api_review import Comparison
 
-PATH = click.Path(path_type=Path)
+PATH = LocalPath()
+ROOT = AnyPlace()
 
 
 class _InOrder(click.Group):
@@ -219,8 +222,10 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 
 
 @cli.command()
-@click.option("--input", type=PATH, required=True, help="Measurements, or a folder of images.")
-@click.option("--output", type=PATH, required=True)
+@click.option(
+    "--input", type=ROOT, required=True, help="Measurements (or s3://...), or a folder of images."
+)
+@click.option("--output", type=ROOT, required=True, help="A folder, or s3://BUCKET/PREFIX.")
 @click.option("--domain", help="Needed for a folder: ct, mri, city.")
 @click.option("--mask", help="Folder of masks (white = missing), or 'nodata'.")
 @click.option("--kernel", type=PATH, help="Blur kernel, an image or .npy.")

@@ -3,9 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from flows.roots import Root
+
+
+class LocalPath(click.Path):
+    """A path of this machine; a URL is refused, which would be a folder of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path of what was typed."""
+        from flows.roots import require_local
+
+        return super().convert(require_local(value), param, ctx)
+
+
+class AnyPlace(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
+    """A path of this machine, or s3://BUCKET/PREFIX."""
+
+    name = "place"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Root:
+        """The root of what was typed."""
+        from flows.roots import parse_root
+
+        del param, ctx
+        return parse_root(value)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 

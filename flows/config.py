@@ -9,16 +9,26 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from zoneinfo import available_timezones
 
 import yaml
 from platformdirs import user_cache_path, user_data_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domains.base import BadInputError, Task
 from flows.mistakes import mistake_in
+from flows.roots import Root, parse_root
 
 
 class Home(BaseSettings):
@@ -128,11 +138,20 @@ class SimulateSettings(Settings):
     seed: int = 0
 
 
+AnyRoot = Annotated[
+    Root,
+    PlainValidator(parse_root),
+    PlainSerializer(str, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
+"""A setting that is a folder here, or s3://BUCKET/PREFIX."""
+
+
 class RestoreSettings(Settings):
     """`sashiko restore`."""
 
-    input: Path
-    output: Path
+    input: AnyRoot = Field(description="measurements (a folder or s3://...), or a folder of images")
+    output: AnyRoot = Field(description="a folder, or s3://BUCKET/PREFIX")
     model: str = Field("champion", description=MODEL)
     domain: str | None = None
     mask: str | None = Field(None, description="folder of masks (white = missing) or 'nodata'")

@@ -190,6 +190,8 @@ def print_json(value: Any) -> None:
 
 def jsonable(value: Any) -> Any:
     """Dataclasses, models, paths and their containers as what JSON knows."""
+    from flows.roots import S3Root
+
     if is_dataclass(value) and not isinstance(value, type):
         return jsonable(asdict(value))
     if hasattr(value, "model_dump"):
@@ -198,7 +200,7 @@ def jsonable(value: Any) -> Any:
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [jsonable(v) for v in value]
-    if isinstance(value, Path):
+    if isinstance(value, Path | S3Root):
         return str(value)
     if hasattr(value, "item"):
         return value.item()

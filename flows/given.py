@@ -32,6 +32,7 @@ from flows.api_data import find_files, read_file, site_key, tell_unknown, unknow
 from flows.config import Home, RestoreSettings
 from flows.damage import NODATA, Damage, place_below
 from flows.engine.events import Event, EventHandler
+from flows.roots import Root
 from flows.store import Measurements, MeasurementWriter
 
 FORMAT = 3
@@ -69,7 +70,7 @@ class Given:
         made: folders that were not there before, the innermost first.
     """
 
-    path: Path
+    path: Root
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
     num_unknown: int = 0
@@ -95,16 +96,15 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
         BadInputError: if the settings make no sense, or none of the files can be used; nothing is
             left behind then.
     """
-    if not settings.input.exists():
-        raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
+    folder = local_images(settings)
     if settings.domain is None:
         raise BadInputError(
             f"{settings.input}: images need --domain (ct, mri, city) to say what they are"
         )
     domain = load_domain(settings.domain)
     damage = Damage.of(settings, domain)
-    images, unknown = _images(settings, domain)
-    sources = [_Source.of(path, settings, damage) for path in images]
+    images, unknown = _images(settings, folder, domain)
+    sources = [_Source.of(path, folder, damage) for path in images]
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
     made = tuple(p for p in path.parents if not p.exists())
@@ -126,6 +126,22 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
     return Given(path, names, tuple(rejected), len(unknown), path.parent, made)
+
+
+def local_images(settings: RestoreSettings) -> Path:
+    """The folder or file of the images.
+
+    Raises:
+        BadInputError: if there is none, or it is on S3, which holds measurements only.
+    """
+    if not isinstance(settings.input, Path):
+        raise BadInputError(
+            f"{settings.input}: holds no finished store of measurements; images are read from a "
+            "folder here, and a store is there once its manifest.json is copied too"
+        )
+    if not settings.input.exists():
+        raise BadInputError(f"{settings.input}: there is no such file or folder; check the path")
+    return settings.input
 
 
 def remove_scratch(folder: Path) -> None:
@@ -163,8 +179,8 @@ class _Source:
     fault: str = ""
 
     @classmethod
-    def of(cls, path: Path, settings: RestoreSettings, damage: Damage) -> _Source:
-        place, digest = place_below(path, settings.input), file_digest(path)
+    def of(cls, path: Path, folder: Path, damage: Damage) -> _Source:
+        place, digest = place_below(path, folder), file_digest(path)
         try:
             mask = damage.mask_of(place)
         except BadInputError as error:
@@ -182,24 +198,26 @@ class _Source:
         return keyed_id(domain.name, seen, site_key(Home().home))
 
 
-def _images(settings: RestoreSettings, domain: Domain) -> tuple[list[Path], list[Path]]:
+def _images(
+    settings: RestoreSettings, folder: Path, domain: Domain
+) -> tuple[list[Path], list[Path]]:
     """The images of the input, and the files of unknown kind.
 
     Masks and kernels that lie below the input are neither, and no more is what was restored.
     """
-    files = find_files(settings.input, domain)
+    files = find_files(folder, domain)
     tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p and p != NODATA]
-    output = settings.output.resolve()
-    if output != settings.input.resolve():
-        tools.append(output)
+    output = settings.output
+    if isinstance(output, Path) and output.resolve() != folder.resolve():
+        tools.append(output.resolve())
 
     def own(paths: Sequence[Path]) -> list[Path]:
         return [p for p in paths if not any(_within(p.resolve(), tool) for tool in tools)]
 
     images = own(files)
     if not images:
-        raise BadInputError(f"{settings.input}: holds masks and no images; check the paths")
-    return images, own(unknown_files(settings.input, domain))
+        raise BadInputError(f"{folder}: holds masks and no images; check the paths")
+    return images, own(unknown_files(folder, domain))
 
 
 def _within(path: Path, folder: Path) -> bool:

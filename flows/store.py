@@ -7,7 +7,6 @@ their content; store_files.py says how they are published.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +14,9 @@ import zarr
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
 from flows.engine.grid import MAX_CANVAS_PX, MAX_CHUNK_PX
-from flows.store_files import StoreWriter, StrictStore, array_digest, read_manifest, write_array
+from flows.engine.objects import StoreError
+from flows.roots import Root
+from flows.store_files import StoreWriter, array_digest, read_manifest, strict_store, write_array
 from flows.store_records import (
     MeasurementEntry,
     entry_from_json,
@@ -90,14 +91,14 @@ class Store:
     """A finished store, open for reading.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its prefix on S3.
         manifest: as it stands, facts noted by the writer included.
         content_digest: sha256 of the content: the same entries give the same digest anywhere.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Root, manifest: dict[str, Any] | None = None) -> None:
         """Open a store; `manifest` if it has been read already.
 
         Raises:
@@ -108,13 +109,15 @@ class Store:
         if self.manifest["kind"] != self.kind:
             raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
         self.content_digest: str = self.manifest["digest"]
-        self._group = zarr.open_group(StrictStore(path, read_only=True), mode="r", zarr_format=3)
+        self._group = zarr.open_group(strict_store(path), mode="r", zarr_format=3)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of an array; () if it is damaged, which reading it will tell."""
         try:
             array: Any = self._group[name]
             return tuple(array.shape)
+        except StoreError:
+            raise
         except (OSError, KeyError, RuntimeError, ValueError):
             return ()
 
@@ -122,6 +125,8 @@ class Store:
         """A part of an array; only the chunks it touches are read."""
         try:
             return np.asarray(self._group[name][where])
+        except StoreError:  # it says nothing of the data
+            raise
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise BadInputError(
                 f"{self.path}: a chunk of {name} is damaged or missing; make the store again"
@@ -133,7 +138,7 @@ class Dataset(Store):
 
     kind = DatasetWriter.kind
 
-    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Root, manifest: dict[str, Any] | None = None) -> None:
         super().__init__(path, manifest)
         records = [record_from_json(e["record"]) for e in self.manifest["entries"]]
         self._records = {record.item_id: record for record in records}
@@ -182,7 +187,7 @@ class Measurements(Store):
 
     kind = MeasurementWriter.kind
 
-    def __init__(self, path: Path, manifest: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: Root, manifest: dict[str, Any] | None = None) -> None:
         super().__init__(path, manifest)
         entries = [entry_from_json(e) for e in self.manifest["entries"]]
         self._by_key = {(e.item_id, e.task): e for e in entries}
@@ -259,7 +264,7 @@ def _bounds(z: slice, num_slices: int) -> tuple[int, int]:
     return start, max(start, stop)
 
 
-def open_store(path: Path) -> Dataset | Measurements:
+def open_store(path: Root) -> Dataset | Measurements:
     """Open a store of either kind.
 
     Raises:

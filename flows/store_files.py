@@ -21,13 +21,15 @@ from uuid import uuid4
 import numpy as np
 import psutil
 import zarr
-from zarr.abc.store import ByteRequest
+from zarr.abc.store import ByteRequest, Store
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from diffusion_core.disk import sync
 from domains.base import Array, BadInputError
+from flows.engine.objects import open_objects
+from flows.roots import Root
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -97,20 +99,40 @@ def require_new(path: Path) -> None:
         )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def strict_store(root: Root) -> Store:
+    """The zarr store under a root, for reading only, in which an absent chunk is an error."""
+    if isinstance(root, Path):
+        return StrictStore(root, read_only=True)
+    from flows.engine.s3_zarr import open_strict
+
+    return open_strict(root)
+
+
+def has_manifest(path: Root) -> bool:
+    """Whether there is a finished store of ours."""
+    if isinstance(path, Path):
+        return (path / MANIFEST).is_file()
+    return open_objects(path).size(MANIFEST) is not None
+
+
+def read_manifest(path: Root) -> dict[str, Any]:
     """The manifest of a finished store.
 
     Raises:
         BadInputError: if there is none, or it cannot be read.
     """
     file = path / MANIFEST
-    if not file.is_file():
+    try:
+        text = open_objects(path).get(MANIFEST).decode()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise BadInputError(
             f"{path}: not a store of ours, or an unfinished one (no {MANIFEST}); "
             "make it with `sashiko ingest` or `sashiko simulate`"
-        )
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"{file}: the manifest is damaged; make the store again") from error
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(text)
         entries, kind, version = manifest["entries"], manifest["kind"], manifest["format"]
         whole = manifest["digest"] == entries_digest(entries) and kind.startswith("sashiko-")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -42,6 +42,7 @@ from flows.engine.grid import (
 )
 from flows.engine.plan import ItemPlan, ModelRef
 from flows.engine.receipt import Account
+from flows.roots import Root
 from flows.store import Measurements
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,7 +76,7 @@ class Restorer:
         self._lock = threading.RLock()
         self._batcher = Batcher()
 
-    def read(self, measurements: Path, item: ItemPlan, block: Block) -> Measurement:
+    def read(self, measurements: Root, item: ItemPlan, block: Block) -> Measurement:
         """What is measured in the read region of a block.
 
         Args:

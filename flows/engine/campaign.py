@@ -20,7 +20,7 @@ from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
 from flows.engine.fencing import driving
-from flows.engine.objects import LocalObjects
+from flows.engine.objects import open_objects
 from flows.engine.plan import ItemPlan, Plan
 from flows.engine.publish import (
     DamagedBlocksError,
@@ -30,7 +30,7 @@ from flows.engine.publish import (
     publish,
     reject_manifest,
 )
-from flows.engine.receipt import Receipt, each_receipt, reject_receipt
+from flows.engine.receipt import Objects, Receipt, each_receipt, reject_receipt
 from flows.engine.receipt_book import ReceiptBook
 from flows.engine.restored import RestoredEntry, entry_of
 from flows.engine.worker import BlockJob, Failure, FailureKind, Outcome
@@ -174,7 +174,7 @@ class _Campaign:
     ) -> None:
         self._book = book
         self._plan, self._executor, self._max_attempts = plan, executor, max_attempts
-        self._objects = LocalObjects(plan.output)
+        self._objects = open_objects(plan.output)
         self._clock, self._start = clock, clock()
         weight = sum(item.cost.seconds * item.num_blocks for item in plan.items)
         self._progress = Progress(plan.num_blocks, weight, on_event, clock)
@@ -264,7 +264,8 @@ class _Campaign:
                 continue
             # Another driver may have published meanwhile: its work area is gone then, and so is
             # the need for ours.
-            if self._objects.exists(manifest_key(item.plan.key)) and self._was_overtaken(item):
+            there = self._objects.size(manifest_key(item.plan.key)) is not None
+            if there and self._was_overtaken(item):
                 continue
             return BlockJob(self._plan.measurements, self._plan.output, item.plan, index)
         return None
@@ -475,7 +476,7 @@ def _figures(receipt: Receipt, num_pixels: int) -> dict[str, Any]:
     }
 
 
-def record_quarantine(objects: LocalObjects, name: str, entry: Quarantined) -> None:
+def record_quarantine(objects: Objects, name: str, entry: Quarantined) -> None:
     """Keep the reason in quarantine/NAME.json; a later attempt that succeeds removes it."""
     values = asdict(entry)
     del values["source"]

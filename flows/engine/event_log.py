@@ -2,6 +2,9 @@
 
     OUTPUT/campaigns/CAMPAIGN/events-RUN.jsonl      one file a run, lines only ever added
 
+S3 cannot add to an object: the log of a run whose output is there stands under the home folder of
+its driver (SASHIKO_HOME), in campaigns/CAMPAIGN/.
+
 A line is one write, so a killed driver leaves whole lines, but perhaps the last; a reader leaves
 out what is torn. The log is a record and never the ledger: nothing is resumed from it, and a disk
 that takes no more lines ends the log and not the run.
@@ -18,7 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.config import Home
 from flows.engine.events import Event
+from flows.roots import Root
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,9 +33,10 @@ def new_run() -> str:
     return f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{uuid.uuid4().hex[:8]}"
 
 
-def log_path(output: Path, campaign: str, run: str) -> Path:
+def log_path(output: Root, campaign: str, run: str) -> Path:
     """Where the events of a run are kept."""
-    return Path(output) / "campaigns" / campaign / f"events-{run}.jsonl"
+    folder = output if isinstance(output, Path) else Home().home.resolve()
+    return folder / "campaigns" / campaign / f"events-{run}.jsonl"
 
 
 class EventLog:

@@ -1,7 +1,7 @@
 """Objects by key under one root: the few storage primitives that the engine's promises rest on.
 
-Everything the engine keeps goes through these calls, so that a store with other means (conditional
-put, server-side copy) needs this one class again and nothing else. What they promise on POSIX:
+Everything the engine keeps goes through these calls, so that a store with other means needs this
+one class again and nothing else (S3: s3_objects.py). What they promise on POSIX:
 
     put      an object under a key that one writer owns; torn if the writer dies in mid-write
     create   all of an object or nothing, and only if the key is free: one writer wins
@@ -21,8 +21,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
+from typing import TYPE_CHECKING
 
 from diffusion_core.disk import sync
+from flows.roots import Root, parse_root
+
+if TYPE_CHECKING:
+    from flows.engine.receipt import Objects
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
 
@@ -44,8 +49,30 @@ class Usage:
     modified_s: float
 
 
+class StoreError(OSError):
+    """The store does not answer, however often it is asked: nothing can go on without it."""
+
+
+def open_objects(root: Root | str) -> Objects:
+    """The objects under a root: a folder of this machine, or s3://BUCKET/PREFIX.
+
+    Nothing is made or asked yet.
+
+    Raises:
+        BadInputError: if it is neither.
+    """
+    where = parse_root(root)
+    if isinstance(where, Path):
+        return LocalObjects(where)
+    from flows.engine.s3_objects import S3Objects
+
+    return S3Objects(where)
+
+
 class LocalObjects:
     """Objects as files under a root folder; keys are relative POSIX paths."""
+
+    at_once = 1
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root).resolve()
@@ -169,6 +196,11 @@ class LocalObjects:
         target = self.path(new_key)
         target.parent.mkdir(parents=True, exist_ok=True)
         _link(self.path(key), target)
+
+    def assembly(self, draft: str, path: str) -> str:
+        """Where to put together what will be adopted as `path`: in the draft, out of sight."""
+        del path
+        return draft
 
     def adopt(self, prefix: str, new_prefix: str) -> None:
         """Make a finished folder durable and let it appear under its final key at once.

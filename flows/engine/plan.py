@@ -29,6 +29,7 @@ from flows.config import MethodSettings
 from flows.engine.cost import Cost, driver_bytes, predict
 from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
 from flows.engine.methods import converged, resolve_method
+from flows.roots import Root, parse_root
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -127,8 +128,8 @@ class Plan:
     """
 
     campaign: str
-    measurements: Path
-    output: Path
+    measurements: Root
+    output: Root
     items: tuple[ItemPlan, ...]
     num_workers: int = 1
     num_lanes: int = 1
@@ -203,8 +204,8 @@ class Plan:
 
 
 def make_plan(
-    measurements: Path,
-    output: Path,
+    measurements: Root,
+    output: Root,
     method: MethodSettings | Sequence[MethodSettings] | None = None,
     model: ModelRef | Path | None = None,
     *,
@@ -225,7 +226,7 @@ def make_plan(
 
     Args:
         measurements: the store.
-        output: root folder of the results; nothing is written now.
+        output: root of the results; nothing is written now.
         method: one or several ways to restore every item; None: each task's own. What a method
             leaves open comes from the model and the task's file (methods.py).
         model: the diffusion model; None if every method is a classical baseline.
@@ -274,7 +275,8 @@ def make_plan(
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.
     ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
     keys = sorted(item.key for item in ordered)
-    plan = Plan(_digest(keys), Path(measurements), Path(output), ordered, num_workers, num_lanes)
+    places = parse_root(measurements), parse_root(output)
+    plan = Plan(_digest(keys), *places, ordered, num_workers, num_lanes)
     if memory_limit_bytes is not None:
         require_memory(plan, memory_limit_bytes)
     return plan
@@ -379,11 +381,11 @@ def _plan_item(
 
 
 def _chosen(
-    measurements: Path, items: Iterable[str] | None, tasks: Iterable[str] | None
+    measurements: Root, items: Iterable[str] | None, tasks: Iterable[str] | None
 ) -> list[MeasurementEntry]:
     from flows.store import Measurements
 
-    entries = Measurements(Path(measurements)).entries()
+    entries = Measurements(measurements).entries()
     wanted_items = None if items is None else set(items)
     wanted_tasks = None if tasks is None else set(tasks)
     chosen = [

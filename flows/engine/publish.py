@@ -3,6 +3,7 @@
     all receipts -> their chunks verified, byte for byte
                  -> linked into a new folder beside the work, pyramid, metadata, provenance
                  -> flushed to the disk, renamed to a path that only this attempt has
+                    (on S3 copied to that path at once: whoever looks, looks in the manifests)
                  -> the attempt's fence taken (fencing.py), against a gc that took us for dead
                  -> manifests/KEY.json, created only if absent: from here on the item exists
 
@@ -105,11 +106,12 @@ def publish(
     attempt = Attempt.new(item.key)
     provenance = {**_provenance(plan, item, receipts), "seams": _seams(objects, item, receipts)}
     path = f"items/{item.item_id}/{item.task}/{item.method.name}-{attempt}.ome.zarr"
+    draft = objects.assembly(attempt.draft, path)
     try:
-        ledger = _assemble(objects, item, receipts, attempt.draft, provenance)
-        objects.adopt(attempt.draft, path)
+        ledger = _assemble(objects, item, receipts, draft, provenance)
+        objects.adopt(draft, path)
     except OSError:
-        for place in (attempt.draft, path):
+        for place in (draft, path):
             objects.remove(place)
         if holder_of(objects, attempt) == "gc":  # it took us for dead: we were stopped for long
             return publish(objects, plan, item, receipts, facts)

@@ -30,7 +30,13 @@ RECEIPT_FORMAT = 1
 
 
 class Objects(Protocol):
-    """The storage primitives that the engine needs; see objects.LocalObjects."""
+    """The storage primitives that the engine needs; see objects.py, s3_objects.py.
+
+    Attributes:
+        at_once: calls that are worth making at the same time, where the way is long.
+    """
+
+    at_once: int
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object under a key of the caller's own."""
@@ -73,11 +79,15 @@ class Objects(Protocol):
         ...
 
     def link(self, key: str, new_key: str) -> None:
-        """Give the same bytes a second key."""
+        """Give the same bytes a second key, one of the caller's own."""
+        ...
+
+    def assembly(self, draft: str, path: str) -> str:
+        """Where to put together what will be adopted as `path`: the draft, or `path` itself."""
         ...
 
     def adopt(self, prefix: str, new_prefix: str) -> None:
-        """Let a finished, durable folder appear under its final key at once."""
+        """Let a finished folder, durable by then, appear under its final key at once."""
         ...
 
     def remove(self, key: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from domains.base import Array, BadInputError, ItemRecord
-from flows.engine.objects import LocalObjects
+from flows.engine.objects import StoreError, open_objects
 from flows.engine.publish import load_manifest
+from flows.roots import Root, parse_root
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RestoredEntry:
     method: str
     campaign: str
     key: str
-    path: Path
+    path: Root
     record: ItemRecord
     seconds: float
     nfe: int
@@ -55,11 +55,11 @@ class RestoredEntry:
 
 
 class Restored:
-    """An output folder, open for reading. Attributes: path."""
+    """An output, open for reading. Attributes: path."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self._objects = LocalObjects(self.path)
+    def __init__(self, path: Root) -> None:
+        self.path = path
+        self._objects = open_objects(self.path)
 
     def items(self) -> list[RestoredEntry]:
         """All published items, by item, task and method."""
@@ -94,15 +94,17 @@ class Restored:
 
         Raises:
             BadInputError: if a chunk is missing or fails its checksum.
+            StoreError: if the object store does not answer.
         """
         import zarr
 
-        from flows.store_files import StrictStore
+        from flows.store_files import strict_store
 
         try:
-            store = StrictStore(entry.path, read_only=True)
-            array = zarr.open_array(store, path=str(level), mode="r")
+            array = zarr.open_array(strict_store(entry.path), path=str(level), mode="r")
             return np.asarray(array[:, z, *plane])
+        except StoreError:
+            raise
         except Exception as error:
             raise BadInputError(
                 f"{entry.path}: a chunk is damaged or missing; remove its manifest "
@@ -110,7 +112,7 @@ class Restored:
             ) from error
 
 
-def entry_of(output: Path, manifest: Mapping[str, Any]) -> RestoredEntry:
+def entry_of(output: Root, manifest: Mapping[str, Any]) -> RestoredEntry:
     """The entry that a manifest describes."""
     from flows.store import record_from_json
 
@@ -120,7 +122,7 @@ def entry_of(output: Path, manifest: Mapping[str, Any]) -> RestoredEntry:
         method=manifest["method"]["name"],
         campaign=manifest["campaign"],
         key=manifest["key"],
-        path=Path(output) / manifest["path"],
+        path=output / manifest["path"],
         record=record_from_json(manifest["record"]),
         seconds=manifest["seconds"],
         nfe=manifest["nfe"],
@@ -133,12 +135,13 @@ def entry_of(output: Path, manifest: Mapping[str, Any]) -> RestoredEntry:
     )
 
 
-def open_restored(output: Path) -> Restored:
-    """Open an output folder.
+def open_restored(output: Root | str) -> Restored:
+    """Open an output: a folder, or s3://BUCKET/PREFIX.
 
     Raises:
         BadInputError: if nothing was ever published there.
     """
-    if not (Path(output) / "manifests").is_dir():
+    root = parse_root(output)
+    if not open_objects(root).exists("manifests"):
         raise BadInputError(f"{output}: holds no restored items; run `sashiko restore` first")
-    return Restored(Path(output))
+    return Restored(root)

@@ -11,20 +11,21 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from domains.base import BadInputError
 from flows.engine.memory import peak_memory
-from flows.engine.objects import LocalObjects
+from flows.engine.objects import StoreError, open_objects
 from flows.engine.plan import ItemPlan
 from flows.engine.receipt import (
+    Objects,
     Receipt,
     create_receipt,
     load_receipt,
     new_attempt,
     stage_block,
 )
+from flows.roots import Root
 
 if TYPE_CHECKING:
     from flows.engine.block import Restorer
@@ -41,7 +42,7 @@ FailureKind = Literal["input", "result", "worker", "transient", "lost", "returne
     lost       the worker died and this block need not be why (its machine went, or blocks of other
                items were in its hands too): another attempt that is not held against the item
     returned   was in the hands of a worker that died of another block: back into the queue
-    fatal      no block can go well (disk full, model gone): the run stops
+    fatal      no block can go well (disk full, store or model gone): the run stops
 """
 
 _FATAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -58,8 +59,8 @@ class BlockJob:
         block: its index.
     """
 
-    measurements: Path
-    output: Path
+    measurements: Root
+    output: Root
     item: ItemPlan
     block: int
 
@@ -119,7 +120,7 @@ class BlockWorker:
     def attempt(self, job: BlockJob) -> Outcome:
         """Compute a block, stage it, and hand in its receipt. Never raises an Exception."""
         try:
-            objects = LocalObjects(job.output)
+            objects = open_objects(job.output)
             # A worker may die between its receipt and its answer: the block is done then.
             receipt = load_receipt(objects, job.item, job.block)
             if receipt is not None:
@@ -129,7 +130,7 @@ class BlockWorker:
             _LOG.debug("block %d failed", job.block, exc_info=True)
             return Outcome(job, failure=failure_of(error))
 
-    def _carry_out(self, objects: LocalObjects, job: BlockJob) -> Receipt:
+    def _carry_out(self, objects: Objects, job: BlockJob) -> Receipt:
         """Read, compute when a lane is free, write."""
         import torch
 
@@ -161,7 +162,7 @@ def failure_of(error: Exception) -> Failure:
         return Failure("input", reason)
     if isinstance(error, NotFiniteError):
         return Failure("result", reason)
-    if isinstance(error, ModelChangedError):
+    if isinstance(error, ModelChangedError | StoreError):
         return Failure("fatal", reason)
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNO:
         return Failure("fatal", reason)

@@ -7,8 +7,10 @@ import numpy as np
 from tiny_domain import tiny_item, tiny_measurement
 
 from flows.config import MethodSettings
+from flows.engine.objects import open_objects
 from flows.engine.plan import Plan, make_plan
 from flows.engine.restored import open_restored
+from flows.roots import Root
 from flows.store import MeasurementWriter
 
 SHAPE = (2, 6, 33, 40)
@@ -32,14 +34,14 @@ def method(name: str = "twice", **options: object) -> MethodSettings:
     return MethodSettings(name=name, kind="baseline", options=options)
 
 
-def tiny_plan(store: Path, output: Path, *ways: MethodSettings, **settings: object) -> Plan:
+def tiny_plan(store: Root, output: Root, *ways: MethodSettings, **settings: object) -> Plan:
     """A plan with one slice a block, unless told otherwise."""
     return make_plan(store, output, list(ways) or [method()], **settings)  # type: ignore[arg-type]
 
 
-def published(output: Path) -> dict[tuple[str, str], np.ndarray]:
+def published(output: Root) -> dict[tuple[str, str], np.ndarray]:
     """(item, method) -> pixels of all that readers can see."""
-    if not (output / "manifests").is_dir():
+    if not open_objects(output).exists("manifests"):
         return {}
     restored = open_restored(output)
     return {(e.item_id, e.method): restored.read(e) for e in restored.items()}

@@ -2,8 +2,10 @@
 
 The process is a fork of the test, so that this costs milliseconds. SIGKILL leaves no time to tidy;
 after SIGSTOP the operation goes on where it was, however late, with whatever is there by then.
+With objects on S3 it is a fork of a server instead: obstore's threads do not survive a fork.
 """
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -11,8 +13,9 @@ from pathlib import Path
 
 from flows.engine.campaign import run_plan
 from flows.engine.executor import InlineExecutor
-from flows.engine.objects import LocalObjects
+from flows.engine.objects import LocalObjects, open_objects
 from flows.engine.plan import Plan
+from flows.roots import Root
 
 OPERATIONS = ("put", "create", "link", "adopt", "rename", "remove")
 MOMENTS = ("before", "amid", "after")
@@ -25,9 +28,9 @@ class _Interrupter:
     def __init__(self, at: int, moment: str, number: signal.Signals = signal.SIGKILL) -> None:
         self.at, self.moment, self.signal, self.count = at, moment, number, 0
 
-    def install(self) -> None:
+    def install(self, kind: type = LocalObjects) -> None:
         for name in OPERATIONS:
-            setattr(LocalObjects, name, self._wrap(name, getattr(LocalObjects, name)))
+            setattr(kind, name, self._wrap(name, getattr(kind, name)))
 
     def _wrap(self, name, operation):
         def wrapped(objects, *args, **kwargs):
@@ -38,7 +41,7 @@ class _Interrupter:
             if moment == "before":
                 self._strike()
             if moment == "amid":
-                self._tear(objects, name, *args)
+                self._tear(objects, name, *args[:2])
             result = operation(objects, *args, **kwargs)
             if moment == "after":
                 self._strike()
@@ -46,8 +49,11 @@ class _Interrupter:
 
         return wrapped
 
-    def _tear(self, objects: LocalObjects, name: str, key: str, data: bytes) -> None:
-        """Write the first half as the operation would, and be struck."""
+    def _tear(self, objects: object, name: str, key: str, data: bytes) -> None:
+        """Write the first half as the operation would, and be struck; on S3 half of it is none."""
+        if not isinstance(objects, LocalObjects):
+            self._strike()
+            return
         path = objects.path(key)
         if name == "create":
             path = path.with_name(f".{path.name}.torn.partial")
@@ -104,6 +110,9 @@ def ended_well(child: int) -> bool:
 def run_and_kill(plan: Plan, at: int, moment: str) -> bool:
     """Run a plan in a driver of its own that dies at operation `at`; False if it finished first."""
 
+    if not isinstance(plan.output, Path):
+        return _run_and_kill_elsewhere(plan, at, moment)
+
     def work() -> None:
         _Interrupter(at, moment).install()
         run_plan(plan, InlineExecutor())
@@ -112,6 +121,25 @@ def run_and_kill(plan: Plan, at: int, moment: str) -> bool:
     if os.WIFSIGNALED(status):
         return True
     assert os.WEXITSTATUS(status) == 0, "the driver failed by itself"
+    return False
+
+
+def _drive(environment: dict[str, str], plan: Plan, at: int, moment: str) -> None:
+    os.environ.update(environment)
+    _Interrupter(at, moment).install(type(open_objects(plan.output)))
+    run_plan(plan, InlineExecutor())
+
+
+def _run_and_kill_elsewhere(plan: Plan, at: int, moment: str) -> bool:
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["kills", "tiny_domain", "flows.engine.block", "obstore"])
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("AWS_", "SASHIKO_"))}
+    driver = server.Process(target=_drive, args=(environment, plan, at, moment))
+    driver.start()
+    driver.join()
+    if driver.exitcode == -signal.SIGKILL:
+        return True
+    assert driver.exitcode == 0, "the driver failed by itself"
     return False
 
 
@@ -140,21 +168,23 @@ def goes_on_well(child: int) -> bool:
     return ended_well(child)
 
 
-def count_operations(work: Callable[[], object]) -> int:
+def count_operations(work: Callable[[], object], kind: type = LocalObjects) -> int:
     """Operations of an undisturbed run."""
     interrupter = _Interrupter(0, "before")
-    saved = {name: getattr(LocalObjects, name) for name in OPERATIONS}
-    interrupter.install()
+    saved = {name: getattr(kind, name) for name in OPERATIONS}
+    interrupter.install(kind)
     try:
         work()
     finally:
         for name, operation in saved.items():
-            setattr(LocalObjects, name, operation)
+            setattr(kind, name, operation)
     return interrupter.count
 
 
-def num_operations(plan: Plan, scratch: Path) -> int:
+def num_operations(plan: Plan, scratch: Root) -> int:
     """Operations of an undisturbed run of a plan into `scratch`."""
     from dataclasses import replace
 
-    return count_operations(lambda: run_plan(replace(plan, output=scratch), InlineExecutor()))
+    elsewhere = replace(plan, output=scratch)
+    kind = type(open_objects(scratch))
+    return count_operations(lambda: run_plan(elsewhere, InlineExecutor()), kind)
