@@ -11,6 +11,7 @@ from flows.console import duration, size, table
 if TYPE_CHECKING:
     from flows.api_restore import RestoreResult
     from flows.api_train import TrainResult
+    from flows.api_upkeep import GcResult, GivenUp, VerifyResult
     from flows.engine.account import RunAccount
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
@@ -19,6 +20,70 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 60
 """Items that a plan lists one by one; --json has them all."""
+MAX_LINES = 20
+"""Of damages and notes on a terminal; --json has all."""
+
+
+def verified_text(result: VerifyResult) -> str:
+    """What is intact and what is damaged, for people."""
+    rows = [
+        [place, f.num_items, f.num_objects, size(f.num_bytes), f.num_staged_blocks, len(f.damages)]
+        for place, f in result.outputs.items()
+    ]
+    names = ["output", "items", "objects", "bytes", "unpublished blocks", "damaged"]
+    lines = [table(names, rows)]
+    damages = [(place, d) for place, found in result.outputs.items() for d in found.damages]
+    lines += [
+        f"{place}/{d.file}: {d.fault}, of {d.item}: {d.next_step}"
+        for place, d in damages[:MAX_LINES]
+    ]
+    if len(damages) > MAX_LINES:
+        lines.append(f"... and {len(damages) - MAX_LINES} more; --json tells all")
+    if result.hidden:
+        lines.append(
+            f"{len(result.hidden)} damaged items are hidden now; give the command again that "
+            "restored them, and then `sashiko gc`"
+        )
+    uncovered = sum(found.num_uncovered for found in result.outputs.values())
+    if uncovered:
+        lines.append(f"not covered: {uncovered} metadata files, written by an older version")
+    return "\n".join([*lines, "intact" if result.intact else f"{len(damages)} damaged"])
+
+
+def collected_text(result: GcResult) -> str:
+    """What was removed, for people."""
+    rows = []
+    for place, found in result.outputs.items():
+        for kind in dict.fromkeys(g.kind for g in found.garbage):
+            some = [g for g in found.garbage if g.kind == kind]
+            rows.append([place, kind, len(some), size(sum(g.num_bytes for g in some))])
+    lines = [table(["output", "what", "number", "bytes"], rows)] if rows else []
+    every = result.outputs.values()
+    lines += [note for found in every for note in found.notes][:MAX_LINES]
+    lines += [f"cannot be removed: {key}" for found in every for key in found.stuck][:MAX_LINES]
+    num_unfinished = sum(found.num_unfinished for found in every)
+    if num_unfinished:
+        held = size(sum(found.unfinished_bytes for found in every))
+        lines.append(f"kept: {held} of {num_unfinished} unfinished items, for the next run of them")
+    if any(found.num_living for found in every):
+        lines.append("a run is under way: what is younger than it was left alone")
+    done = "would be removed" if result.dry_run else "removed"
+    total = size(sum(g.num_bytes for found in every for g in found.garbage))
+    return "\n".join([*lines, f"{total} {done}" if rows else "nothing to remove"])
+
+
+def quarantine_text(given_up: Sequence[GivenUp]) -> str:
+    """What was given up, and why, for people."""
+    if not given_up:
+        return "nothing is in quarantine"
+    names = ["output", "item", "task", "method", "when", "runs", "attempts", "input", "reason"]
+    rows = [
+        [g.output, e.item_id, e.task, e.method, e.when[:16], e.num_runs, e.attempts,
+         e.input_digest[:12], e.reason]
+        for g in given_up
+        for e in (g.entry,)
+    ]  # fmt: skip
+    return table(names, rows)
 
 
 def plan_text(plan: Plan) -> str:

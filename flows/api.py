@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flows.api_restore import restore
     from flows.api_review import review
     from flows.api_train import train
+    from flows.api_upkeep import gc, quarantined, retry_quarantined, verify
     from flows.demo import demo
     from flows.registry import models, promote, register_model, resolve_model, rollback
 
@@ -34,6 +35,10 @@ _HOMES = {
     "generate": "flows.api_generate",
     "review": "flows.api_review",
     "nightly": "flows.api_nightly",
+    "verify": "flows.api_upkeep",
+    "gc": "flows.api_upkeep",
+    "quarantined": "flows.api_upkeep",
+    "retry_quarantined": "flows.api_upkeep",
     "demo": "flows.demo",
     "models": "flows.registry",
     "promote": "flows.registry",
@@ -46,19 +51,23 @@ __all__ = [
     "calibrate",
     "demo",
     "evaluate",
+    "gc",
     "generate",
     "ingest",
     "models",
     "nightly",
     "promote",
+    "quarantined",
     "register_model",
     "resolve_model",
     "restore",
+    "retry_quarantined",
     "review",
     "rollback",
     "samples",
     "simulate",
     "train",
+    "verify",
 ]
 
 

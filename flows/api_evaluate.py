@@ -44,8 +44,8 @@ from flows.roots import require_local
 if TYPE_CHECKING:
     from flows.api_data import Quarantined as QuarantinedFile
     from flows.engine.campaign import CampaignResult
-    from flows.engine.campaign import Quarantined as QuarantinedItem
     from flows.engine.plan import ModelRef
+    from flows.engine.quarantine import Quarantined as QuarantinedItem
     from flows.store import Dataset, MeasurementEntry, Measurements
 
 Methods = Mapping[str, Sequence[str]]

@@ -10,7 +10,8 @@
 The inbox is only read. A file is new if its content has not been taken under the same
 instructions: it does not matter which nights were missed, or which model did it. A file that is
 still being written is left for the next night. What cannot be used is quarantined with a reason,
-once; remove its note to have it tried again.
+once; what failed for another reason (its worker died, the disk failed) is tried again on the next
+nights, `max_runs` in all. `sashiko quarantine retry` has either tried again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from flows.damage import place_below
 from flows.engine.account import RunAccount
 from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.plan import PlanRefusedError
+from flows.engine.quarantine import Quarantined
 from flows.engine.restored import RestoredEntry
-from flows.inbox import JOB_FILE, JobFolder, Ledger, find_jobs, is_settled, staged
+from flows.inbox import JOB_FILE, PARTLY, JobFolder, Ledger, find_jobs, is_settled, staged
 from flows.mistakes import mistake_in
 from flows.nightly_report import CODE, WAITING, finding, write_report
 from flows.store import Measurements
@@ -179,7 +181,8 @@ class _Job:
                 "a model of its own: write a store for each"
             )
         result = self._call(self.path, self.settings.model, {}, on_event)
-        ledger.note(store.content_digest, "restored")
+        if not any(self._comes_again(entry) for entry in result.quarantined):
+            ledger.note(store.content_digest, PARTLY if result.quarantined else "restored")
         bad = tuple(Bad(entry.item_id, entry.reason) for entry in result.quarantined)
         return self._report("restored", result, bad)
 
@@ -197,10 +200,18 @@ class _Job:
         sources = () if result is None else (q.source for q in result.quarantined)
         # An image may be taken with one mask and refused with another.
         refused = {self.path / s.relative_to(stage) for s in sources if s is not None}
+        later = () if result is None else filter(self._comes_again, result.quarantined)
+        waiting = {entry.source_digest for entry in later} - taken
         for path, digest in new.items():
+            if digest in waiting and path not in refused:
+                continue  # nothing is wrong with it: the next night tries it again
             fate = "restored" if digest in taken and path not in refused else "quarantined"
             ledger.note(digest, fate, folder.instructions(path))
         return self._report("restored" if taken else "quarantined", result, bad)
+
+    def _comes_again(self, entry: Quarantined) -> bool:
+        """Whether another night may do what this one could not."""
+        return entry.may_mend and entry.num_runs < self.settings.compute.max_runs
 
     def _restore_files(
         self,

@@ -24,17 +24,17 @@ from flows.engine.account import RunAccount, add_accounts
 from flows.engine.campaign import (
     CampaignError,
     CampaignResult,
-    Quarantined,
-    record_quarantine,
     run_plan,
 )
 from flows.engine.event_log import new_run
 from flows.engine.events import EventHandler, ignore
 from flows.engine.executor import Executor, default_workers, make_executor
+from flows.engine.fencing import driving
 from flows.engine.memory import machine_bytes
 from flows.engine.methods import require_methods
 from flows.engine.objects import open_objects
 from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
+from flows.engine.quarantine import Quarantined, record_quarantine
 from flows.engine.restored import RestoredEntry
 from flows.given import Given, local_images, remove_scratch, take_images
 from flows.handover import hand_over, place_of
@@ -208,22 +208,32 @@ def restore_window(
         executor,
         on_event,
         max_attempts=job.settings.compute.max_attempts,
+        max_runs=job.settings.compute.max_runs,
         run=job.run,
     )
-    files: list[Path] = []
-    unwritten: list[Quarantined] = []
     if not isinstance(window.output, Path):  # tools outside do not ask manifests what is whole
         return WindowResult(campaign, ())
-    for entry in campaign.published:
+    with driving(open_objects(window.output), window.campaign):
+        files, unwritten = _hand_over(job, window.output, campaign.published)
+    return WindowResult(campaign, files, unwritten)
+
+
+def _hand_over(
+    job: RestoreJob, output: Path, published: Sequence[RestoredEntry]
+) -> tuple[tuple[Path, ...], tuple[Quarantined, ...]]:
+    """Write the files of what is published; returns them, and the items that have none."""
+    files: list[Path] = []
+    unwritten: list[Quarantined] = []
+    for entry in published:
         places = job.given.names.get(entry.item_id) or (place_of(entry),)
         try:
-            files += hand_over(window.output, entry, places)
+            files += hand_over(output, entry, places)
         except BadInputError as error:
             reason = f"restored, but not written as a file: {error}"
             unwritten.append(
                 Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key)
             )
-    return WindowResult(campaign, tuple(files), tuple(unwritten))
+    return tuple(files), tuple(unwritten)
 
 
 def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
@@ -379,4 +389,4 @@ def _record_rejected(job: RestoreJob) -> None:
     """Keep why files were left out."""
     objects = open_objects(job.settings.output)
     for entry in job.rejected:
-        record_quarantine(objects, entry.item_id, entry)
+        record_quarantine(objects, entry)

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flows import quiet
-from flows.answers import models_text, plan_text, restored_text, train_plan_text, trained_text
+from flows.answers import (
+    collected_text,
+    models_text,
+    plan_text,
+    quarantine_text,
+    restored_text,
+    train_plan_text,
+    trained_text,
+    verified_text,
+)
 from flows.cli_options import (
     AnyPlace,
     LocalPath,
@@ -33,6 +42,7 @@ from flows.cli_options import (
 )
 from flows.console import (
     BAD_INPUT,
+    FAILED,
     INTERRUPTED,
     OK,
     QUARANTINED,
@@ -44,6 +54,7 @@ from flows.console import (
 
 if TYPE_CHECKING:
     from flows.api_review import Comparison
+    from flows.roots import Root
 
 PATH = LocalPath()
 ROOT = AnyPlace()
@@ -362,6 +373,80 @@ def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
     result = _run("nightly", NightlySettings(**computing(options)), prefect=prefect)
     _answer(result, result.summary(), as_json=as_json)
     return _exit_code(result)
+
+
+@cli.command()
+@click.argument("output", type=ROOT)
+@click.option("--set-aside", "hide_damaged", is_flag=True, help="Hide damaged items from readers.")
+@json_flag
+def verify(output: Root, hide_damaged: bool, as_json: bool) -> int:
+    """Hash everything in an output again, and name what is damaged.
+
+    Nothing is changed, unless --set-aside is given: then the command that restored the damaged
+    items, given again, restores them anew. The exit code is 1 if something is damaged.
+    """
+    from flows.api_upkeep import verify as look
+
+    with Terminal() as terminal:
+        result = look(output, hide_damaged=hide_damaged, on_event=terminal)
+    _answer({"intact": result.intact, **vars(result)}, verified_text(result), as_json=as_json)
+    return OK if result.intact else FAILED
+
+
+@cli.command()
+@click.argument("output", type=ROOT)
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
+@click.option(
+    "--older-than",
+    "hours",
+    type=click.FloatRange(min=0),
+    default=24.0,
+    show_default=True,
+    help="Hours; what is younger stays.",
+)
+@json_flag
+def gc(output: Root, dry_run: bool, hours: float, as_json: bool) -> int:
+    """Remove from an output what nobody can need.
+
+    That is what killed and overtaken runs left, and what was set aside as corrupt. Blocks that an
+    unfinished run can go on from stay, and so does all that runs under way have made.
+    """
+    from flows.api_upkeep import gc as collect
+
+    with Terminal() as terminal:
+        result = collect(output, dry_run=dry_run, min_age_s=3600 * hours, on_event=terminal)
+    _answer(result, collected_text(result), as_json=as_json)
+    return FAILED if any(found.stuck for found in result.outputs.values()) else OK
+
+
+@cli.group(cls=_InOrder)
+def quarantine() -> None:
+    """See what was given up, or have it tried again."""
+
+
+@quarantine.command("list")
+@click.argument("output", type=ROOT)
+@json_flag
+def quarantine_list(output: Root, as_json: bool) -> int:
+    """List what was given up: why, when, and after how many runs."""
+    from flows.api_upkeep import quarantined
+
+    found = quarantined(output)
+    _answer(found, quarantine_text(found), as_json=as_json)
+    return OK
+
+
+@quarantine.command("retry")
+@click.argument("output", type=ROOT)
+@click.argument("items", nargs=-1)
+@json_flag
+def quarantine_retry(output: Root, items: Sequence[str], as_json: bool) -> int:
+    """Let the next run try ITEMS again (ids, or beginnings of keys); all without any."""
+    from flows.api_upkeep import retry_quarantined
+
+    released = retry_quarantined(output, items)
+    _answer(released, f"{len(released)} released; the next run tries them again", as_json=as_json)
+    return OK
 
 
 @cli.command("tune-baselines")

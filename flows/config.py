@@ -100,6 +100,7 @@ class ComputeSettings(Settings):
     memory_limit_bytes: int | None = Field(None, gt=0)
     ray_address: str | None = None
     max_attempts: int = Field(3, ge=1)
+    max_runs: int = Field(3, ge=1, description="that give an item up before it is left alone")
 
     @property
     def lanes(self) -> int:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,6 +26,9 @@ from flows.store_files import json_digest
 
 JOB_FILE = "job.yaml"
 NODATA = "nodata"
+PARTLY = "partly"
+"""Fate of a store of which some items are in quarantine."""
+
 _DRAFTS = (".partial", ".part", ".tmp")
 
 
@@ -136,11 +139,32 @@ class Ledger:
     ) -> None:
         """Remember a content and its fate."""
         now = datetime.now(UTC).isoformat("T", "seconds")
-        text = json.dumps({"sha256": digest, "fate": fate, "when": now})
+        text = json.dumps({"sha256": digest, "fate": fate, "when": now, "job": self._job})
         self._objects.create(self._key(digest, instructions), text.encode())
 
     def _key(self, digest: str, instructions: Mapping[str, object] | None) -> str:
         return f"{json_digest([self._job, digest, instructions])}.json"
+
+
+def forget_notes(job_output: Path, digests: Collection[str]) -> int:
+    """Forget what a job could not do, so that the next night takes it anew; returns how many notes.
+
+    Args:
+        job_output: of the job, beside the folder of the notes; need not be of a nightly run.
+        digests: of the files that were given up. A store that was done in part is always forgotten.
+    """
+    forgotten = 0
+    for path in (job_output.resolve().parent / "nightly" / "seen").glob("*.json"):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        named = note.get("job", job_output.name).removesuffix(".zarr") == job_output.name
+        if named and (note["fate"] == PARTLY or _is_given_up(note, digests)):
+            path.unlink(missing_ok=True)
+            forgotten += 1
+    return forgotten
+
+
+def _is_given_up(note: Mapping[str, str], digests: Collection[str]) -> bool:
+    return note["fate"] == "quarantined" and note["sha256"] in digests
 
 
 @contextmanager

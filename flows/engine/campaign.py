@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flows.engine.account import Book, RunAccount
+from flows.engine.backlog import Backlog, wait_after
 from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
@@ -30,46 +30,29 @@ from flows.engine.publish import (
     publish,
     reject_manifest,
 )
-from flows.engine.receipt import Objects, Receipt, each_receipt, reject_receipt
+from flows.engine.quarantine import (
+    MAX_RUNS,
+    Quarantined,
+    forget,
+    load_quarantine,
+    record_quarantine,
+)
+from flows.engine.receipt import Receipt, each_receipt, reject_receipt
 from flows.engine.receipt_book import ReceiptBook
 from flows.engine.restored import RestoredEntry, entry_of
-from flows.engine.worker import BlockJob, Failure, FailureKind, Outcome
+from flows.engine.worker import BlockJob, Failure, Outcome
 
 _LOG = logging.getLogger(__name__)
 
 _AT_ONCE = {"input", "result"}
 """Failures that another attempt cannot mend."""
 
+MAX_ITEMS_UNREAD = 5
+"""So many items failed by the storage, and not a block done between: it is not the items."""
+
 
 class CampaignError(RuntimeError):
     """The run cannot go on: no block could go well. What is receipted stays."""
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An item that was given up, and why.
-
-    Attributes:
-        item_id: of the item, or the code of a file that did not become one.
-        task: of the measurement.
-        method: how it was to be restored.
-        reason: a sentence.
-        attempts: made at the block that failed, or workers lost in a row.
-        key: of the item's plan, "" for a file.
-        input_digest: content digest of the measurement; of a file its sha256.
-        kind: of the failure, as worker.FailureKind has it.
-        source: the file, for the person who gave it; never recorded.
-    """
-
-    item_id: str
-    task: str
-    method: str
-    reason: str
-    attempts: int = 1
-    key: str = ""
-    input_digest: str = ""
-    kind: FailureKind = "input"
-    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +90,9 @@ def run_plan(
     on_event: EventHandler | None = None,
     *,
     max_attempts: int = 3,
+    max_runs: int = MAX_RUNS,
     clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
     run: str | None = None,
 ) -> CampaignResult:
     """Carry out a plan, or what is left of it.
@@ -117,7 +102,9 @@ def run_plan(
         executor: computes the blocks; stays open.
         on_event: told of everything that happens.
         max_attempts: at one block before its item is quarantined.
-        clock: monotonic seconds, for progress.
+        max_runs: that give an item up before it is left alone; see quarantine.
+        clock: monotonic seconds, for progress and for blocks that wait.
+        sleep: waits for so many seconds.
         run: names the log of events; windows of one run share it. None: a run of its own.
 
     Raises:
@@ -132,7 +119,8 @@ def run_plan(
         heard(event)
 
     try:
-        return _Campaign(plan, executor, tell, book, max_attempts, clock).run()
+        limits = _Limits(max_attempts, max_runs)
+        return _Campaign(plan, executor, tell, book, limits, clock, sleep).run()
     finally:
         log.close()
 
@@ -160,6 +148,14 @@ class _Item:
         return f"{self.plan.item_id} ({self.plan.task}, {self.plan.method.name})"
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """Patience: attempts at a block, and runs with an item."""
+
+    max_attempts: int
+    max_runs: int
+
+
 class _Campaign:
     """One run of one plan."""
 
@@ -169,19 +165,19 @@ class _Campaign:
         executor: Executor,
         on_event: EventHandler,
         book: Book,
-        max_attempts: int,
+        limits: _Limits,
         clock: Callable[[], float],
+        sleep: Callable[[float], None],
     ) -> None:
-        self._book = book
-        self._plan, self._executor, self._max_attempts = plan, executor, max_attempts
+        self._book, self._limits = book, limits
+        self._plan, self._executor = plan, executor
         self._objects = open_objects(plan.output)
         self._clock, self._start = clock, clock()
         weight = sum(item.cost.seconds * item.num_blocks for item in plan.items)
         self._progress = Progress(plan.num_blocks, weight, on_event, clock)
         self._items = {item.key: _Item(item) for item in plan.items}
-        self._queue: deque[tuple[_Item, int]] = deque()
-        self._returned: deque[tuple[_Item, int]] = deque()
-        self._fresh = self._in_order()
+        self._backlog = Backlog(self._in_order(), clock, sleep)
+        self._unread: set[str] = set()
         self._published: dict[str, RestoredEntry] = {}
         self._reused: set[str] = set()
         self._quarantined: list[Quarantined] = []
@@ -208,7 +204,7 @@ class _Campaign:
         )
         for item in [i for i in self._items.values() if i.open and i.complete]:
             self._publish(item)
-        if any(i.open and not i.complete for i in self._items.values()):
+        while self._backlog.wait():
             for outcome in self._executor.run(self._next_job):
                 self._settle(outcome)
         return self._result()
@@ -231,6 +227,10 @@ class _Campaign:
             self._close_published(item, manifest)
             self._tell_of("reused", item, "published before", manifest)
             return
+        record = load_quarantine(self._objects, plan.key)
+        if record is not None and record.num_runs >= self._limits.max_runs:
+            self._leave_alone(item, record)
+            return
         for receipt in each_receipt(self._objects, plan):
             item.receipts[receipt.block] = receipt
         known = len(item.receipts)
@@ -246,20 +246,9 @@ class _Campaign:
                 if index not in item.receipts:
                     yield item, index
 
-    def _wanted(self) -> Iterator[tuple[_Item, int]]:
-        """What went back into the queue first; failures that are tried again after all others."""
-        while True:
-            if self._returned:
-                yield self._returned.popleft()
-            elif (fresh := next(self._fresh, None)) is not None:
-                yield fresh
-            elif self._queue:
-                yield self._queue.popleft()
-            else:
-                return
-
     def _next_job(self) -> BlockJob | None:
-        for item, index in self._wanted():
+        while (block := self._backlog.take()) is not None:
+            item, index = block
             if not item.open or index in item.receipts:
                 continue
             # Another driver may have published meanwhile: its work area is gone then, and so is
@@ -278,6 +267,7 @@ class _Campaign:
         elif item.open and outcome.receipt is not None:
             self._num_computed += outcome.fresh
             item.deaths_in_a_row = 0
+            self._unread.clear()
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
             self._progress.advance(item.plan.cost.seconds, pixels)
@@ -296,10 +286,10 @@ class _Campaign:
         if not item.open or self._was_overtaken(item):
             return
         if failure.kind == "returned":
-            self._returned.append((item, index))
+            self._backlog.put_first((item, index))
             return
         if failure.kind == "lost":
-            self._queue.appendleft((item, index))
+            self._backlog.put_next((item, index))
             self._retry(item, index, failure, "another attempt")
             return
         if failure.kind == "fatal":
@@ -308,13 +298,26 @@ class _Campaign:
         attempts = item.attempts[index]
         # Workers take seconds to replace: an item that kills one after the other, whichever block
         # they are at, is given up like a block that fails again and again.
-        item.deaths_in_a_row += failure.kind == "worker"
+        item.deaths_in_a_row += failure.kind in ("worker", "memory")
         worst = max(attempts, item.deaths_in_a_row)
-        if failure.kind in _AT_ONCE or worst >= self._max_attempts:
+        self._blame_storage(item, failure)
+        if failure.kind in _AT_ONCE or worst >= self._limits.max_attempts:
             self._quarantine(item, index, failure)
             return
-        self._queue.append((item, index))
-        self._retry(item, index, failure, f"attempt {attempts + 1} of {self._max_attempts}")
+        self._backlog.put((item, index), wait_after(attempts) if failure.kind == "io" else 0.0)
+        how = f"attempt {attempts + 1} of {self._limits.max_attempts}"
+        self._retry(item, index, failure, how)
+
+    def _blame_storage(self, item: _Item, failure: Failure) -> None:
+        """Stop where one item after the other cannot be read or written: they are not to blame."""
+        if failure.kind == "io":
+            self._unread.add(item.plan.key)
+        if len(self._unread) >= MAX_ITEMS_UNREAD:
+            raise CampaignError(
+                f"the storage fails: {len(self._unread)} items in a row could not be read or "
+                f"written, the last because of {failure.reason}; what is done is kept, run it "
+                "again when the storage is well"
+            )
 
     def _retry(self, item: _Item, index: int, failure: Failure, how: str) -> None:
         """Count and tell that a block is tried again."""
@@ -362,13 +365,13 @@ class _Campaign:
             reject_receipt(self._objects, item.plan, index)
             del item.receipts[index]
             item.attempts[index] += 1
-            if item.attempts[index] >= self._max_attempts:
+            if item.attempts[index] >= self._limits.max_attempts:
                 reason = "staged bytes change on the disk after they were written; check the disk"
-                self._quarantine(item, index, Failure("transient", reason))
+                self._quarantine(item, index, Failure("io", reason))
                 return
             self._progress.skip(-1, -item.plan.cost.seconds)
             if index < item.num_listed:  # the others' turn comes
-                self._queue.append((item, index))
+                self._backlog.put((item, index))
             self._progress.tell(
                 "corrupt",
                 f"{item.label}: block {index} changed on the disk after it was written; "
@@ -398,7 +401,7 @@ class _Campaign:
         self._published[item.plan.key] = entry_of(self._plan.output, manifest)
         self._close(item)
         self._objects.remove(item.plan.work)
-        self._objects.remove(f"quarantine/{item.plan.key}.json")
+        forget(self._objects, item.plan.key)
 
     def _close(self, item: _Item) -> None:
         """No block of the item is wanted any more."""
@@ -406,6 +409,18 @@ class _Campaign:
         self._progress.skip(left, left * item.plan.cost.seconds)
         item.open = False
         item.receipts.clear()
+
+    def _leave_alone(self, item: _Item, record: Quarantined) -> None:
+        """Take an item for given up that earlier runs gave up often enough."""
+        self._quarantined.append(record)
+        self._close(item)
+        self._progress.tell(
+            "quarantined",
+            f"{item.label} stays in quarantine ({record.reason}): {record.num_runs} runs gave it "
+            "up; `sashiko quarantine retry` has it tried again",
+            **self._facts(item),
+            failure=record.kind,
+        )
 
     def _quarantine(self, item: _Item, index: int, failure: Failure) -> None:
         plan = item.plan
@@ -418,10 +433,10 @@ class _Campaign:
             attempts=max(item.attempts[index], item.deaths_in_a_row),
             key=plan.key,
             input_digest=plan.input_digest,
+            source_digest=plan.record.source_digest,
         )
-        self._quarantined.append(entry)
+        self._quarantined.append(record_quarantine(self._objects, entry))
         self._close(item)
-        record_quarantine(self._objects, plan.key, entry)
         self._progress.tell(
             "quarantined",
             f"{item.label} is quarantined: {failure.reason}",
@@ -474,10 +489,3 @@ def _figures(receipt: Receipt, num_pixels: int) -> dict[str, Any]:
         "num_bytes": sum(chunk.size for chunk in receipt.chunks),
         "peak_bytes": account.peak_bytes,
     }
-
-
-def record_quarantine(objects: Objects, name: str, entry: Quarantined) -> None:
-    """Keep the reason in quarantine/NAME.json; a later attempt that succeeds removes it."""
-    values = asdict(entry)
-    del values["source"]
-    objects.put(f"quarantine/{name}.json", (json.dumps(values, indent=1) + "\n").encode())

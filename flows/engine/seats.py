@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.engine.worker import BlockJob, Failure, Outcome
+from flows.engine.worker import OUT_OF_MEMORY, BlockJob, Failure, Outcome
 
 MAX_NODE_LOSSES = 3
 """Times that a block may be in the hands of a worker whose machine goes before it is suspected."""
@@ -108,6 +108,8 @@ class Suspicions:
         if len({job.item.key for job in jobs}) > 1:
             self._suspects.update(names)
             return Failure("lost", _UNCLEAR)
+        if for_its_memory(error):
+            return Failure("memory", f"its worker was killed, {OUT_OF_MEMORY}")
         reason = f"its worker died ({type(error).__name__}): killed, or out of memory"
         return Failure("worker", reason)
 
@@ -118,6 +120,14 @@ def with_its_node(error: Exception) -> bool:
 
     # Before a node's death is known, its actors are "unavailable".
     return isinstance(error, ActorUnavailableError) or "node has died" in str(error)
+
+
+def for_its_memory(error: Exception) -> bool:
+    """Whether Ray says that it killed an actor because its machine's memory ran out."""
+    from ray.exceptions import OutOfMemoryError
+
+    # Of any killed worker Ray says that memory may be why; this it says where it was.
+    return isinstance(error, OutOfMemoryError) or "running low on memory" in str(error)
 
 
 def answers_at_hand(seat: Seat) -> Iterator[Outcome]:

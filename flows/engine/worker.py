@@ -32,18 +32,26 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-FailureKind = Literal["input", "result", "worker", "transient", "lost", "returned", "fatal"]
+FailureKind = Literal[
+    "input", "result", "worker", "memory", "io", "transient", "lost", "returned", "fatal"
+]
 """What a failure calls for.
 
     input      the user's data cannot be used: the item is quarantined at once
     result     the block is a pure function and its result unusable: quarantined at once
     worker     the worker died: a new one, and another attempt, a bounded number of times
-    transient  anything that may go better next time: another attempt, a bounded number of times
+    memory     the worker ran out of memory, or was killed for it: as a worker's death
+    io         the storage failed: another attempt after a while, a bounded number of times; where
+               it fails for item after item, the run stops
+    transient  anything else that may go better next time: another attempt, a bounded number of
+               times
     lost       the worker died and this block need not be why (its machine went, or blocks of other
                items were in its hands too): another attempt that is not held against the item
     returned   was in the hands of a worker that died of another block: back into the queue
     fatal      no block can go well (disk full, store or model gone): the run stops
 """
+
+OUT_OF_MEMORY = "out of memory; take fewer workers (--workers), or a larger machine"
 
 _FATAL_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -166,4 +174,8 @@ def failure_of(error: Exception) -> Failure:
         return Failure("fatal", reason)
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNO:
         return Failure("fatal", reason)
-    return Failure("transient", f"{type(error).__name__}: {reason}")
+    # torch's own is of the same name; it is not worth an import.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failure("memory", f"its worker ran {OUT_OF_MEMORY}")
+    kind: FailureKind = "io" if isinstance(error, OSError) else "transient"
+    return Failure(kind, f"{type(error).__name__}: {reason}")

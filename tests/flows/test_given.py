@@ -246,7 +246,9 @@ def test_files_of_unknown_kind_are_counted_and_said(folder, tmp_path):
 
 
 def work_of(folder: Path) -> list[Path]:
-    return sorted((folder / "out/.work").iterdir())
+    """Entries of the work area that hold files."""
+    entries = sorted((folder / "out/.work").iterdir())
+    return [path for path in entries if any(p.is_file() for p in path.rglob("*"))]
 
 
 def test_a_finished_run_leaves_no_measurements_and_the_next_computes_nothing(folder):

@@ -112,7 +112,20 @@ def disk_full(measurement: Measurement, problem: Problem, options: Mapping[str, 
     raise OSError(28, "No space left on device")
 
 
+def unread(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """As if the disk failed; with `times`, so often (counted in the file `once`)."""
+    counter, times = Path(options.get("once", os.devnull)), options.get("times")
+    failed = len(counter.read_text()) if times and counter.exists() else 0
+    due_now = measurement.record.item_id in options.get("where", [measurement.record.item_id])
+    if due_now and (times is None or failed < times):
+        with counter.open("a") as file:
+            file.write("x")
+        raise OSError(5, "Input/output error")
+    return twice(measurement, problem, options)
+
+
 METHODS = {
+    "unread": unread,
     "twice": twice,
     "box_blur": box_blur,
     "not_finite": not_finite,
