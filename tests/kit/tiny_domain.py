@@ -7,7 +7,8 @@ that the misbehaviour is meant for) and `once` (a file that, once there, stops i
 
 import os
 import signal
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,31 @@ def kill(measurement: Measurement, problem: Problem, options: Mapping[str, Any])
     return twice(measurement, problem, options)
 
 
+def hold(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """Waits until the file `gate` is there."""
+    if due(measurement, options):
+        until(Path(options["gate"]).exists)
+    return twice(measurement, problem, options)
+
+
+def meet(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """Waits until `workers` processes have been at a block."""
+    x = twice(measurement, problem, options)
+    log = Path(options["log"])
+    if due(measurement, options):
+        until(lambda: len({row.split()[1] for row in log.open()}) >= options["workers"])
+    return x
+
+
+def until(happened: Callable[[], bool]) -> None:
+    """Wait for other processes; too long a wait is a failure that is not tried again."""
+    for _ in range(6000):
+        if happened():
+            return
+        time.sleep(0.01)
+    raise BadInputError("waited in vain")
+
+
 def disk_full(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
     raise OSError(28, "No space left on device")
 
@@ -133,6 +159,8 @@ METHODS = {
     "stumble": stumble,
     "kill": kill,
     "disk_full": disk_full,
+    "hold": hold,
+    "meet": meet,
 }
 
 
