@@ -7,6 +7,7 @@ their content; store_files.py says how they are published.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +41,9 @@ __all__ = [
 ]
 
 ALL = slice(None)
+
+_MOST_OPEN = 64
+"""Arrays whose metadata are kept: reading them anew would be half of a small block's time."""
 
 
 class DatasetWriter(StoreWriter):
@@ -109,7 +113,8 @@ class Store:
         if self.manifest["kind"] != self.kind:
             raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
         self.content_digest: str = self.manifest["digest"]
-        self._group = zarr.open_group(strict_store(path), mode="r", zarr_format=3)
+        group = zarr.open_group(strict_store(path), mode="r", zarr_format=3)
+        self._opened = lru_cache(maxsize=_MOST_OPEN)(group.__getitem__)
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of an array; () if it is damaged, which reading it will tell."""
@@ -124,7 +129,7 @@ class Store:
     def _array(self, name: str, where: Any) -> Array:
         """A part of an array; only the chunks it touches are read."""
         try:
-            return np.asarray(self._group[name][where])
+            return np.asarray(self._opened(name)[where])
         except StoreError:  # it says nothing of the data
             raise
         except (OSError, KeyError, RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Fault 3: machines that go and come in mid-run. Several nodes of a Ray cluster, all of them here."""
+"""Fault 3: machines that go and come in mid-run. Nodes of a Ray cluster, all of them here."""
 
 import os
 from collections.abc import Iterator

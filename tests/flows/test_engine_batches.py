@@ -253,3 +253,13 @@ def test_on_a_gpu_place_and_neighbours_change_no_bit_either(dtype, size):
             order = chance.choices(range(16), k=size)
             for index, D_x in zip(order, denoise(x[order], sigma[order]), strict=True):
                 assert torch.equal(seen.setdefault(index, D_x), D_x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_lanes_and_order_change_no_byte_of_what_is_restored(store, tmp_path):
+    settings = {"device_class": "cuda", "batch_px": 16 * PLANE, "dtype": "bfloat16"}
+    for lanes in (1, 4):
+        plan = photograph_plan(store, tmp_path / str(lanes), **settings)
+        run_plan(replace(plan, items=plan.items[::lanes]), InlineExecutor(lanes))
+    one, other = (published(tmp_path / name) for name in ("1", "4"))
+    assert same({key: one[key] for key in other}, other)

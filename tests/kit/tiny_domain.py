@@ -109,6 +109,20 @@ def kill(measurement: Measurement, problem: Problem, options: Mapping[str, Any])
     return twice(measurement, problem, options)
 
 
+def nap(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """Takes `seconds`, and none of the processor's."""
+    time.sleep(options["seconds"])
+    return twice(measurement, problem, options)
+
+
+def toil(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """Takes the processor as long as `rounds` convolutions do."""
+    x, kernel = problem.y[:1, :1], torch.ones(8, 1, 5, 5)
+    for _ in range(options["rounds"]):
+        torch.nn.functional.conv2d(x, kernel)
+    return twice(measurement, problem, options)
+
+
 def hold(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
     """Waits until the file `gate` is there."""
     if due(measurement, options):
@@ -159,6 +173,8 @@ METHODS = {
     "stumble": stumble,
     "kill": kill,
     "disk_full": disk_full,
+    "nap": nap,
+    "toil": toil,
     "hold": hold,
     "meet": meet,
 }
