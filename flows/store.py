@@ -119,7 +119,7 @@ class Store:
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of an array; () if it is damaged, which reading it will tell."""
         try:
-            array: Any = self._group[name]
+            array: Any = self._opened(name)
             return tuple(array.shape)
         except StoreError:
             raise
