@@ -29,7 +29,7 @@ from diffusion_core.model import BadModelError
 from domains.base import BadInputError
 from domains.files import file_digest
 from flows.answers import account_lines
-from flows.api_restore import RestoreResult, restore
+from flows.api_restore import NothingRestoredError, RestoreResult, restore
 from flows.config import NightlySettings, RestoreSettings
 from flows.damage import place_below
 from flows.engine.account import RunAccount
@@ -180,11 +180,11 @@ class _Job:
                 f"{self.path.name}: it holds measurements of {len(domains)} domains, and each has "
                 "a model of its own: write a store for each"
             )
-        result = self._call(self.path, self.settings.model, {}, on_event)
-        if not any(self._comes_again(entry) for entry in result.quarantined):
-            ledger.note(store.content_digest, PARTLY if result.quarantined else "restored")
-        bad = tuple(Bad(entry.item_id, entry.reason) for entry in result.quarantined)
-        return self._report("restored", result, bad)
+        result, given_up = self._outcome(self.path, self.settings.model, {}, on_event)
+        if not any(self._comes_again(entry) for entry in given_up):
+            ledger.note(store.content_digest, PARTLY if given_up else "restored")
+        bad = tuple(Bad(entry.item_id, entry.reason) for entry in given_up)
+        return self._report("quarantined" if result is None else "restored", result, bad)
 
     def _restore_images(self, on_event: EventHandler) -> JobReport:
         folder, ledger = JobFolder(self.path), Ledger(self.settings.output, self.path.name)
@@ -194,14 +194,12 @@ class _Job:
         model = self.settings.model
         more = {"domain": folder.settings.domain, **folder.damage()}
         with staged(new, self.path, self.settings.output) as stage:
-            result, bad = self._restore_files(stage, new, model, more, on_event)
+            result, given_up, bad = self._restore_files(stage, new, model, more, on_event)
         published = () if result is None else result.published
         taken = {entry.record.source_digest for entry in published}
-        sources = () if result is None else (q.source for q in result.quarantined)
         # An image may be taken with one mask and refused with another.
-        refused = {self.path / s.relative_to(stage) for s in sources if s is not None}
-        later = () if result is None else filter(self._comes_again, result.quarantined)
-        waiting = {entry.source_digest for entry in later} - taken
+        refused = {self.path / q.source.relative_to(stage) for q in given_up if q.source}
+        waiting = {q.source_digest for q in given_up if self._comes_again(q)} - taken
         for path, digest in new.items():
             if digest in waiting and path not in refused:
                 continue  # nothing is wrong with it: the next night tries it again
@@ -220,8 +218,11 @@ class _Job:
         model: str,
         more: Mapping[str, Any],
         on_event: EventHandler,
-    ) -> tuple[RestoreResult | None, tuple[Bad, ...]]:
-        """Restore the staged files; the reasons of what cannot be used hold no names."""
+    ) -> tuple[RestoreResult | None, tuple[Quarantined, ...], tuple[Bad, ...]]:
+        """Restore the staged files; no result if nothing was restored.
+
+        Returns what was given up too, and that for the report, without names.
+        """
         reasons: dict[str, str] = {}
 
         def hear(event: Event) -> None:
@@ -231,22 +232,24 @@ class _Job:
             on_event(event)
 
         try:
-            result = self._call(stage, model, more, hear)
+            result, given_up = self._outcome(stage, model, more, hear)
         except PlanRefusedError:  # no fault of the files: another night, another machine
             raise
         except BadInputError as error:  # not one of them can be used as the job says
             whole = self._without_names(str(error).replace(f"{stage}/", ""), files)
-            return None, tuple(
+            bad = tuple(
                 Bad(_code(digest), reasons.get(place_below(path, self.path), whole))
                 for path, digest in files.items()
             )
+            return None, (), bad
         places = {stage / path.relative_to(self.path): path for path in files}
-        return result, tuple(
+        told = tuple(
             Bad(q.item_id, q.reason)
             if q.source not in places
             else Bad(_code(files[places[q.source]]), q.reason)
-            for q in result.quarantined
+            for q in given_up
         )
+        return result, given_up, told
 
     def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
         """The files to be done tonight, with their digests; counts the others."""
@@ -269,6 +272,16 @@ class _Job:
             for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
                 text = text.replace(name, _code(digest)) if len(name) > 2 else text
         return text
+
+    def _outcome(
+        self, source: Path, model: str, more: Mapping[str, Any], on_event: EventHandler
+    ) -> tuple[RestoreResult | None, tuple[Quarantined, ...]]:
+        """What was restored, None if nothing was; and what was given up."""
+        try:
+            result = self._call(source, model, more, on_event)
+        except NothingRestoredError as error:
+            return None, error.quarantined
+        return result, result.quarantined
 
     def _call(
         self, source: Path, model: str, more: Mapping[str, Any], on_event: EventHandler

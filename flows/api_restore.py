@@ -43,6 +43,14 @@ from flows.roots import Root, S3Root
 INPUT_TASK = "given"
 
 
+class NothingRestoredError(CampaignError):
+    """Every item was given up, and not all of them for their data. Attributes: quarantined."""
+
+    def __init__(self, reason: str, quarantined: Sequence[Quarantined]) -> None:
+        super().__init__(reason)
+        self.quarantined = tuple(quarantined)
+
+
 @dataclass(frozen=True)
 class RestoreJob:
     """A restoration that is planned and has not begun.
@@ -252,7 +260,8 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
         first = f"{quarantined[0].item_id}: {quarantined[0].reason}"
         if all(q.kind == "input" for q in quarantined):
             raise BadInputError(f"nothing could be restored: {first}")
-        raise CampaignError(f"nothing could be restored: {first}")
+        every = (*job.rejected, *quarantined)
+        raise NothingRestoredError(f"nothing could be restored: {first}", every)
     unwritten = [q for result in results for q in result.unwritten]
     _remove_scratch(job, published)
     return RestoreResult(

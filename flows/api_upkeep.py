@@ -24,6 +24,9 @@ from flows.engine.receipt import Objects, set_aside
 from flows.engine.verify import Verification, verify_output
 from flows.inbox import forget_notes
 from flows.roots import Root
+from flows.store import open_store
+from flows.store_check import verify_store
+from flows.store_files import has_manifest
 
 _PARTS = ("manifests", "campaigns", "quarantine", ".work")
 """One of them is in every output of ours."""
@@ -76,14 +79,16 @@ def verify(
     """Hash everything that manifests and receipts name.
 
     Args:
-        output: of `restore`, `evaluate` or `nightly`.
+        output: of `restore`, `evaluate` or `nightly`; or a dataset, or a store of measurements.
         hide_damaged: set the manifests of damaged items aside: readers no longer see these items,
             and the run that made them makes them again. Else nothing is changed.
         on_event: told of progress.
 
     Raises:
-        BadInputError: if it is no output of ours.
+        BadInputError: if it is neither, or the manifest of a store is damaged.
     """
+    if has_manifest(output):
+        return VerifyResult({".": verify_store(open_store(output), on_event)})
     found, hidden = {}, []
     for place, objects in _outputs(output).items():
         found[place] = verify_output(objects, on_event)

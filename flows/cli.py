@@ -380,7 +380,7 @@ def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
 @click.option("--set-aside", "hide_damaged", is_flag=True, help="Hide damaged items from readers.")
 @json_flag
 def verify(output: Root, hide_damaged: bool, as_json: bool) -> int:
-    """Hash everything in an output again, and name what is damaged.
+    """Hash everything in an output (or a store) again, and name what is damaged.
 
     Nothing is changed, unless --set-aside is given: then the command that restored the damaged
     items, given again, restores them anew. The exit code is 1 if something is damaged.

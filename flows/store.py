@@ -116,6 +116,10 @@ class Store:
         group = zarr.open_group(strict_store(path), mode="r", zarr_format=3)
         self._opened = lru_cache(maxsize=_MOST_OPEN)(group.__getitem__)
 
+    def open_array(self, name: str) -> Any:
+        """An array of the Zarr group, for reading; an absent chunk is an error."""
+        return self._opened(name)
+
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of an array; () if it is damaged, which reading it will tell."""
         try:

@@ -7,21 +7,26 @@ again with the same plan, and two drivers at once do some work twice and publish
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from flows.engine.account import Book, RunAccount
+from flows.engine.account import Book
 from flows.engine.backlog import Backlog, wait_after
+from flows.engine.campaign_parts import (
+    CampaignError,
+    CampaignResult,
+    ItemState,
+    Limits,
+    figures_of,
+)
 from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
 from flows.engine.fencing import driving
 from flows.engine.objects import open_objects
-from flows.engine.plan import ItemPlan, Plan
+from flows.engine.plan import Plan
 from flows.engine.publish import (
     DamagedBlocksError,
     Published,
@@ -37,51 +42,17 @@ from flows.engine.quarantine import (
     load_quarantine,
     record_quarantine,
 )
-from flows.engine.receipt import Receipt, each_receipt, reject_receipt
-from flows.engine.receipt_book import ReceiptBook
+from flows.engine.receipt import each_receipt, reject_receipt
 from flows.engine.restored import RestoredEntry, entry_of
 from flows.engine.worker import BlockJob, Failure, Outcome
 
-_LOG = logging.getLogger(__name__)
+__all__ = ["CampaignError", "CampaignResult", "run_plan"]
 
 _AT_ONCE = {"input", "result"}
 """Failures that another attempt cannot mend."""
 
 MAX_ITEMS_UNREAD = 5
 """So many items failed by the storage, and not a block done between: it is not the items."""
-
-
-class CampaignError(RuntimeError):
-    """The run cannot go on: no block could go well. What is receipted stays."""
-
-
-@dataclass(frozen=True)
-class CampaignResult:
-    """What a run did.
-
-    Attributes:
-        campaign: its id.
-        published: every item of the plan that readers can see now.
-        reused: keys of those that had been published before.
-        quarantined: items given up.
-        num_blocks: of the plan.
-        num_computed: blocks computed by this run, failed attempts not counted.
-        num_retries: attempts that failed and were made again.
-        num_lost: items that another driver published first.
-        seconds: wall time.
-        account: what it took; see RunAccount.
-    """
-
-    campaign: str
-    published: tuple[RestoredEntry, ...]
-    reused: frozenset[str]
-    quarantined: tuple[Quarantined, ...]
-    num_blocks: int
-    num_computed: int
-    num_retries: int
-    num_lost: int
-    seconds: float
-    account: RunAccount
 
 
 def run_plan(
@@ -119,41 +90,10 @@ def run_plan(
         heard(event)
 
     try:
-        limits = _Limits(max_attempts, max_runs)
+        limits = Limits(max_attempts, max_runs)
         return _Campaign(plan, executor, tell, book, limits, clock, sleep).run()
     finally:
         log.close()
-
-
-@dataclass
-class _Item:
-    """The state of one item of the plan during a run."""
-
-    plan: ItemPlan
-    receipts: MutableMapping[int, Receipt] = field(init=False)
-    attempts: Counter[int] = field(default_factory=Counter)
-    deaths_in_a_row: int = 0
-    open: bool = True
-    num_listed: int = 0
-
-    def __post_init__(self) -> None:
-        self.receipts = ReceiptBook(self.plan)
-
-    @property
-    def complete(self) -> bool:
-        return len(self.receipts) == self.plan.num_blocks
-
-    @property
-    def label(self) -> str:
-        return f"{self.plan.item_id} ({self.plan.task}, {self.plan.method.name})"
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Patience: attempts at a block, and runs with an item."""
-
-    max_attempts: int
-    max_runs: int
 
 
 class _Campaign:
@@ -165,7 +105,7 @@ class _Campaign:
         executor: Executor,
         on_event: EventHandler,
         book: Book,
-        limits: _Limits,
+        limits: Limits,
         clock: Callable[[], float],
         sleep: Callable[[float], None],
     ) -> None:
@@ -175,7 +115,7 @@ class _Campaign:
         self._clock, self._start = clock, clock()
         weight = sum(item.cost.seconds * item.num_blocks for item in plan.items)
         self._progress = Progress(plan.num_blocks, weight, on_event, clock)
-        self._items = {item.key: _Item(item) for item in plan.items}
+        self._items = {item.key: ItemState(item) for item in plan.items}
         self._backlog = Backlog(self._in_order(), clock, sleep)
         self._unread: set[str] = set()
         self._published: dict[str, RestoredEntry] = {}
@@ -216,7 +156,7 @@ class _Campaign:
             text = json.dumps(self._plan.to_json(), indent=1) + "\n"
             self._objects.create(key, text.encode())
 
-    def _take_stock(self, item: _Item) -> None:
+    def _take_stock(self, item: ItemState) -> None:
         """See what of an item is done already, and queue the rest."""
         plan = item.plan
         if reject_manifest(self._objects, plan.key):
@@ -236,7 +176,7 @@ class _Campaign:
         known = len(item.receipts)
         self._progress.skip(known, known * plan.cost.seconds)
 
-    def _in_order(self) -> Iterator[tuple[_Item, int]]:
+    def _in_order(self) -> Iterator[tuple[ItemState, int]]:
         """Blocks to compute, as the plan has them, listed when they are asked for."""
         for item in self._items.values():
             for index in range(item.plan.num_blocks):
@@ -274,14 +214,14 @@ class _Campaign:
             self._progress.tell(
                 "block",
                 f"restoring {item.label}",
-                **self._facts(item, index),
-                **_figures(outcome.receipt, pixels),
+                **item.facts(index),
+                **figures_of(outcome.receipt, pixels),
                 fresh=outcome.fresh,
             )
             if item.complete:
                 self._publish(item)
 
-    def _fail(self, item: _Item, index: int, failure: Failure) -> None:
+    def _fail(self, item: ItemState, index: int, failure: Failure) -> None:
         """Try again, or give the item up, or stop."""
         if not item.open or self._was_overtaken(item):
             return
@@ -308,7 +248,7 @@ class _Campaign:
         how = f"attempt {attempts + 1} of {self._limits.max_attempts}"
         self._retry(item, index, failure, how)
 
-    def _blame_storage(self, item: _Item, failure: Failure) -> None:
+    def _blame_storage(self, item: ItemState, failure: Failure) -> None:
         """Stop where one item after the other cannot be read or written: they are not to blame."""
         if failure.kind == "io":
             self._unread.add(item.plan.key)
@@ -319,17 +259,17 @@ class _Campaign:
                 "again when the storage is well"
             )
 
-    def _retry(self, item: _Item, index: int, failure: Failure, how: str) -> None:
+    def _retry(self, item: ItemState, index: int, failure: Failure, how: str) -> None:
         """Count and tell that a block is tried again."""
         self._num_retries += 1
         self._progress.tell(
             "retry",
             f"{item.label}: block {index} failed ({failure.reason}); {how}",
-            **self._facts(item, index),
+            **item.facts(index),
             failure=failure.kind,
         )
 
-    def _publish(self, item: _Item) -> None:
+    def _publish(self, item: ItemState) -> None:
         """Publish a complete item, or queue what of it turns out to be damaged."""
         facts = {"num_failed_attempts": item.attempts.total()}
         try:
@@ -346,19 +286,19 @@ class _Campaign:
             ) from error
         self._tell_published(item, done)
 
-    def _tell_published(self, item: _Item, done: Published) -> None:
+    def _tell_published(self, item: ItemState, done: Published) -> None:
         if not done.won:
             self._lose(item, done.manifest)
             return
         self._close_published(item, done.manifest)
         self._tell_of("published", item, "published", done.manifest)
 
-    def _tell_of(self, kind: str, item: _Item, what: str, manifest: Mapping[str, Any]) -> None:
+    def _tell_of(self, kind: str, item: ItemState, what: str, manifest: Mapping[str, Any]) -> None:
         """Tell of an item that readers can see."""
         seams = manifest.get("seams")
-        self._progress.tell(kind, f"{item.label}: {what}", **self._facts(item), seams=seams)
+        self._progress.tell(kind, f"{item.label}: {what}", **item.facts(), seams=seams)
 
-    def _recompute(self, item: _Item, blocks: tuple[int, ...]) -> None:
+    def _recompute(self, item: ItemState, blocks: tuple[int, ...]) -> None:
         if self._was_overtaken(item):
             return
         for index in blocks:
@@ -376,11 +316,11 @@ class _Campaign:
                 "corrupt",
                 f"{item.label}: block {index} changed on the disk after it was written; "
                 "computed again",
-                **self._facts(item, index),
+                **item.facts(index),
                 failure="damaged",
             )
 
-    def _was_overtaken(self, item: _Item) -> bool:
+    def _was_overtaken(self, item: ItemState) -> bool:
         """Whether another driver has published an item that is open here; closes it if so."""
         manifest = load_manifest(self._objects, item.plan.key) if item.open else None
         if manifest is None:
@@ -388,29 +328,29 @@ class _Campaign:
         self._lose(item, manifest)
         return True
 
-    def _lose(self, item: _Item, manifest: Mapping[str, Any]) -> None:
+    def _lose(self, item: ItemState, manifest: Mapping[str, Any]) -> None:
         self._num_lost += 1
         self._close_published(item, manifest)
         self._progress.tell(
             "lost",
             f"{item.label}: another run published it first; nothing of this run's is kept",
-            **self._facts(item),
+            **item.facts(),
         )
 
-    def _close_published(self, item: _Item, manifest: Mapping[str, Any]) -> None:
+    def _close_published(self, item: ItemState, manifest: Mapping[str, Any]) -> None:
         self._published[item.plan.key] = entry_of(self._plan.output, manifest)
         self._close(item)
         self._objects.remove(item.plan.work)
         forget(self._objects, item.plan.key)
 
-    def _close(self, item: _Item) -> None:
+    def _close(self, item: ItemState) -> None:
         """No block of the item is wanted any more."""
         left = item.plan.num_blocks - len(item.receipts)
         self._progress.skip(left, left * item.plan.cost.seconds)
         item.open = False
         item.receipts.clear()
 
-    def _leave_alone(self, item: _Item, record: Quarantined) -> None:
+    def _leave_alone(self, item: ItemState, record: Quarantined) -> None:
         """Take an item for given up that earlier runs gave up often enough."""
         self._quarantined.append(record)
         self._close(item)
@@ -418,41 +358,20 @@ class _Campaign:
             "quarantined",
             f"{item.label} stays in quarantine ({record.reason}): {record.num_runs} runs gave it "
             "up; `sashiko quarantine retry` has it tried again",
-            **self._facts(item),
+            **item.facts(),
             failure=record.kind,
         )
 
-    def _quarantine(self, item: _Item, index: int, failure: Failure) -> None:
-        plan = item.plan
-        entry = Quarantined(
-            item_id=plan.item_id,
-            task=plan.task,
-            method=plan.method.name,
-            reason=failure.reason,
-            kind=failure.kind,
-            attempts=max(item.attempts[index], item.deaths_in_a_row),
-            key=plan.key,
-            input_digest=plan.input_digest,
-            source_digest=plan.record.source_digest,
-        )
+    def _quarantine(self, item: ItemState, index: int, failure: Failure) -> None:
+        entry = item.given_up(index, failure)
         self._quarantined.append(record_quarantine(self._objects, entry))
         self._close(item)
         self._progress.tell(
             "quarantined",
             f"{item.label} is quarantined: {failure.reason}",
-            **self._facts(item, index),
+            **item.facts(index),
             failure=failure.kind,
         )
-
-    def _facts(self, item: _Item, block: int | None = None) -> dict[str, Any]:
-        plan = item.plan
-        facts: dict[str, Any] = {
-            "item_id": plan.item_id,
-            "task": plan.task,
-            "method": plan.method.name,
-            "key": plan.key,
-        }
-        return facts if block is None else {**facts, "block": block}
 
     def _result(self) -> CampaignResult:
         result = CampaignResult(
@@ -477,15 +396,3 @@ class _Campaign:
             campaign=result.campaign,
         )
         return replace(result, account=self._book.account())
-
-
-def _figures(receipt: Receipt, num_pixels: int) -> dict[str, Any]:
-    """What a block took, by its receipt."""
-    account = receipt.account
-    return {
-        "seconds": account.seconds,
-        "nfe": account.nfe,
-        "num_pixels": num_pixels,
-        "num_bytes": sum(chunk.size for chunk in receipt.chunks),
-        "peak_bytes": account.peak_bytes,
-    }

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import zarr
 from damage_kit import flip_a_bit
 from engine_kit import make_store, method, published, same, tiny_plan
 
@@ -117,17 +118,31 @@ def test_damage_to_staged_work_is_named_and_computed_again(
     assert same(published(tmp_path), undisturbed)
 
 
-def test_a_flipped_input_chunk_quarantines_its_item_and_leaves_the_output_intact(
+def test_a_flipped_input_chunk_is_named_and_quarantines_its_item_and_leaves_the_output_intact(
     undisturbed, tmp_path
 ):
     store = make_store(tmp_path / "m.zarr", shape=(1, 3, 300, 20))
     chunk = next(p for p in (store / "measurements/item-0").rglob("y/c/1/**/*") if p.is_file())
+    assert damaged(store) == {}
     flip_a_bit(chunk)
+    named = str(chunk.relative_to(store))
+    assert damaged(store) == {named: "altered"}
     result = run_plan(tiny_plan(store, tmp_path / "out"), InlineExecutor())
     assert [(q.item_id, q.kind) for q in result.quarantined] == [("item-0", "input")]
     assert damaged(tmp_path / "out") == {}
     key = ("item-1", "twice")
     assert same(published(tmp_path / "out"), {key: undisturbed[key]})
+    masks = (store / "measurements/item-1").rglob("array-mask/c/**/*")
+    other = next(path for path in masks if path.is_file())
+    other.unlink()
+    assert damaged(store) == {named: "altered", str(other.relative_to(store)): "missing"}
+
+
+def test_values_that_were_written_over_are_named_though_their_checksums_hold(tmp_path):
+    store = make_store(tmp_path / "m.zarr", shape=(1, 2, 8, 8))
+    array = zarr.open_array(store / "measurements/item-0/given/y", mode="r+")
+    array[0] = array[1]
+    assert damaged(store) == {"measurements/item-0/given/y": "altered"}
 
 
 def test_the_command_names_what_is_damaged_with_the_next_step(store, tmp_path, capsys, monkeypatch):

@@ -58,25 +58,42 @@ def test_a_driver_killed_at_any_operation_resumes_to_the_same_bytes(store, undis
         assert not list((output / ".work").glob("*/stage")), "the work of published items is gone"
 
 
-def test_a_driver_killed_twenty_times_on_its_way_computes_every_block_once(
-    store, undisturbed, tmp_path
+@pytest.mark.parametrize(
+    ("wanted", "seed"), [(20, 7), pytest.param(200, 8, marks=pytest.mark.slow)]
+)
+def test_a_driver_killed_again_and_again_computes_every_receipted_block_once(
+    wanted, seed, tmp_path
 ):
-    chance = random.Random(7)
-    output, log = tmp_path / "out", tmp_path / "log"
+    """So many kills at random moments, over as many campaigns as these take."""
+    chance = random.Random(seed)
+    kills = campaigns = 0
+    while kills < wanted:
+        campaigns += 1
+        kills += killed_on_its_way(tmp_path / str(campaigns), chance, wanted - kills)
+    assert kills == wanted
+
+
+def killed_on_its_way(folder: Path, chance: random.Random, most: int) -> int:
+    """One campaign with other pixels than any before, killed until it is done; returns kills."""
+    folder.mkdir()
+    shape = (1, SLICES, 20 + chance.randint(0, 9), 24)
+    store = make_store(folder / "m.zarr", items=ITEMS, shape=shape)
+    run_plan(tiny_plan(store, folder / "undisturbed"), InlineExecutor())
+    output, log = folder / "out", folder / "log"
     plan = tiny_plan(store, output, method(log=str(log)))
     kills = lost = 0
-    while run_and_kill(plan, chance.randint(1, 6), chance.choice(MOMENTS)):
+    while kills < most and run_and_kill(plan, chance.randint(1, 12), chance.choice(MOMENTS)):
         kills += 1
         # A kill between computing and receipt loses one block; never more, and never a receipt.
         done = num_receipts(plan) + SLICES * len(published(output))
         assert lines(log) - done - lost in (0, 1)
         lost = lines(log) - done
-        if kills == 20:
-            run_plan(plan, InlineExecutor())
-            break
-    assert kills >= 8
+        seen, whole = published(output), published(folder / "undisturbed")
+        assert same(seen, {key: whole[key] for key in seen}), "half an item was visible"
+    run_plan(plan, InlineExecutor())
     assert lines(log) == ITEMS * SLICES + lost
-    assert same(published(output), undisturbed)
+    assert same(published(output), published(folder / "undisturbed"))
+    return kills
 
 
 def test_a_driver_process_killed_from_outside_resumes(store, undisturbed, tmp_path):

@@ -18,8 +18,10 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from flows import api_nightly, registry
 from flows.api_nightly import NightlyError, nightly
+from flows.api_upkeep import quarantined, retry_quarantined, verify
 from flows.config import NightlySettings, SimulateSettings
 from flows.engine.restored import open_restored
+from flows.engine.worker import BlockWorker
 
 NAME = "john-doe-1970"
 """Stands in every file name, and must stand in nothing that is written."""
@@ -119,6 +121,54 @@ def test_a_bad_file_is_quarantined_once_and_the_others_finish(inbox: Path, model
     assert len(result.quarantined) == 1
     (job,) = run(inbox, model).jobs
     assert (job.status, job.num_known, job.quarantined) == ("nothing new", 2, ())
+
+
+def failing(monkeypatch, digest: str):
+    """Blocks of one image fail for no fault of theirs, until undone."""
+    compute = BlockWorker._carry_out
+
+    def stumble(worker, objects, job):
+        if job.item.record.source_digest == digest:
+            raise RuntimeError("stumbled")
+        return compute(worker, objects, job)
+
+    monkeypatch.setattr(BlockWorker, "_carry_out", stumble)
+
+
+def fates(inbox: Path) -> list[str]:
+    notes = (inbox.parent / "out/nightly/seen").glob("*.json")
+    return sorted(json.loads(note.read_text())["fate"] for note in notes)
+
+
+def test_what_failed_for_no_fault_of_its_own_is_tried_by_three_nights_then_when_asked(
+    inbox: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = inbox.parent / "out"
+    add(inbox, 1)
+    bad = file_digest(add(inbox, 2))
+    with monkeypatch.context() as patch:
+        failing(patch, bad)
+        (job,) = run(inbox, model).jobs
+        assert (len(job.restored), len(job.quarantined)) == (1, 1)
+        assert fates(inbox) == ["restored"]
+        for expected in (["restored"], ["quarantined", "restored"]):
+            (job,) = run(inbox, model).jobs
+            assert (job.status, len(job.quarantined), job.num_known) == ("quarantined", 1, 1)
+            assert fates(inbox) == expected
+        (job,) = run(inbox, model).jobs
+        assert (job.status, job.num_known) == ("nothing new", 2)
+    (job,) = run(inbox, model).jobs
+    assert job.status == "nothing new", "nobody has asked"
+    [given_up] = quarantined(output)
+    assert (given_up.output, given_up.entry.num_runs) == ("streets", 3)
+    assert given_up.entry.source_digest == bad
+    assert len(retry_quarantined(output)) == 1
+    assert fates(inbox) == ["restored"]
+    (job,) = run(inbox, model).jobs
+    assert (len(job.restored), job.quarantined) == (1, ())
+    assert quarantined(output) == []
+    assert verify(output).intact
+    assert list(verify(output).outputs) == ["streets"]
 
 
 def test_the_ledger_tells_the_fates_of_equal_images_apart(inbox: Path, model: Path):

@@ -164,7 +164,32 @@ def unread(measurement: Measurement, problem: Problem, options: Mapping[str, Any
     return twice(measurement, problem, options)
 
 
+def torn_write(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """The worker dies half-way through the next chunk that it writes."""
+    if due(measurement, options):
+        from flows.engine.objects import LocalObjects
+
+        def tear(objects: LocalObjects, key: str, data: bytes) -> None:
+            path = objects.path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        LocalObjects.put = tear
+    return twice(measurement, problem, options)
+
+
+def stop(measurement: Measurement, problem: Problem, options: Mapping[str, Any]) -> Tensor:
+    """The worker stands still (of `pid`, by which it is found) until somebody lets it go on."""
+    if due(measurement, options):
+        Path(options["pid"]).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return twice(measurement, problem, options)
+
+
 METHODS = {
+    "torn_write": torn_write,
+    "stop": stop,
     "unread": unread,
     "twice": twice,
     "box_blur": box_blur,
