@@ -332,10 +332,12 @@ def check_request(settings: RestoreSettings) -> set[str]:
 
 def _require_answers(settings: RestoreSettings) -> None:
     """Ask the buckets of a request for something, before anything is read or computed."""
+    from flows.engine.s3_objects import S3Objects
+
     for root in (settings.input, settings.output):
         if isinstance(root, S3Root):
             try:
-                open_objects(root).names("manifests")
+                S3Objects(root, rounds=2).names("manifests")  # whoever waits here is a person
             except OSError as error:
                 raise BadInputError(str(error)) from error
 

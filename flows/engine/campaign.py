@@ -25,7 +25,7 @@ from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
 from flows.engine.fencing import driving
-from flows.engine.objects import open_objects
+from flows.engine.objects import StoreError, open_objects
 from flows.engine.plan import Plan
 from flows.engine.publish import (
     DamagedBlocksError,
@@ -79,7 +79,7 @@ def run_plan(
         run: names the log of events; windows of one run share it. None: a run of its own.
 
     Raises:
-        CampaignError: if the disk is full, the model changed, or nothing else could go well.
+        CampaignError: if the disk is full, store or model are gone, or nothing could go well.
     """
     book, heard = Book(), on_event or ignore
     log = EventLog(log_path(plan.output, plan.campaign, run or new_run()))
@@ -92,6 +92,8 @@ def run_plan(
     try:
         limits = Limits(max_attempts, max_runs)
         return _Campaign(plan, executor, tell, book, limits, clock, sleep).run()
+    except StoreError as error:
+        raise CampaignError(f"{error}; what is done is kept, run it again to go on") from error
     finally:
         log.close()
 

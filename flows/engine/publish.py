@@ -28,6 +28,7 @@ import numpy as np
 from domains.base import Array
 from flows import ome
 from flows.engine.fencing import Attempt, holder_of, take_fence
+from flows.engine.many import each
 from flows.engine.plan import ItemPlan, Plan, content_of
 from flows.engine.receipt import Chunk, Objects, Receipt, damaged_blocks, seal, set_aside, unseal
 from flows.engine.seams import measure_seams
@@ -164,11 +165,14 @@ def _assemble(
     provenance: Mapping[str, Any],
 ) -> bytes:
     """Put the folder of an item together; returns its ledger: size and sha256 of every object."""
-    ledger = {}
-    for receipt in receipts.values():
-        for chunk in receipt.chunks:
-            objects.link(receipt.staged(item, chunk), f"{draft}/0/{chunk.key}")
-            ledger[f"0/{chunk.key}"] = chunk
+
+    def link(place: tuple[Receipt, Chunk]) -> Chunk:
+        receipt, chunk = place
+        objects.link(receipt.staged(item, chunk), f"{draft}/0/{chunk.key}")
+        return chunk
+
+    places = ((receipt, chunk) for receipt in receipts.values() for chunk in receipt.chunks)
+    ledger = {f"0/{chunk.key}": chunk for chunk in each(objects, link, places)}
     shapes = ome.level_shapes(item.grid.shape)
     for level, shape in enumerate(shapes):
         grid = _level_chunk(item, shape)

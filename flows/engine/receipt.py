@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from domains.base import Array
 from flows import ome
 from flows.engine.grid import Block
+from flows.engine.many import each
 from flows.engine.objects import Usage
 from flows.engine.plan import ItemPlan
 
@@ -252,14 +253,10 @@ def load_receipts(objects: Objects, item: ItemPlan) -> dict[int, Receipt]:
 
 def each_receipt(objects: Objects, item: ItemPlan) -> Iterator[Receipt]:
     """The valid receipts of an item, one at a time; invalid ones are moved out of the way."""
-    for name in objects.names(f"{item.work}/receipts"):
-        stem, dot, suffix = name.partition(".")
-        if not (stem.isdigit() and f"{dot}{suffix}" == ".json"):
-            continue
-        index = int(stem)
-        receipt = load_receipt(objects, item, index) if index < item.num_blocks else None
-        if receipt is not None:
-            yield receipt
+    stems = (name.removesuffix(".json") for name in objects.names(f"{item.work}/receipts"))
+    indices = (int(stem) for stem in stems if stem.isdigit() and int(stem) < item.num_blocks)
+    found = each(objects, lambda index: load_receipt(objects, item, index), indices)
+    return (receipt for receipt in found if receipt is not None)
 
 
 def reject_receipt(objects: Objects, item: ItemPlan, block: int) -> None:
@@ -279,11 +276,12 @@ def damaged_blocks(
     objects: Objects, item: ItemPlan, receipts: Mapping[int, Receipt]
 ) -> Sequence[int]:
     """Blocks whose staged chunks are not, byte for byte, what their receipts say."""
-    return [
-        index
-        for index, receipt in receipts.items()
-        if any(not _intact(objects, receipt.staged(item, c), c) for c in receipt.chunks)
-    ]
+
+    def intact(receipt: Receipt) -> bool:
+        return all(_intact(objects, receipt.staged(item, c), c) for c in receipt.chunks)
+
+    found = each(objects, intact, receipts.values())
+    return [index for index, whole in zip(receipts, found, strict=True) if not whole]
 
 
 def seal(body: Mapping[str, Any]) -> bytes:

@@ -36,10 +36,15 @@ T = TypeVar("T")
 
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RETRIES = 8
-FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 15.0
-ROUNDS = 3
-"""Of requests with all their retries, and of reading a body that is not what it should be."""
+"""Of one request by obstore: waits of .1 s that grow by half on average, some seconds in all."""
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 30.0
+
+ROUNDS = 6
+"""Of requests with all their retries; waits between them grow fourfold: an outage of a minute."""
+
+READS = 3
+"""Of a body that is not what its writer said."""
 
 REQUEST_TIMEOUT_S = 60
 
@@ -51,8 +56,9 @@ class S3Objects:
 
     at_once = 16
 
-    def __init__(self, root: S3Root) -> None:
-        self.root = root
+    def __init__(self, root: S3Root, rounds: int = ROUNDS) -> None:
+        """Objects of a root; `rounds` of requests before the store counts as gone."""
+        self.root, self._rounds = root, rounds
         self._store = open_bucket(root)
 
     def put(self, key: str, data: bytes) -> None:
@@ -87,7 +93,7 @@ class S3Objects:
                 return there.attributes.get(_WRITER) == writer
             return True
 
-        for _ in range(ROUNDS):
+        for _ in range(READS):
             try:
                 return self._ask(key, attempt)
             except FileNotFoundError:  # it was there and is gone: moved out of the way meanwhile
@@ -103,7 +109,7 @@ class S3Objects:
             data = bytes(found.bytes())
             return data, is_whole(data, found.attributes)
 
-        for _ in range(ROUNDS):
+        for _ in range(READS):
             data, whole = self._ask(key, attempt)
             if whole:
                 break
@@ -207,7 +213,7 @@ class S3Objects:
         from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
         place = f"{self.root}/{key}".rstrip("/")
-        for rounds_left in reversed(range(ROUNDS)):
+        for number in range(self._rounds):
             try:
                 return request()
             except FileNotFoundError as error:
@@ -220,12 +226,12 @@ class S3Objects:
             except BaseError as error:
                 if "NoSuchBucket" in str(error):
                     raise _no_bucket(self.root) from error
-                if not rounds_left:
+                if number == self._rounds - 1:
                     raise StoreError(
-                        f"{place}: the object store does not answer ({_first_line(error)}); "
+                        f"{place}: the object store does not answer ({_reason(error)}); "
                         "check AWS_ENDPOINT_URL, AWS_REGION, the credentials and the network"
                     ) from error
-                time.sleep(FIRST_WAIT_S)
+                time.sleep(min(FIRST_WAIT_S * 4**number, LONGEST_WAIT_S))
         raise AssertionError("the last round returns or raises")
 
 
@@ -266,7 +272,7 @@ def _retries() -> RetryConfig:
         "backoff": {
             "init_backoff": timedelta(seconds=FIRST_WAIT_S),
             "max_backoff": timedelta(seconds=LONGEST_WAIT_S),
-            "base": 2,
+            "base": 3,
         },
         "retry_timeout": timedelta(minutes=3),
     }
@@ -292,7 +298,7 @@ def _no_bucket(root: S3Root) -> StoreError:
     return StoreError(f"{root}: there is no bucket '{root.bucket}'; make it, or mend the name")
 
 
-def _first_line(error: BaseException) -> str:
-    """What obstore says first, without the request's body and its own debugging."""
+def _reason(error: BaseException) -> str:
+    """What obstore says was wrong in the end, without its account of the request."""
     line = str(error).partition("\n")[0].partition(": <?xml")[0]
-    return line.removeprefix("Generic S3 error: ").strip()
+    return line.rpartition(" - ")[2].removeprefix("Generic S3 error: ").strip()

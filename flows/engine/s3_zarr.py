@@ -7,7 +7,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
 from flows.engine.objects import StoreError
-from flows.engine.s3_objects import ROUNDS, is_whole, open_bucket
+from flows.engine.s3_objects import READS, is_whole, open_bucket
 from flows.roots import S3Root
 
 
@@ -38,7 +38,7 @@ class StrictS3Store(ObjectStore):  # type: ignore[type-arg]  # generic only in n
         from obstore import get_async
         from obstore.exceptions import BaseError
 
-        for rounds_left in reversed(range(ROUNDS)):
+        for rounds_left in reversed(range(READS)):
             try:
                 found = await get_async(self.store, key)
                 data = bytes(await found.bytes_async())

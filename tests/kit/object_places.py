@@ -106,4 +106,4 @@ def use_endpoint(monkeypatch, url: str) -> None:
         monkeypatch.delenv(name)
     for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": url}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("flows.engine.s3_objects.FIRST_WAIT_S", 0.002)
+    monkeypatch.setattr("flows.engine.s3_objects.FIRST_WAIT_S", 0.001)
