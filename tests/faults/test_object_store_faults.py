@@ -28,7 +28,9 @@ from flows.engine.objects import StoreError, open_objects
 from flows.engine.publish import load_manifest
 from flows.engine.receipt import load_receipts, unseal
 from flows.engine.restored import open_restored
+from flows.engine.worker import BlockJob, BlockWorker
 from flows.roots import S3Root
+from flows.store import Measurements
 
 ITEMS, SLICES = 2, 3
 BLOCKS = ITEMS * SLICES
@@ -330,6 +332,27 @@ def test_a_store_that_stays_away_stops_the_run_and_condemns_nothing(
     assert left < BLOCKS
     assert run(plan).num_computed == left
     assert same(published(place.root), undisturbed)
+
+
+def test_a_store_that_is_gone_is_no_fault_of_a_block_or_of_its_input(store, s3_port, monkeypatch):
+    source, output = S3Place(s3_port), S3Place(s3_port)
+    source.upload(store)
+    monkeypatch.setattr(s3_objects, "RETRIES", 1)
+    plan = tiny_plan(store, output.root)
+    gone = threading.Event()
+
+    class Leaves(FaultProxy):
+        def choose(self, method):
+            return "reset" if gone.is_set() else ""
+
+    with Leaves(s3_port, seed=0, rate=0.0) as proxy:
+        use_endpoint(monkeypatch, proxy.url)
+        measurements = Measurements(source.root)
+        gone.set()
+        with pytest.raises(StoreError, match="does not answer"):
+            measurements.read("item-0", "given")
+        outcome = BlockWorker().attempt(BlockJob(store, output.root, plan.items[0], 0))
+    assert outcome.failure.kind == "fatal"
 
 
 def test_receipts_and_chunks_are_asked_for_several_at_once_and_kept_in_order():
