@@ -92,7 +92,7 @@ def require_local(given: str | Path | S3Root) -> Path:
     """
     if _URL.match(str(given)):
         raise BadInputError(
-            f"{given}: only a path can be used here; s3://BUCKET/PREFIX is understood by "
-            "`sashiko restore` (--input, a store of measurements, and --output), nothing else is"
+            f"{given}: only a path can be used here; s3://BUCKET/PREFIX is for the --output of "
+            "`sashiko restore`, measurements for its --input, and verify, gc and quarantine"
         )
     return Path(str(given))
