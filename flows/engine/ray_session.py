@@ -54,6 +54,7 @@ def _start(num_cpus: int, quiet: dict[str, Any]) -> None:
     for last in (False, False, True):
         try:
             ray.init(
+                address="local",  # by itself it would join whatever Ray runs on this machine
                 num_cpus=num_cpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
