@@ -353,6 +353,7 @@ def test_a_store_that_is_gone_is_no_fault_of_a_block_or_of_its_input(store, s3_p
     with Leaves(s3_port, seed=0, rate=0.0) as proxy:
         use_endpoint(monkeypatch, proxy.url)
         measurements = Measurements(source.root)
+        measurements.read("item-0", "given")
         gone.set()
         with pytest.raises(StoreError, match="does not answer"):
             measurements.read("item-0", "given")

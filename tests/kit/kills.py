@@ -125,7 +125,10 @@ def run_and_kill(plan: Plan, at: int, moment: str) -> bool:
 
 
 def _drive(environment: dict[str, str], plan: Plan, at: int, moment: str) -> None:
+    from flows.engine import s3_objects
+
     os.environ.update(environment)
+    s3_objects.FIRST_WAIT_S = 0.001
     _Interrupter(at, moment).install(type(open_objects(plan.output)))
     run_plan(plan, InlineExecutor())
 
