@@ -252,7 +252,7 @@ class _Campaign:
 
     def _blame_storage(self, item: ItemState, failure: Failure) -> None:
         """Stop where one item after the other cannot be read or written: they are not to blame."""
-        if failure.kind == "io":
+        if failure.kind == "io" and item.attempts.total() == 1:  # what fails again tells no more
             self._unread.add(item.plan.key)
         if len(self._unread) >= MAX_ITEMS_UNREAD:
             raise CampaignError(

@@ -84,6 +84,13 @@ def test_damage_to_a_published_item_is_named_and_mended_by_the_next_run(
     assert same(published(tmp_path), undisturbed)
 
 
+def test_a_ledger_that_is_whole_and_not_the_item_s_own_is_named(store, tmp_path):
+    run_plan(tiny_plan(store, tmp_path), InlineExecutor())
+    one, other = (entry.path / "ledger.json" for entry in open_restored(tmp_path).items())
+    one.write_bytes(other.read_bytes())
+    assert damaged(tmp_path) == {str(one.relative_to(tmp_path)): "unreadable"}
+
+
 def test_a_flipped_manifest_is_named_and_the_next_run_makes_the_item_anew(
     store, undisturbed, tmp_path
 ):

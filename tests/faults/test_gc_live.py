@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,29 @@ def test_after_any_kill_gc_leaves_what_the_next_run_goes_on_from(store, undistur
         assert len(list((output / "items").glob("*/*/*"))) == 1
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("operation", ["link", "adopt"])
+def test_a_publisher_whose_folder_is_cleared_away_under_it_begins_again(
+    store, undisturbed, tmp_path, monkeypatch, operation, moment
+):
+    plan, original, times = tiny_plan(store, tmp_path), getattr(LocalObjects, operation), []
+
+    def cleared_away(objects, *arguments):
+        times.append(operation)
+        if len(times) == 2 and moment == "before":
+            collect_garbage(objects, **AN_HOUR_LATER)
+        original(objects, *arguments)
+        if len(times) == 2 and moment == "after":
+            collect_garbage(objects, **AN_HOUR_LATER)
+
+    monkeypatch.setattr(LocalObjects, operation, cleared_away)
+    result = run_plan(plan, InlineExecutor())
+    assert (len(result.published), result.num_computed) == (ITEMS, ITEMS * SLICES)
+    assert same(published(tmp_path), undisturbed)
+    assert len(list((tmp_path / "items").glob("*/*/*"))) == ITEMS, "what it lost it removed"
+    assert verify_output(LocalObjects(tmp_path)).intact
+
+
 # --- leases and fences ---------------------------------------------------------------------------
 
 
@@ -147,13 +171,18 @@ def test_a_driver_is_heard_of_while_it_works_and_not_after(tmp_path):
 
 
 def test_a_lease_is_written_again_and_again(tmp_path):
-    objects = LocalObjects(tmp_path)
-    beats: list[str] = []
+    objects, beats, enough = LocalObjects(tmp_path), [], threading.Event()
     put = objects.put
-    objects.put = lambda key, data: (beats.append(key), put(key, data))
+
+    def heard(key: str, data: bytes) -> None:
+        put(key, data)
+        beats.append(key)
+        if len(beats) == 3:
+            enough.set()
+
+    objects.put = heard
     with driving(objects, "c" * 64, beat_s=0.001):
-        while len(beats) < 3:
-            time.sleep(0.001)
+        assert enough.wait(60)
     assert len(set(beats)) == 1
     assert objects.names(DRIVERS) == []
 
@@ -173,6 +202,21 @@ def test_what_is_younger_than_the_oldest_living_driver_stays(tmp_path):
     assert collect_garbage(objects, min_age_s=3600.0).garbage == (), "too young"
     collect_garbage(objects, min_age_s=-3600.0)
     assert not objects.exists(".work/files-2")
+
+
+def test_a_new_folder_is_young_though_the_chunks_linked_into_it_are_old(tmp_path):
+    objects = LocalObjects(tmp_path)
+    chunk, draft = tmp_path / "chunk", tmp_path / Attempt.new("a" * 64).draft
+    chunk.write_bytes(b"1")
+    os.utime(chunk, (time.time() - 3600,) * 2)
+    (draft / "0/c").mkdir(parents=True)
+    os.link(chunk, draft / "0/c/0")
+    assert collect_garbage(objects, min_age_s=60.0).garbage == ()
+    for folder in (draft, draft / "0", draft / "0/c"):
+        os.utime(folder, (time.time() - 3600,) * 2)
+    assert kinds(collect_garbage(objects, min_age_s=60.0)) == {"draft of an item"}
+    assert chunk.exists()
+    assert not draft.exists()
 
 
 def test_a_lease_that_is_being_written_protects_everything(tmp_path):

@@ -88,7 +88,7 @@ def test_a_driver_stopped_at_any_operation_and_taken_for_dead_by_gc_finishes_all
         seen = published(output)
         assert same(seen, {key: undisturbed[key] for key in seen})
         before = visible(output)
-        goes_on_well(child)
+        assert goes_on_well(child)
         after = visible(output)
         assert {key: after.get(key) for key in before} == before
         run_plan(plan, InlineExecutor())

@@ -127,6 +127,14 @@ def test_one_item_that_cannot_be_read_is_quarantined_and_the_others_finish(many,
     assert len(result.published) == 7
 
 
+def test_items_that_cannot_be_read_among_others_that_can_are_to_blame_themselves(many, tmp_path):
+    clock, bad = Clock(), [f"item-{i}" for i in (0, 1, 2, 4, 5, 6)]
+    plan = tiny_plan(many, tmp_path, method("unread", where=bad))
+    result = run(plan, clock=clock, sleep=clock.sleep)
+    assert sorted(q.item_id for q in result.quarantined) == bad
+    assert len(result.published) == 2
+
+
 def test_storage_that_fails_for_item_after_item_stops_the_run_and_condemns_nobody(many, tmp_path):
     clock = Clock()
     with pytest.raises(CampaignError, match=r"storage fails: 5 items .*Input/output error.*again"):
