@@ -3,7 +3,9 @@
     python -m tests.benchmarks.engine [--only PART]
 
 overhead   a method that doubles its input, 1,000 blocks of one slice of 64 x 64, two actors: wall
-           milliseconds a block, publishing included; and where those of one worker go
+           milliseconds a block, publishing included; the processors' milliseconds a block, which
+           depend less on who else is at work, of the driver and of both actors; and, from a
+           profile (which slows it down), where those of one process go
 naps       a method that sleeps a quarter of a second, 1, 2, 4 and 8 actors: speed over that of one
            actor that loses nothing, that is, blocks * nap / (actors * wall)
 speedup    a method that keeps a core busy, one actor and two in turn: the ratio of their wall
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 KIT = Path(__file__).parents[1] / "kit"
 RESULTS = Path(__file__).parent / "results" / "engine.json"
@@ -78,6 +81,15 @@ def warm(executor: RayExecutor, store: Path) -> None:
     time.sleep(1.0)  # Ray's own idle workers go
 
 
+def processor_seconds(pool: RayExecutor) -> dict[str, float]:
+    """Seconds of processors that the driver and the actors have had."""
+    import ray
+
+    pids = [ray.get(seat.actor.__ray_call__.remote(lambda _: os.getpid())) for seat in pool._seats]
+    actors = sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+    return {"driver": sum(psutil.Process().cpu_times()[:2]), "actors": actors}
+
+
 def overhead(folder: Path, num_items: int = 10, num_slices: int = 100) -> dict[str, Any]:
     """A block of nothing."""
     store = store_of(folder, num_items, num_slices, 64)
@@ -85,8 +97,14 @@ def overhead(folder: Path, num_items: int = 10, num_slices: int = 100) -> dict[s
     found: dict[str, Any] = {}
     with RayExecutor(2) as pool:
         warm(pool, small)
+        before = processor_seconds(pool)
         runs = [timed(pool, store, name="twice") for _ in range(3)]
+        blocks = sum(number for _, number in runs)
         found["two_actors_ms_a_block"] = [round(1e3 * s / n, 2) for s, n in runs]
+        found["of_processors"] = {
+            who: round(1e3 * (after - before[who]) / blocks, 2)
+            for who, after in processor_seconds(pool).items()
+        }
     inline = InlineExecutor()
     timed(inline, small, name="twice")
     seconds, blocks = timed(inline, store, name="twice")

@@ -195,7 +195,10 @@ def test_others_are_not_waited_for_longer_than_a_batch_takes():
 
 
 def test_what_goes_wrong_in_a_batch_is_told_to_every_lane_in_it_and_to_no_other():
+    broke = []
+
     def broken(x, sigma):
+        broke.append(len(x))
         raise RuntimeError("out of memory on the device")
 
     batcher = Batcher(FOREVER)
@@ -211,6 +214,10 @@ def test_what_goes_wrong_in_a_batch_is_told_to_every_lane_in_it_and_to_no_other(
     told = in_lanes(batcher, calls)
     assert told == ["out of memory on the device"] * 2 + [2]
     assert attempt(good, 3) == 3, "and the batcher goes on"
+    broke.clear()
+    assert attempt(bad, 6) == "out of memory on the device"
+    assert attempt(good, 1) == 1
+    assert broke == [4], "what is left of a call that failed is not run"
 
 
 # --- in plans ------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ def test_ray_that_misses_its_deadline_is_started_again(monkeypatch):
 
     def slow(**settings):
         starts.append(settings["num_cpus"])
+        assert settings["address"] == "local", "another's cluster on this machine is not ours"
         if len(starts) < 3:
             raise Exception("The current node timed out during startup.")  # Ray raises no other
 
