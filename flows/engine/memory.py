@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import threading
@@ -60,6 +61,17 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     finally:
         with _lock:
             _open.remove(mine)
+
+
+def give_back() -> None:
+    """Return to the system what the C library keeps of freed memory.
+
+    Threads have heaps of their own, and what one has freed is of no use to the other: a worker's
+    memory was a quarter larger. Elsewhere than with glibc nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_bytes() -> int:

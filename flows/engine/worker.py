@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from domains.base import BadInputError
-from flows.engine.memory import peak_memory
+from flows.engine.memory import give_back, peak_memory
 from flows.engine.objects import StoreError, open_objects
 from flows.engine.plan import ItemPlan
 from flows.engine.receipt import (
@@ -154,6 +154,8 @@ class BlockWorker:
                 pixels, account = self._restorer.compute(measurement, job.item, block)
             del measurement  # the next block's is in memory already
             chunks = stage_block(objects, job.item, block, attempt, pixels)
+        del pixels
+        give_back()
         seconds = time.perf_counter() - start - waited
         account = replace(account, seconds=seconds, peak_bytes=peak())
         receipt = Receipt(job.item.key, job.block, attempt, chunks, account)

@@ -327,3 +327,46 @@ def test_the_progress_artifact_is_moved_every_few_seconds_and_at_the_end(monkeyp
         now = done * 0.1
         artifact(Event("block", done, 100, ""))
     assert shown == [0.0, 50.0, 100.0]
+
+
+# --- another grid, the same pixels ---------------------------------------------------------------
+
+
+def test_another_block_size_gives_the_same_pixels_to_a_thousandth_of_the_range(
+    tmp_path, monkeypatch
+):
+    """The shipped model in float32: a strip cut into 7 blocks, 4, and 2, each beyond its halo."""
+    from evaluation_kit import picture
+
+    from domains.base import Item, ItemRecord
+    from domains.registry import load_domain
+    from flows.config import config_path, load_task
+    from flows.engine.block import Restorer
+    from flows.engine.plan import make_plan
+    from flows.store import MeasurementWriter
+
+    monkeypatch.setattr("flows.engine.grid.MAX_CANVAS_PX", 32 * 32)
+    shape = (1, 1, 64, 440)
+    record = ItemRecord("a", "city", shape, "uint8", "intensity", "0" * 64, "png")
+    item = Item(picture(2, shape), record)
+    with MeasurementWriter(tmp_path / "m.zarr") as writer:
+        writer.add(load_domain("city").simulate(item, load_task("inpaint-random70"), 0))
+    found = []
+    for size in (64, 128, 256):
+        plan = make_plan(
+            tmp_path / "m.zarr",
+            tmp_path / "out",
+            MethodSettings(num_levels=2),
+            config_path("models", "starter"),
+            dtype="float32",
+            block_size=size,
+        )
+        worker, pixels = Restorer(), np.zeros(shape, np.float32)
+        for block in plan.items[0].blocks():
+            measured = worker.read(plan.measurements, plan.items[0], block)
+            values, _ = worker.compute(measured, plan.items[0], block)
+            pixels[..., block.write.x0 : block.write.x1] = values
+        found.append(pixels)
+    assert plan.num_blocks == 2
+    for other in found[:-1]:
+        assert 0 < np.abs(other - found[-1]).max() < 1e-3 * 255
