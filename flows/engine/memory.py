@@ -13,6 +13,9 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
+TRIM_BYTES = 2**20
+"""Freed memory is given back after results of so many bytes."""
+
 _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -39,6 +42,7 @@ class _Record:
 
 _lock = threading.Lock()
 _open: list[_Record] = []
+_untrimmed = 0
 
 
 @contextmanager
@@ -63,12 +67,22 @@ def peak_memory() -> Iterator[Callable[[], int]]:
             _open.remove(mine)
 
 
-def give_back() -> None:
+def give_back(num_bytes: int) -> None:
     """Return to the system what the C library keeps of freed memory.
 
     Threads have heaps of their own, and what one has freed is of no use to the other: a worker's
-    memory was a quarter larger. Elsewhere than with glibc nothing is done.
+    memory was a quarter larger. It takes a millisecond, so small blocks are counted until there
+    are TRIM_BYTES of them. Elsewhere than with glibc nothing is done.
+
+    Args:
+        num_bytes: of the result that was let go; what was needed to compute it was far more.
     """
+    global _untrimmed
+    with _lock:
+        _untrimmed += num_bytes
+        if _untrimmed < TRIM_BYTES:
+            return
+        _untrimmed = 0
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

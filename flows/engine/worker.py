@@ -154,8 +154,9 @@ class BlockWorker:
                 pixels, account = self._restorer.compute(measurement, job.item, block)
             del measurement  # the next block's is in memory already
             chunks = stage_block(objects, job.item, block, attempt, pixels)
+        num_bytes = pixels.nbytes
         del pixels
-        give_back()
+        give_back(num_bytes)
         seconds = time.perf_counter() - start - waited
         account = replace(account, seconds=seconds, peak_bytes=peak())
         receipt = Receipt(job.item.key, job.block, attempt, chunks, account)
