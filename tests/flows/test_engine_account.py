@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -370,3 +371,22 @@ def test_another_block_size_gives_the_same_pixels_to_a_thousandth_of_the_range(
     assert plan.num_blocks == 2
     for other in found[:-1]:
         assert 0 < np.abs(other - found[-1]).max() < 1e-3 * 255
+
+
+# --- freed memory --------------------------------------------------------------------------------
+
+
+def test_freed_memory_is_given_back_by_the_megabyte(monkeypatch):
+    """A trim takes a millisecond: as long as half of the engine's work at a small block."""
+    from flows.engine import memory
+
+    trims = []
+    library = SimpleNamespace(malloc_trim=lambda pad: trims.append(pad))
+    monkeypatch.setattr("flows.engine.memory.ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("flows.engine.memory.sys.platform", "linux")
+    monkeypatch.setattr("flows.engine.memory._untrimmed", 0)
+    for _ in range(64):
+        memory.give_back(memory.TRIM_BYTES // 16)
+    assert trims == [0] * 4
+    memory.give_back(5 * memory.TRIM_BYTES)
+    assert trims == [0] * 5
