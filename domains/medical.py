@@ -10,6 +10,7 @@ NIfTI file says its two affines lead to (scanner, atlas ...).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,7 +210,11 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
 
     # float64 holds every integer and float that the formats store without loss.
     reader = NibabelReader() if source_format == "nifti" else NrrdReader(dtype=None)
-    image = LoadImage(reader=reader, image_only=True, dtype=None)(str(path))
+    with warnings.catch_warnings():
+        # MONAI makes all of its readers, and one for DICOM misses a GPU's decoder.
+        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+        load = LoadImage(reader=reader, image_only=True, dtype=None)
+    image = load(str(path))
     affine = np.asarray(image.affine, dtype=np.float64)
     if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular; export it again")
