@@ -206,6 +206,8 @@ class Domain(ABC):
     """Network conditions of the domain and the channels of each: {"mri": 1, "mri-complex": 2}."""
     drawn_from: Mapping[str, str] = {}
     """Conditions whose training patches are made from another's: {"mri-complex": "mri"}."""
+    configs: Path | None = None
+    """A guest's own tasks/NAME.yaml and baselines/NAME.yaml, as those in configs/."""
 
     @abstractmethod
     def read(self, path: Path) -> Item:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 from domains.base import BadInputError, Domain
 
@@ -29,6 +30,12 @@ def require_domain(name: str) -> EntryPoint:
         known = ", ".join(domain_names()) or "none is installed"
         raise BadInputError(f"unknown domain '{name}': choose one of {known}")
     return point
+
+
+def config_folders() -> list[Path]:
+    """Folders of tasks and frozen baselines that installed domains bring along, by domain."""
+    found = (load_domain(name).configs for name in domain_names())
+    return [folder for folder in found if folder is not None]
 
 
 def load_domain(name: str) -> Domain:

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from domains.base import BadInputError, Task
+from domains.registry import config_folders
 from flows.mistakes import mistake_in
 from flows.roots import Root, parse_root
 
@@ -430,15 +431,30 @@ def config_path(*parts: str) -> Path:
     return Path(str(files("configs").joinpath(*parts)))
 
 
+def domain_config(kind: str, name: str) -> Path | None:
+    """A YAML file of the shipped ones or, where they have none of its name, of a guest's domain.
+
+    Args:
+        kind: "tasks" or "baselines".
+        name: of the task.
+    """
+    shipped = config_path(kind, f"{name}.yaml")
+    if shipped.is_file():
+        return shipped
+    guests = (folder / kind / shipped.name for folder in config_folders())
+    return next((path for path in guests if path.is_file()), None)
+
+
 def task_names() -> list[str]:
-    """Names of the shipped tasks."""
-    return sorted(p.stem for p in config_path("tasks").glob("*.yaml"))
+    """Names of the shipped tasks, and of those that guests' domains bring along."""
+    folders = (config_path("tasks"), *(folder / "tasks" for folder in config_folders()))
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def load_task_file(name: str) -> dict[str, Any]:
     """A task's YAML as it stands: Task fields, and `solver` with the default MethodSettings."""
-    path = config_path("tasks", f"{name}.yaml")
-    if not path.is_file():
+    path = domain_config("tasks", name)
+    if path is None:
         known = ", ".join(task_names())
         raise BadInputError(f"unknown task '{name}': choose one of {known}")
     return dict(yaml.safe_load(path.read_text()))

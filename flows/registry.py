@@ -217,19 +217,21 @@ def _digest(path: Path) -> str:
 
 def _champion_of(domains: Sequence[str]) -> ResolvedModel:
     """The one model that is champion of every domain, or the starter for those without one."""
-    guests = [domain for domain in domains if domain not in MODEL_NAMES]
-    if guests or not domains:
-        whose = f"the domain {guests[0]} has" if guests else "no domain is named, so there is"
-        raise BadInputError(f"{whose} no champion: name a model with --model")
+    if not domains:
+        raise BadInputError("no domain is named and so no champion: name a model with --model")
     uri = Home().tracking_uri
     # A store that nobody has made yet holds no champion, and to ask would make it.
     fresh = uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
-    found = [
-        resolve_model(STARTER)
-        if fresh or champion(MODEL_NAMES[domain]) is None
-        else resolve_model(f"models:/{MODEL_NAMES[domain]}@{CHAMPION}")
-        for domain in domains
-    ]
+    found = []
+    for domain in domains:
+        name = MODEL_NAMES.get(domain, f"sashiko-{domain}")
+        crowned = not fresh and champion(name) is not None
+        if not crowned and domain not in MODEL_NAMES:  # the starter knows nothing of it
+            raise BadInputError(
+                f"the domain {domain} has no champion: name a model with --model, or promote "
+                f"one that is registered as {name}"
+            )
+        found.append(resolve_model(f"models:/{name}@{CHAMPION}" if crowned else STARTER))
     if len({model.digest for model in found}) > 1:
         raise BadInputError(
             f"the domains {', '.join(domains)} have different champions: restore them one by one, "

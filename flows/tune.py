@@ -176,6 +176,11 @@ def tune(
     Raises:
         BadInputError: if the dataset lacks an item.
     """
+    if task.domain not in VALIDATION or task.operator not in SEARCH:
+        raise BadInputError(
+            f"task '{task.name}': no validation items or no search are known for it; write its "
+            "parameters into the baselines/ folder of its domain"
+        )
     cases = [case_of(task, cut(dataset, part)) for part in VALIDATION[task.domain]]
     found = {}
     for method in task.baselines if methods is None else methods:

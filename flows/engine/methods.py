@@ -23,7 +23,7 @@ import yaml
 from diffusion_core.posterior import SOLVERS
 from domains.base import BadInputError
 from domains.registry import load_domain
-from flows.config import MethodSettings, config_path, load_method, load_task, task_names
+from flows.config import MethodSettings, domain_config, load_method, load_task
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -41,6 +41,9 @@ CUT_OUT = {"tolerance": 3e-3, "max_steps": 300}
 take a hundred steps where those of a periodic one take ten, and to 1e-2 blocks would differ from
 the whole by 2e-3 (infra/decisions/0012)."""
 
+GIVEN = "given"
+"""The task of a user's own damaged image."""
+
 _SOLVED = frozenset({"covprox", "diffpir", "kriging"})
 _LIKE = {
     "blur": "deblur-gauss",
@@ -51,11 +54,11 @@ _LIKE = {
 
 
 def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | None:
-    """The shipped task whose settings suit a measurement; None if there is none.
+    """The known task whose settings suit a measurement; None if there is none.
 
     A user's own damaged image ("given") is treated as the task that it is most like.
     """
-    if task in _task_names():
+    if _is_known(task):
         return task
     if operator == "mask":
         return "inpaint-random70" if noise.get("sigma_y", 0.0) > 0 else "inpaint-strokes"
@@ -178,13 +181,14 @@ def baseline_params(task: str, name: str) -> dict[str, Any]:
 
 @cache
 def _frozen(task: str) -> dict[str, dict[str, Any]]:
-    path = config_path("baselines", f"{task}.yaml")
-    return dict(yaml.safe_load(path.read_text())["methods"]) if path.is_file() else {}
+    path = domain_config("baselines", task)
+    return {} if path is None else dict(yaml.safe_load(path.read_text())["methods"])
 
 
 @cache
-def _task_names() -> frozenset[str]:
-    return frozenset(task_names())
+def _is_known(task: str) -> bool:
+    """Whether a task has a file; guests' domains are loaded for names that are not ours alone."""
+    return task != GIVEN and domain_config("tasks", task) is not None
 
 
 @cache
