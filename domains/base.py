@@ -208,6 +208,24 @@ class Domain(ABC):
     """Conditions whose training patches are made from another's: {"mri-complex": "mri"}."""
     configs: Path | None = None
     """A guest's own tasks/NAME.yaml and baselines/NAME.yaml, as those in configs/."""
+    raw_suffixes: tuple[str, ...] = ()
+    """Those of `suffixes` whose files hold measurements and no image: k-space, sinograms."""
+
+    def is_raw(self, path: Path) -> bool:
+        """Whether a file holds a measurement itself, as far as its name tells."""
+        return path.name.lower().endswith(self.raw_suffixes)
+
+    def companions(self, path: Path) -> Sequence[Path]:
+        """Further files that are read with a file: their content counts as its own."""
+        return ()
+
+    def measured(self, path: Path) -> Measurement:
+        """Read the measurement that a file of `raw_suffixes` holds; task "given", no truth.
+
+        Raises:
+            BadInputError: with a clear sentence; never another exception.
+        """
+        raise BadInputError(f"{path}: the domain '{self.name}' reads no raw measurements")
 
     @abstractmethod
     def read(self, path: Path) -> Item:

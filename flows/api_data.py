@@ -6,15 +6,15 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import yaml
 
-from domains.base import BadInputError, Domain, Item, ItemRecord, Split, Task
+from domains.base import BadInputError, Domain, Item, ItemRecord, Measurement, Split, Task
 from domains.files import select, with_site_key
 from domains.registry import load_domain
 from domains.samples import SampleFile, fetch_samples, sample_item
@@ -37,6 +37,8 @@ from flows.store import (
 
 SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
 KEY_BYTES = 32
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,19 @@ def tell_unknown(files: Sequence[Path], on_event: EventHandler) -> None:
 
 def read_file(domain: Domain, path: Path) -> Item:
     """Read one file; whatever goes wrong with it is its own fault alone."""
+    return _read_with(domain.read, path)
+
+
+def read_measured(domain: Domain, path: Path) -> Measurement:
+    """Read one file of raw measurements; whatever goes wrong with it is its own fault alone."""
+    return _read_with(domain.measured, path)
+
+
+def _read_with(read: Callable[[Path], T], path: Path) -> T:
     if path.is_symlink():
         raise BadInputError(f"{path}: a symbolic link; give the file itself")
     try:
-        return domain.read(path)
+        return read(path)
     except BadInputError:
         raise
     except Exception as error:

@@ -59,11 +59,6 @@ class Damage:
                 "give one of --mask, --kernel and --scale; for several damages restore one after "
                 "the other"
             )
-        if all(part is None for part in parts) and settings.sigma_y <= 0:
-            raise BadInputError(
-                f"{settings.input}: say what is wrong with the images: --mask, --kernel, --scale "
-                "or --sigma-y"
-            )
         values: dict[str, Any] = {"scale": settings.scale, "sigma_y": settings.sigma_y}
         if settings.kernel is not None:
             values["kernel"] = read_kernel(settings.kernel)
@@ -72,6 +67,13 @@ class Damage:
         elif settings.mask is not None:
             values |= _masks(Path(settings.mask), domain)
         return cls(**values)
+
+    @property
+    def stated(self) -> bool:
+        """Whether anything is said to be wrong."""
+        whole = self.kernel is None and self.scale is None and self.sigma_y <= 0
+        masked = self.nodata or self.mask is not None or self.mask_folder is not None
+        return masked or not whole
 
     def mask_of(self, place: str) -> Path | None:
         """The own mask of an image at a place below the input; None if it needs none.

@@ -6,6 +6,8 @@
     --scale N            they are N times too coarse
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
 
+Raw measurements (k-space) say themselves what was measured: none of these goes with them.
+
 The store is named by the content of what went into it, so that a run that was stopped finds it,
 and lies in the output's work area until all of it is restored. Files of equal content and equal
 masks are one item. Items are named by keyed hashes; names of files are kept in memory only, for
@@ -28,7 +30,14 @@ from uuid import uuid4
 from domains.base import BadInputError, Domain, Item
 from domains.files import file_digest, keyed_id
 from domains.registry import load_domain
-from flows.api_data import find_files, read_file, site_key, tell_unknown, unknown_files
+from flows.api_data import (
+    find_files,
+    read_file,
+    read_measured,
+    site_key,
+    tell_unknown,
+    unknown_files,
+)
 from flows.config import Home, RestoreSettings
 from flows.damage import NODATA, Damage, place_below
 from flows.engine.events import Event, EventHandler
@@ -37,6 +46,12 @@ from flows.store import Measurements, MeasurementWriter
 
 FORMAT = 3
 """Of the stores made here; another format has another name."""
+
+UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale or --sigma-y"
+SAYS_ITSELF = (
+    "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale and "
+    "--sigma-y"
+)
 
 _GONE = ".gone-"
 
@@ -104,7 +119,9 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     domain = load_domain(settings.domain)
     damage = Damage.of(settings, domain)
     images, unknown = _images(settings, folder, domain)
-    sources = [_Source.of(path, folder, damage) for path in images]
+    if not damage.stated and not any(domain.is_raw(path) for path in images):
+        raise BadInputError(f"{settings.input}: {UNSTATED}")
+    sources = [_Source.of(path, folder, damage, domain) for path in images]
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
     made = tuple(p for p in path.parents if not p.exists())
@@ -179,8 +196,10 @@ class _Source:
     fault: str = ""
 
     @classmethod
-    def of(cls, path: Path, folder: Path, damage: Damage) -> _Source:
-        place, digest = place_below(path, folder), file_digest(path)
+    def of(cls, path: Path, folder: Path, damage: Damage, domain: Domain) -> _Source:
+        place, digest = place_below(path, folder), _content_digest(path, domain)
+        if domain.is_raw(path):
+            return cls(path, place, digest, fault=SAYS_ITSELF if damage.stated else "")
         try:
             mask = damage.mask_of(place)
         except BadInputError as error:
@@ -196,6 +215,13 @@ class _Source:
         """Name of the item; an image with two masks is two items."""
         seen = f"{self.digest}:{self.mask_digest}" if self.mask_digest else self.digest
         return keyed_id(domain.name, seen, site_key(Home().home))
+
+
+def _content_digest(path: Path, domain: Domain) -> str:
+    """Sha256 of a file's bytes, and of those of its companions where it has any."""
+    files = [path, *(p for p in domain.companions(path) if p.is_file())]
+    digests = [file_digest(file) for file in files]
+    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _images(
@@ -217,7 +243,8 @@ def _images(
     images = own(files)
     if not images:
         raise BadInputError(f"{folder}: holds masks and no images; check the paths")
-    return images, own(unknown_files(folder, domain))
+    beside = {file for path in images for file in domain.companions(path)}
+    return images, [p for p in own(unknown_files(folder, domain)) if p not in beside]
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -254,7 +281,16 @@ def _write(
 
 
 def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Damage) -> None:
-    """Read one image and add it as a measurement."""
+    """Read one image and add it as a measurement; raw files hold one already."""
+    if domain.is_raw(source.path):
+        if source.fault:
+            raise BadInputError(source.fault)
+        raw = read_measured(domain, source.path)
+        record = replace(raw.record, item_id=source.item_id(domain))
+        writer.add(replace(raw, record=record))
+        return
+    if not damage.stated:
+        raise BadInputError(UNSTATED)
     read = read_file(domain, source.path)
     if source.fault:
         raise BadInputError(source.fault)

@@ -73,7 +73,7 @@ def estimated_maps(y: Array, mask: Array, sigma_y: float) -> Array:
 
     Args:
         y: (z coils h w) k-space, zero frequency at [0, 0].
-        mask: (z 1 1 w) measured lines.
+        mask: (z 1 1 w) measured lines, or (z 1 h w) samples.
         sigma_y: standard deviation of the noise in the real part of y, and in the imaginary.
 
     Returns:
@@ -82,7 +82,7 @@ def estimated_maps(y: Array, mask: Array, sigma_y: float) -> Array:
 
     Source: Uecker et al. 2014 (ESPIRiT), doi:10.1002/mrm.24751.
     """
-    return np.stack([_maps_of(k, lines[0, 0], sigma_y) for k, lines in zip(y, mask, strict=True)])
+    return np.stack([_maps_of(k, plane[0], sigma_y) for k, plane in zip(y, mask, strict=True)])
 
 
 def centre_lines(lines: Array) -> int:
@@ -93,11 +93,27 @@ def centre_lines(lines: Array) -> int:
     return 2 * reach + 1
 
 
-def _maps_of(k: Array, lines: Array, sigma_y: float) -> Array:
-    """One slice: k (coils h w), lines (w,)."""
+def centre_box(plane: Array) -> tuple[int, int]:
+    """Rows and columns, both odd, of the largest box about the zero frequency without a gap.
+
+    Args:
+        plane: (h w), or (1 w) where whole lines are measured, of any number; zero frequency first.
+    """
+    if len(plane) == 1:
+        return CALIBRATION_ROWS, centre_lines(plane[0])
+    most = min(centre_lines(np.asarray(plane.any(axis=1))), CALIBRATION_ROWS)
+    boxes = []
+    for reach in range(most // 2 + 1):
+        columns = np.asarray(plane[np.arange(-reach, reach + 1)].all(axis=0))
+        boxes.append((2 * reach + 1, min(centre_lines(columns), CALIBRATION_ROWS)))
+    return max(boxes, key=lambda box: box[0] * box[1])
+
+
+def _maps_of(k: Array, plane: Array, sigma_y: float) -> Array:
+    """One slice: k (coils h w), plane (1|h w)."""
     coils, h, w = k.shape
-    num_lines = centre_lines(lines)
-    rows = min(h - 1 + h % 2, CALIBRATION_ROWS)
+    rows, num_lines = centre_box(plane)
+    rows = min(h - 1 + h % 2, rows)
     calibration = _centre(k, rows, num_lines)
     sides = (min(BLOCK_SIDE, (rows + 1) // 2), min(BLOCK_SIDE, (num_lines + 1) // 2))
     projector = _block_projector(calibration, sides, sigma_y)

@@ -31,6 +31,8 @@ from domains.imaging import (
     slices_first,
     take_damaged,
 )
+from domains.mri.kspace import SUFFIXES as RAW_SUFFIXES
+from domains.mri.kspace import companions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +50,8 @@ class MRI(Domain):
     """
 
     name = "mri"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", *RAW_SUFFIXES)
+    raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"mri": 1, "mri-complex": 2})
     drawn_from = MappingProxyType({"mri-complex": "mri"})
 
@@ -56,10 +59,25 @@ class MRI(Domain):
         """Read a NIfTI or NRRD magnitude volume."""
         from domains.mri.reader import read
 
+        if self.is_raw(path):
+            raise BadInputError(
+                f"{path}: raw k-space is a measurement and no image; restore it with `sashiko "
+                "restore --domain mri`, or give NIfTI or NRRD"
+            )
         return read(path)
 
+    def companions(self, path: Path) -> Sequence[Path]:
+        """The header beside BART's .cfl."""
+        return companions(path)
+
+    def measured(self, path: Path) -> Measurement:
+        """Read raw k-space: NumPy, BART, fastMRI or ISMRMRD."""
+        from domains.mri.measured import measured
+
+        return measured(path)
+
     def write(self, item: Item, stem: Path) -> Path:
-        """Write NIfTI in the source's orientation."""
+        """Write NIfTI in the source's orientation; of raw k-space a folder of two, with phase."""
         from domains.mri.writer import write
 
         return write(item, stem)
@@ -197,7 +215,12 @@ def kspace_problem(measurement: Measurement) -> Problem:
         y = y - operator.A(torch.ones(1, 1, h, w))
 
     def to_source(x: Tensor) -> Tensor:
-        return to_complex(x).abs() * q if complex_image else Units(0.0, q).to_source(x)
+        if not complex_image:
+            return Units(0.0, q).to_source(x)
+        image = to_complex(x)
+        if measurement.record.shape[0] == 2:  # magnitude and phase are wanted
+            return torch.cat([image.abs() * q, image.angle()], dim=1)
+        return image.abs() * q
 
     return Problem(
         operator=operator,

@@ -50,6 +50,8 @@ _LIKE = {
     "cropped-blur": "deblur-gauss",
     "pool": "sr-x4",
     "identity": "denoise-25",
+    "fourier": "kspace-x4",
+    "multi-coil": "kspace-x4-8coil",
 }
 
 

@@ -1,0 +1,96 @@
+"""Raw measurements as input of `restore`: nothing has to be said of them, and nothing may be."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from engine_kit import recorder
+from kspace_kit import lines, scan, write_bart
+
+from domains.base import BadInputError
+from flows.api_data import ingest
+from flows.api_restore import restore
+from flows.config import ComputeSettings, IngestSettings, MethodSettings, RestoreSettings
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+
+
+def settings(folder, **changes):
+    values = {
+        "input": folder / "scans",
+        "output": folder / "out",
+        "domain": "mri",
+        "method": MethodSettings(name="zero-filled", kind="baseline"),
+        "compute": ComputeSettings(executor="inline"),
+        **changes,
+    }
+    return RestoreSettings(**values)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A scan of an odd size in BART's format, the same in NumPy's, and a real array."""
+    (tmp_path / "scans/CANARY").mkdir(parents=True)
+    k = scan(65, 48).k * lines(48)
+    write_bart(tmp_path / "scans/CANARY/first", k)
+    np.save(tmp_path / "scans/second.npy", k.astype(np.complex64))
+    np.save(tmp_path / "scans/third.npy", np.abs(k))
+    return tmp_path
+
+
+def test_raw_scans_are_restored_and_the_others_told_of(folder):
+    _, handler = recorder()
+    result = restore(settings(folder), handler)
+    assert len(result.published) == 2
+    assert result.num_unknown == 0  # the .hdr belongs to its .cfl
+    (bad,) = result.quarantined
+    assert "raw k-space is complex" in bad.reason
+    names = sorted(str(p.relative_to(folder / "out/files")) for p in result.files)
+    assert names == ["CANARY/first", "second"]
+    magnitudes = []
+    for file in result.files:
+        image = nibabel.load(file / "magnitude.nii.gz")
+        phase = nibabel.load(file / "phase.nii.gz").get_fdata()
+        assert image.shape == (48, 65, 1)
+        assert np.abs(phase).max() <= np.pi + 1e-6
+        magnitudes.append(image.get_fdata())
+        facts = json.loads(file.with_name(f"{file.name}.json").read_text())
+        assert facts["record"]["meta"]["channels"] == ["magnitude", "phase"]
+        assert "CANARY" not in json.dumps({k: v for k, v in facts.items() if k != "file"})
+    assert np.allclose(*magnitudes, rtol=1e-4, atol=1e-4)
+    again = restore(settings(folder))
+    assert again.num_computed == 0
+    assert again.num_reused == 2
+
+
+@pytest.mark.parametrize("option", [{"mask": "nodata"}, {"scale": 2}, {"sigma_y": 0.1}])
+def test_nothing_may_be_said_of_what_raw_scans_say_themselves(folder, option):
+    with pytest.raises(BadInputError, match="says itself what was measured"):
+        restore(settings(folder, **option))
+    assert not (folder / "out").exists()
+
+
+def test_images_among_raw_scans_still_need_a_word(folder):
+    image = nibabel.Nifti1Image(np.ones((32, 32, 2), np.int16), np.eye(4))
+    nibabel.save(image, folder / "scans/volume.nii.gz")
+    result = restore(settings(folder))
+    reasons = sorted(q.reason for q in result.quarantined)
+    assert len(reasons) == 2
+    assert reasons[1].startswith("say what is wrong with the images: --mask")
+
+
+def test_another_header_is_another_scan(folder):
+    first = restore(settings(folder, input=folder / "scans/CANARY"))
+    header = folder / "scans/CANARY/first.hdr"
+    header.write_text(header.read_text().replace("# Creator\nme", "# Creator\nyou"))
+    second = restore(settings(folder, input=folder / "scans/CANARY"))
+    assert first.published[0].item_id != second.published[0].item_id
+
+
+def test_raw_scans_are_no_images_to_learn_from(folder):
+    with pytest.raises(BadInputError, match="a measurement and no image"):
+        ingest(IngestSettings(source=folder / "scans", domain="mri", output=folder / "d.zarr"))
