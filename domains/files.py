@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +20,33 @@ MIN_SIDE = 16
 MAX_PIXELS = 2**30
 """Most pixels (over all slices and bands) that one file may hold; checked on the header."""
 
+MOST_FOLD = 200
+"""Times that a measured image can be larger than its compressed file; blank pages are more."""
+
+_SMALL_BYTES = 1 << 27
+"""Images up to this size may be unfolded from anything: they fit."""
+
+_CONTENTS = (
+    (b"\x89PNG", 0, "a PNG image"),
+    (b"\xff\xd8\xff", 0, "a JPEG image"),
+    (b"II*\0", 0, "a TIFF image"),
+    (b"MM\0*", 0, "a TIFF image"),
+    (b"GIF8", 0, "a GIF image"),
+    (b"DICM", 128, "a DICOM file"),
+    (b"\x89HDF", 0, "an HDF5 file"),
+    (b"NRRD", 0, "an NRRD volume"),
+    (b"n+1\0", 344, "a NIfTI volume"),
+    (b"\x1f\x8b", 0, "compressed by gzip"),
+    (b"ftyp", 4, "a video"),
+    (b"PK\3\4", 0, "a zip archive"),
+    (b"%PDF", 0, "a PDF document"),
+)
+"""(bytes, their place, what a file with them is)."""
+
+# What these libraries log of a damaged file quotes its header, and headers name patients.
+for _name in ("nibabel.global", "nrrd", "PIL", "pydicom", "rasterio", "tifffile"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
 
 def file_digest(path: Path) -> str:
     """Sha256 of a file's bytes, in hexadecimal."""
@@ -26,11 +54,32 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault_in_words(error: Exception) -> str:
-    """What an error of a reading library says of its file, for people who did not write it."""
+def fault_in_words(error: Exception, path: Path | None = None) -> str:
+    """What an error of a reading library says of its file, for people who did not write it.
+
+    Args:
+        error: of the library; its own words quote paths and headers, and are not passed on.
+        path: of the file, which is told by its first bytes if they are another kind's.
+    """
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
+    content = None if path is None else content_of(path)
+    if content is not None:
+        return f"by its first bytes it is {content}"
     return "it is damaged, cut off, or not what its name says"
+
+
+def content_of(path: Path) -> str | None:
+    """What a file is by its first bytes, in words; None if they tell nothing."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    for magic, place, words in _CONTENTS:
+        if head[place : place + len(magic)] == magic:
+            return words
+    if not any(head):
+        return "nothing but zeros"
+    printable = all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head)
+    return "plain text" if printable else None
 
 
 def keyed_id(domain: str, digest: str, key: bytes) -> str:
@@ -81,6 +130,29 @@ def require_size(path: Path, shape: tuple[int, ...], height_width: tuple[int, in
     if num_pixels <= 0 or min(height_width) < MIN_SIDE:
         raise BadInputError(
             f"{path}: {size} pixels is too small; images need at least {MIN_SIDE} x {MIN_SIDE}"
+        )
+
+
+def require_held(path: Path, num_bytes: int, *, compressed: bool, fold: int = MOST_FOLD) -> None:
+    """Refuse a file that cannot hold what its header promises, before memory is taken for it.
+
+    Args:
+        path: of the file.
+        num_bytes: of the pixels, as stored once they are unfolded.
+        compressed: whether the file may be smaller than its pixels.
+        fold: times that it may be.
+
+    Raises:
+        BadInputError: if it is cut off, or promises what no image of its size unfolds to.
+    """
+    held = path.stat().st_size
+    told = f"{path}: its header promises {num_bytes / 1e6:.4g} MB of pixels"
+    if not compressed and held < num_bytes:
+        raise BadInputError(f"{told}, the file has {held / 1e6:.2g} MB; fetch or export it again")
+    if compressed and num_bytes > _SMALL_BYTES and num_bytes > fold * held:
+        raise BadInputError(
+            f"{told}, {num_bytes // max(held, 1)} times its size, which no image unfolds to; "
+            "export it again without compression"
         )
 
 

@@ -10,6 +10,7 @@ NIfTI file says its two affines lead to (scanner, atlas ...).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from domains.files import (
     keyed_id,
     require_file,
     require_finite,
+    require_held,
     require_size,
 )
 
@@ -58,6 +60,7 @@ class Header:
         scaled: whether the values are those stored times a slope, plus an intercept.
         source_format: "nifti" or "nrrd".
         worlds: of a NIfTI file, where its affines lead to; see worlds_of.
+        compressed: whether the file may be smaller than its voxels.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +68,7 @@ class Header:
     scaled: bool
     source_format: str
     worlds: Mapping[str, Any] = field(default_factory=dict)
+    compressed: bool = False
 
 
 def suffix_of(path: Path) -> str:
@@ -91,7 +95,7 @@ def read_header(path: Path) -> Header:
         # patients.
         kind = "NIfTI" if suffix in NIFTI_SUFFIXES else "NRRD"
         raise BadInputError(
-            f"{path}: not a readable {kind} file ({fault_in_words(error)}); export it again"
+            f"{path}: not a readable {kind} file ({fault_in_words(error, path)}); export it again"
         ) from error
 
 
@@ -99,10 +103,20 @@ def _nifti_header(path: Path) -> Header:
     import nibabel
 
     image = nibabel.load(path)
+    affine = np.asarray(image.affine, dtype=np.float64)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
+        raise BadInputError(f"{path}: its affine is singular or not finite; export it again")
     # nibabel clears the scale in the loaded header; the data proxy has it.
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
     worlds = worlds_of(image.header)
-    return Header(tuple(image.shape), image.get_data_dtype(), scaled, "nifti", worlds)
+    return Header(
+        shape=tuple(image.shape),
+        dtype=image.get_data_dtype(),
+        scaled=scaled,
+        source_format="nifti",
+        worlds=worlds,
+        compressed=suffix_of(path) == ".nii.gz",
+    )
 
 
 def worlds_of(header: Any) -> dict[str, Any]:
@@ -123,7 +137,7 @@ def worlds_of(header: Any) -> dict[str, Any]:
 
 def _nrrd_header(path: Path) -> Header:
     header = nrrd_header.read(path)
-    return Header(header.shape, header.dtype, False, "nrrd")
+    return Header(header.shape, header.dtype, False, "nrrd", compressed=header.compressed)
 
 
 def read_volume(path: Path, domain: str, units: str) -> Item:
@@ -153,6 +167,7 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     # Orientation may permute the axes: no axis but the slice axis may be short, and that is
     # known only afterwards, so the check before decoding takes the two longest.
     require_size(path, shape, _two_longest(shape))
+    require_held(path, math.prod(shape) * header.dtype.itemsize, compressed=header.compressed)
     try:
         pixels, affine, codes = _load(path, shape, header.source_format)
     except BadInputError:

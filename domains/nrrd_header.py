@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from domains.base import BadInputError
-from domains.files import MAX_PIXELS
+from domains.files import MAX_PIXELS, require_held
 
 DTYPES = {
     "signed char": "i1", "int8": "i1", "int8_t": "i1", "uchar": "u1", "unsigned char": "u1",
@@ -33,16 +33,20 @@ DTYPES = {
 """The names of the NRRD format definition, section 5."""
 
 
+GZIP = ("gz", "gzip")
+COMPRESSED = (*GZIP, "bz2", "bzip2")
+
 BLOCK_BYTES = 1 << 20
 WIDEST = 8
 
 
 @dataclass(frozen=True)
 class NrrdHeader:
-    """Sizes (fastest axis first) and dtype of the values."""
+    """Sizes (fastest axis first) and dtype of the values, and whether they are compressed."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    compressed: bool
 
 
 def read(path: Path) -> NrrdHeader:
@@ -62,22 +66,27 @@ def read(path: Path) -> NrrdHeader:
             )
         if "space directions" not in header:
             raise BadInputError(f"{path}: it states no 'space directions'; export it with spacing")
+        if int(header.get("line skip", 0)) or int(header.get("byte skip", 0)) not in (0, -1):
+            raise BadInputError(f"{path}: its data do not follow its header; save it without skips")
         shape = tuple(int(n) for n in header["sizes"])
         dtype = np.dtype(DTYPES[header["type"]])
         num_bytes = math.prod(shape) * dtype.itemsize
+        compressed = header["encoding"] in COMPRESSED
         bounded = 0 < num_bytes <= MAX_PIXELS * WIDEST  # if not, the size itself is refused
+        if bounded:
+            require_held(path, num_bytes, compressed=compressed)
         if bounded and not _inflates_to(num_bytes, file, header["encoding"]):
             raise BadInputError(
                 f"{path}: its data are not of the size that the header states; export it again"
             )
-    return NrrdHeader(shape, dtype)
+    return NrrdHeader(shape, dtype, compressed)
 
 
 def _inflates_to(num_bytes: int, file: IO[bytes], encoding: str) -> bool:
     """Whether the rest of a file inflates to a size; reads at most one block more."""
-    if encoding in ("gz", "gzip"):
+    if encoding in GZIP:
         stream: gzip.GzipFile | bz2.BZ2File = gzip.GzipFile(fileobj=file)
-    elif encoding in ("bz2", "bzip2"):
+    elif encoding in COMPRESSED:
         stream = bz2.BZ2File(file)
     else:
         return True

@@ -6,6 +6,7 @@ import hmac
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -251,7 +252,9 @@ def _read_with(read: Callable[[Path], T], path: Path) -> T:
     if path.is_symlink():
         raise BadInputError(f"{path}: a symbolic link; give the file itself")
     try:
-        return read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of reading libraries quote what headers hold
+            return read(path)
     except BadInputError:
         raise
     except Exception as error:

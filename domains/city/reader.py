@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, ItemRecord
-from domains.files import file_digest, keyed_id, require_file, require_finite, require_size
+from domains.files import (
+    fault_in_words,
+    file_digest,
+    keyed_id,
+    require_file,
+    require_finite,
+    require_held,
+    require_size,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +32,10 @@ FORMATS = {
 }  # fmt: skip
 VIDEO_SUFFIXES = (".mp4", ".avi")
 SUFFIXES = tuple(FORMATS)
+BLANK_FOLD = 2000
+"""Times that a picture can be larger than its file: blank pages fold well."""
+SLACK_BYTES = 1 << 16
+
 _GDAL_NODATA = 42113
 """The TIFF tag that names the value of pixels without data."""
 
@@ -49,7 +61,8 @@ def read(path: Path) -> Item:
         raise
     except Exception as error:
         raise BadInputError(
-            f"{path}: not a readable {FORMATS[suffix].upper()} image; export it again"
+            f"{path}: not a readable {FORMATS[suffix].upper()} image "
+            f"({fault_in_words(error, path)}); export it again"
         ) from error
     return _item(path, pixels, FORMATS[suffix], meta)
 
@@ -96,6 +109,8 @@ def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
     with _open_picture(path) as header:
         mode, (width, height) = header.mode, header.size
         require_size(path, (height, width), (height, width))
+        num_bytes = height * width * len(header.getbands())
+        require_held(path, num_bytes, compressed=True, fold=BLANK_FOLD)
         if mode in ("CMYK", "YCCK", "LAB", "HSV"):
             raise BadInputError(f"{path}: {mode} colours are not supported; convert it to RGB")
         transparent = "transparency" in header.info
@@ -181,6 +196,7 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
         axes, shape = series.axes, series.shape
         size = dict(zip(axes, shape, strict=True))
         require_size(path, shape, (size["Y"], size["X"]))
+        _require_honest_segments(path, series)
         try:
             image = np.asarray(series.asarray())
         except ValueError as error:
@@ -203,6 +219,18 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
         pixels = pixels.astype(np.uint8) * 255
     layout = "planar" if bands and axes.index(bands[0]) < axes.index("Y") else "interleaved"
     return pixels, {"layout": layout, **nodata}
+
+
+def _require_honest_segments(path: Path, series: Any) -> None:
+    """Refuse a TIFF whose stored strips or tiles are far more, or far less, than its pixels."""
+    stored = sum(sum(page.databytecounts) for page in series.pages if page is not None)
+    bits = sum(page.size * page.bitspersample for page in series.pages if page is not None)
+    require_held(path, bits // 8, compressed=True, fold=BLANK_FOLD)
+    if stored > bits // 4 + SLACK_BYTES:
+        raise BadInputError(
+            f"{path}: it stores {stored / 1e6:.3g} MB for {bits / 8e6:.3g} MB of pixels, which is "
+            "no image; export it again"
+        )
 
 
 def _nodata(tag: Any) -> dict[str, float]:

@@ -246,7 +246,7 @@ def bomb_nrrd(path, pack, encoding):
 BAD_MEDICAL = {
     "text.nii.gz": (
         lambda p: p.write_text("this is not an image"),
-        "not a readable NIfTI file (it is damaged, cut off, or not what its name says); export",
+        "not a readable NIfTI file (by its first bytes it is plain text); export",
     ),
     "text.nrrd": (lambda p: p.write_text("this is not an image"), "not a readable NRRD"),
     "line.nrrd": (lambda p: rewrite_nrrd(p, b"encoding", b"Kanarienvogel"), "not a readable NRRD"),

@@ -32,6 +32,7 @@ from flows.engine.memory import machine_bytes
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import open_restored
 
+TEXT = "by its first bytes it is plain text"
 FILL = MethodSettings(name="telea", kind="baseline")
 SHARPEN = MethodSettings(name="tv", kind="baseline")
 
@@ -117,7 +118,7 @@ def test_an_image_whose_mask_is_bad_does_not_take_its_equal_along(folder, first)
     assert [path.name for path in result.files] == [good]
     assert changed(folder, good).any()
     assert [(q.source.name, q.reason) for q in result.quarantined] == [
-        (bad, "its mask: not a readable PNG image; export it again")
+        (bad, f"its mask: not a readable PNG image ({TEXT}); export it again")
     ]
     (folder / "masks" / bad).unlink()
     result = restore(settings(folder))

@@ -122,7 +122,8 @@ def test_what_cannot_be_read_is_quarantined_and_the_rest_is_restored(photos, tmp
     result = restore(filled(photos, tmp_path / "out"), handler)
     assert len(result.published) == 2
     assert {q.source.name: q.reason for q in result.quarantined} == {
-        "broken.png": "not a readable PNG image; export it again",
+        "broken.png": "not a readable PNG image (by its first bytes it is plain text); "
+        "export it again",
         "unmasked.png": f"no mask in {photos[1]} has the image's name; add one, or leave it out",
     }
     assert all(q.item_id.startswith("input-") for q in result.quarantined)
