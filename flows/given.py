@@ -120,7 +120,7 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     damage = Damage.of(settings, domain)
     images, unknown = _images(settings, folder, domain)
     if not damage.stated and not any(domain.is_raw(path) for path in images):
-        raise BadInputError(f"{settings.input}: {UNSTATED}")
+        raise BadInputError(f"{settings.input}: {_unstated(images, domain)}")
     sources = [_Source.of(path, folder, damage, domain) for path in images]
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
@@ -215,6 +215,13 @@ class _Source:
         """Name of the item; an image with two masks is two items."""
         seen = f"{self.digest}:{self.mask_digest}" if self.mask_digest else self.digest
         return keyed_id(domain.name, seen, site_key(Home().home))
+
+
+def _unstated(images: Sequence[Path], domain: Domain) -> str:
+    """What is to be said of images; of one file of an unknown kind, that it is one."""
+    if any(path.name.lower().endswith(domain.suffixes) for path in images):
+        return UNSTATED
+    return f"not a kind of file that '{domain.name}' reads: {', '.join(domain.suffixes)}"
 
 
 def _content_digest(path: Path, domain: Domain) -> str:

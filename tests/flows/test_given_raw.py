@@ -83,6 +83,12 @@ def test_images_among_raw_scans_still_need_a_word(folder):
     assert reasons[1].startswith("say what is wrong with the images: --mask")
 
 
+def test_a_file_of_another_kind_is_told_apart_from_an_image(folder):
+    (folder / "scan.dat").write_bytes(b"raw")
+    with pytest.raises(BadInputError, match="not a kind of file that 'mri' reads: "):
+        restore(settings(folder, input=folder / "scan.dat"))
+
+
 def test_another_header_is_another_scan(folder):
     first = restore(settings(folder, input=folder / "scans/CANARY"))
     header = folder / "scans/CANARY/first.hdr"
