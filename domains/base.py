@@ -227,6 +227,14 @@ class Domain(ABC):
         """
         raise BadInputError(f"{path}: the domain '{self.name}' reads no raw measurements")
 
+    def accepts(self, path: Path) -> bool:
+        """Whether a file is of a kind that the domain reads, as far as a glance tells."""
+        return path.name.lower().endswith(self.suffixes)
+
+    def gather(self, files: Sequence[Path]) -> list[Path]:
+        """Of files the ones that stand for an item: all, but the further files of a series."""
+        return list(files)
+
     @abstractmethod
     def read(self, path: Path) -> Item:
         """Read one file. Raises BadInputError with a clear sentence; never another exception."""
@@ -242,6 +250,26 @@ class Domain(ABC):
             record: of the item.
             read: gives a box of its pixels.
             stem: as in write.
+        """
+        return None
+
+    def write_back(
+        self, record: ItemRecord, read: ReadBox, stem: Path, source: Path, facts: Mapping[str, Any]
+    ) -> Path | None:
+        """Write a restored item beside the source that it was read from, as the field wants it.
+
+        Args:
+            record: of the item.
+            read: gives a box of its pixels.
+            stem: as in write; of a folder where the source has several files.
+            source: that `read` was given.
+            facts: of the result: "method", "model_digest" ...
+
+        Returns:
+            What was written; None where `write` does as well.
+
+        Raises:
+            BadInputError: if the source is gone or was changed.
         """
         return None
 

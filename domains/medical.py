@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from domains import nrrd_header
+from domains import dicom, nrrd_header
 from domains.base import Array, BadInputError, Item, ItemRecord
+from domains.dicom_series import read_series
 from domains.files import (
     fault_in_words,
     file_digest,
@@ -40,6 +41,9 @@ AXIAL, CORONAL, SAGITTAL = "LPS", "LIP", "PIL"
 """Where the array axes (x, y, z) of each kind of slices run to."""
 
 PLANES = {"S": AXIAL, "I": AXIAL, "A": CORONAL, "P": CORONAL, "L": SAGITTAL, "R": SAGITTAL}
+MODALITIES = {"ct": "CT", "mri": "MR"}
+"""What DICOM calls the images of a domain; others are refused there."""
+
 THICK = 1.3
 """A volume is cut across the axis whose spacing is this much above the others', else axially."""
 
@@ -141,12 +145,13 @@ def _nrrd_header(path: Path) -> Header:
 
 
 def read_volume(path: Path, domain: str, units: str) -> Item:
-    """Read one NIfTI or NRRD volume in canonical orientation.
+    """Read one NIfTI or NRRD volume, or a DICOM series, in canonical orientation.
 
     Integer values stay as they are stored; scaled or floating values become float32.
 
     Args:
-        path: .nii, .nii.gz, .nrrd or .nhdr; 2-D, 3-D, or 4-D with a last dimension of 1.
+        path: .nii, .nii.gz, .nrrd or .nhdr; 2-D, 3-D, or 4-D with a last dimension of 1; a DICOM
+            file, which stands for its series, or the folder of one.
         domain: name of the domain, for the record.
         units: of the values, for the record.
 
@@ -156,6 +161,8 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     Raises:
         BadInputError: if it cannot be used.
     """
+    if path.is_dir() or dicom.is_dicom(path):
+        return read_series(path, domain, units, MODALITIES.get(domain))
     require_file(path)
     header = read_header(path)
     if header.dtype.kind not in "iuf":
@@ -240,6 +247,27 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
     return pixels, oriented.affine.numpy().astype(np.float64), codes
 
 
+def oriented(volume: Array, affine: Array) -> tuple[Array, Array, str, tuple[int, bool]]:
+    """Turn a volume (x y z) that a reader put together, as _load turns those of MONAI.
+
+    Returns:
+        Pixels (1 z h w), their affine, the axis codes before, and where the last axis went: its
+        number among (z, h, w), and whether it was turned round.
+    """
+    import nibabel
+    from nibabel import orientations
+
+    codes = "".join(nibabel.aff2axcodes(affine))
+    target = PLANES[codes[_slice_axis(affine, volume.shape)]]
+    turn = orientations.ornt_transform(
+        orientations.axcodes2ornt(codes), orientations.axcodes2ornt(target)
+    )
+    turned = orientations.apply_orientation(volume, turn)
+    affine = affine @ orientations.inv_ornt_aff(turn, volume.shape)
+    pixels = np.ascontiguousarray(turned.transpose(2, 1, 0))[None]
+    return pixels, affine, codes, (2 - int(turn[2, 0]), bool(turn[2, 1] < 0))
+
+
 def _slice_axis(affine: Array, shape: tuple[int, int, int]) -> int:
     """The axis that slices follow each other along: the thick one, else from feet to head."""
     import nibabel
@@ -286,7 +314,7 @@ def write_volume(item: Item, stem: Path, dtype: np.dtype[Any]) -> Path:
     from nibabel import orientations
 
     _require_grey(item.record, stem)
-    turn = _turn_of(item.record)
+    turn = turn_of(item.record)
     volume = orientations.apply_orientation(item.pixels[0].transpose(2, 1, 0), turn)
     path = stem.with_name(stem.name + ".nii.gz")
     nibabel.save(_nifti(np.ascontiguousarray(volume, dtype=dtype), item.record), path)
@@ -313,7 +341,7 @@ def write_slices(
     from nibabel import orientations
 
     _require_grey(record, stem)
-    turn = _turn_of(record)
+    turn = turn_of(record)
     if turn[2, 0] != 2:
         return None
     _, z, h, w = record.shape
@@ -344,7 +372,7 @@ def _require_grey(record: ItemRecord, stem: Path) -> None:
         raise BadInputError(f"{stem}: a NIfTI volume has one channel, got {record.shape[0]}")
 
 
-def _turn_of(record: ItemRecord) -> Array:
+def turn_of(record: ItemRecord) -> Array:
     """nibabel's transform from canonical axes (x, y, z) to those of the source."""
     import nibabel
     from nibabel import orientations
@@ -367,7 +395,7 @@ def _nifti(volume: Array, record: ItemRecord) -> Any:
     from nibabel import orientations
 
     _, z, h, w = record.shape
-    affine = _affine(record) @ orientations.inv_ornt_aff(_turn_of(record), (w, h, z))
+    affine = _affine(record) @ orientations.inv_ornt_aff(turn_of(record), (w, h, z))
     volume = volume.reshape(_source_shape(volume.shape, record.meta.get("num_source_dims", 3)))
     image = nibabel.Nifti1Image(volume, affine, dtype=volume.dtype)
     _set_worlds(image, affine, record.meta.get("nifti_worlds", {}))

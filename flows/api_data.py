@@ -161,11 +161,22 @@ def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collectio
     item = with_site_key(read_file(load_domain(settings.domain), path), key)
     if item.record.item_id in taken:
         raise BadInputError(f"{path}: the same bytes as another file; leave one out")
+    require_whole(item, path)
     folder = _first_folder(path, settings.source)
     group = item.record.item_id if folder is None else f"group-{_code(key, folder)}"
     by_group = settings.split == "by-group"
     split = split_of(group, key) if by_group else cast(Split, settings.split)
     return Item(item.pixels, replace(item.record, group=group, split=split))
+
+
+def require_whole(item: Item, path: Path) -> None:
+    """Refuse a volume that lacks slices where these are not what is to be restored.
+
+    Raises:
+        BadInputError: naming the slices.
+    """
+    if item.record.meta.get("missing_slices"):
+        raise BadInputError(f"{path}: {item.record.meta['found'][-1]}; export the series again")
 
 
 def told_splits(records: Sequence[ItemRecord]) -> Event:
@@ -195,6 +206,8 @@ def _first_folder(path: Path, source: Path) -> str | None:
 def find_files(source: Path, domain: Domain) -> list[Path]:
     """The files of a source that a domain reads, sorted; one file stands for itself.
 
+    Of several files that are one item (a DICOM series) the one that stands for them.
+
     Raises:
         BadInputError: if there is none.
     """
@@ -202,7 +215,7 @@ def find_files(source: Path, domain: Domain) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise BadInputError(f"{source}: there is no such file or folder; check the path")
-    files = [p for p in sorted(source.rglob("*")) if _is_candidate(p, domain)]
+    files = domain.gather([p for p in sorted(source.rglob("*")) if _is_candidate(p, domain)])
     if not files:
         kinds = ", ".join(domain.suffixes)
         raise BadInputError(f"{source}: no {domain.name} files in this folder; it reads {kinds}")
@@ -211,20 +224,19 @@ def find_files(source: Path, domain: Domain) -> list[Path]:
 
 def _is_candidate(path: Path, domain: Domain) -> bool:
     hidden = path.name.startswith(".")
-    return not hidden and path.name.lower().endswith(domain.suffixes) and not path.is_dir()
+    return not hidden and not path.is_dir() and domain.accepts(path)
 
 
 def unknown_files(source: Path, domain: Domain) -> list[Path]:
     """The files of a folder that are of no kind the domain reads, sorted; hidden ones left out."""
     if not source.is_dir():
         return []
-    suffixes = domain.suffixes
     return [
         path
         for path in sorted(source.rglob("*"))
         if path.is_file()
-        and not path.name.lower().endswith(suffixes)
         and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and not domain.accepts(path)
     ]
 
 
@@ -293,7 +305,8 @@ def _nothing_usable(source: Path, bad: Sequence[Quarantined]) -> str:
 
 def _told(record: ItemRecord) -> str:
     size = " x ".join(str(n) for n in record.shape)
-    return f"{record.item_id}: {size} {record.dtype}, {record.split}"
+    found = "".join(f"; {sentence}" for sentence in record.meta.get("found", ()))
+    return f"{record.item_id}: {size} {record.dtype}, {record.split}{found}"
 
 
 def site_key(home: Path) -> bytes:

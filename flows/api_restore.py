@@ -235,7 +235,7 @@ def _hand_over(
     for entry in published:
         places = job.given.names.get(entry.item_id) or (place_of(entry),)
         try:
-            files += hand_over(output, entry, places)
+            files += hand_over(output, entry, places, job.given.sources.get(entry.item_id))
         except BadInputError as error:
             reason = f"restored, but not written as a file: {error}"
             unwritten.append(

@@ -34,6 +34,7 @@ from flows.api_data import (
     find_files,
     read_file,
     read_measured,
+    require_whole,
     site_key,
     tell_unknown,
     unknown_files,
@@ -78,6 +79,7 @@ class Given:
     Attributes:
         path: of the measurement store.
         names: item -> names (below the input, without suffix) of its files.
+        sources: item -> the file that it was read from; of equal ones the first.
         rejected: files that could not be used.
         num_unknown: files of the input that are of no kind the domain reads.
         scratch: folder of the store, to be removed when all is restored; None if the store is the
@@ -87,6 +89,7 @@ class Given:
 
     path: Root
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: Mapping[str, Path] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
     num_unknown: int = 0
     scratch: Path | None = None
@@ -134,6 +137,7 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
                 raise  # unless another run made the same store meanwhile
     reasons = dict(Measurements(path).manifest["rejected"])
     names: dict[str, tuple[str, ...]] = {}
+    files: dict[str, Path] = {}
     rejected = []
     for source in sources:
         if source.content in reasons:
@@ -142,7 +146,8 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
         else:
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
-    return Given(path, names, tuple(rejected), len(unknown), path.parent, made)
+            files.setdefault(item_id, source.path)
+    return Given(path, names, files, tuple(rejected), len(unknown), path.parent, made)
 
 
 def local_images(settings: RestoreSettings) -> Path:
@@ -301,6 +306,7 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     read = read_file(domain, source.path)
     if source.fault:
         raise BadInputError(source.fault)
+    require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
     writer.add(
         domain.given(

@@ -27,13 +27,16 @@ from flows.engine.restored import RestoredEntry, open_restored
 FILES = "files"
 
 
-def hand_over(output: Path, entry: RestoredEntry, places: Sequence[str]) -> list[Path]:
+def hand_over(
+    output: Path, entry: RestoredEntry, places: Sequence[str], source: Path | None = None
+) -> list[Path]:
     """Write a published item in its source's format, once for each of its places.
 
     Args:
         output: root of the results.
         entry: the item.
         places: names under OUTPUT/files, without suffix.
+        source: the file that it was read from, beside which some domains write; None if unknown.
 
     Returns:
         The files, old or new.
@@ -42,7 +45,7 @@ def hand_over(output: Path, entry: RestoredEntry, places: Sequence[str]) -> list
         BadInputError: if the domain cannot write the item.
     """
     objects = LocalObjects(output)
-    return [_hand_over(objects, output, entry, place) for place in places]
+    return [_hand_over(objects, output, entry, place, source) for place in places]
 
 
 def place_of(entry: RestoredEntry) -> str:
@@ -50,7 +53,9 @@ def place_of(entry: RestoredEntry) -> str:
     return f"{entry.task}/{entry.item_id}"
 
 
-def _hand_over(objects: LocalObjects, output: Path, entry: RestoredEntry, place: str) -> Path:
+def _hand_over(
+    objects: LocalObjects, output: Path, entry: RestoredEntry, place: str, source: Path | None
+) -> Path:
     key, owner = f"{FILES}/{place}", _owner(objects, f"{FILES}/{place}.json")
     if owner not in (None, entry.key):
         key = f"{key}--{entry.method}-{entry.key[:8]}"
@@ -59,7 +64,7 @@ def _hand_over(objects: LocalObjects, output: Path, entry: RestoredEntry, place:
         finished = _finished(objects, key)
         if finished is not None:
             return finished
-    return _write(objects, output, entry, key)
+    return _write(objects, output, entry, key, source)
 
 
 def _owner(objects: LocalObjects, key: str) -> str | None:
@@ -79,13 +84,15 @@ def _finished(objects: LocalObjects, key: str) -> Path | None:
     return objects.path(place) if objects.exists(place) else None
 
 
-def _write(objects: LocalObjects, output: Path, entry: RestoredEntry, key: str) -> Path:
+def _write(
+    objects: LocalObjects, output: Path, entry: RestoredEntry, key: str, source: Path | None
+) -> Path:
     """Write into a folder of this attempt's own, then let provenance and image appear."""
     draft = f".work/{FILES}-{uuid.uuid4().hex}"
     folder = objects.path(draft)
     folder.mkdir(parents=True)
     try:
-        written = _written(output, entry, folder / PurePosixPath(key).name)
+        written = _written(output, entry, folder / PurePosixPath(key).name, source)
         target = str(PurePosixPath(key).with_name(written.name))
         provenance = {"file": written.name, **entry.facts}
         objects.create(f"{key}.json", (json.dumps(provenance, indent=1) + "\n").encode())
@@ -98,14 +105,18 @@ def _write(objects: LocalObjects, output: Path, entry: RestoredEntry, key: str) 
     return objects.path(target)
 
 
-def _written(output: Path, entry: RestoredEntry, stem: Path) -> Path:
-    """The item as a file: part by part if it is large and its domain can, else at once."""
+def _written(output: Path, entry: RestoredEntry, stem: Path, source: Path | None) -> Path:
+    """The item beside its source; or as a file, part by part if it is large, else at once."""
     restored, domain = open_restored(output), load_domain(entry.record.domain)
+
+    def read(z: slice, y: slice, x: slice) -> Array:
+        return restored.read(entry, z, plane=(y, x))
+
+    if source is not None:
+        beside = domain.write_back(entry.record, read, stem, source, entry.facts)
+        if beside is not None:
+            return beside
     if 4 * math.prod(entry.record.shape) > LARGE_ITEM_BYTES:
-
-        def read(z: slice, y: slice, x: slice) -> Array:
-            return restored.read(entry, z, plane=(y, x))
-
         path = domain.write_large(entry.record, read, stem)
         if path is not None:
             return path

@@ -90,15 +90,15 @@ class JobFolder:
 
     def images(self) -> list[Path]:
         """The files that the domain reads, without masks and kernel, drafts and links."""
-        suffixes = load_domain(self.settings.domain).suffixes
+        domain = load_domain(self.settings.domain)
         tools = {*self._common, *(p for masks in self._masks.values() for p in masks)}
         return sorted(
             path
             for path in self.path.rglob("*")
-            if path.name.lower().endswith(suffixes)
-            and path.is_file()
+            if path.is_file()
             and not path.is_symlink()
             and not is_draft(path)
+            and domain.accepts(path)
             and path not in tools
         )
 

@@ -14,7 +14,6 @@ from domains.base import (
     Array,
     BadInputError,
     Baseline,
-    Domain,
     Generated,
     Item,
     ItemRecord,
@@ -31,6 +30,7 @@ from domains.imaging import (
     slices_first,
     take_damaged,
 )
+from domains.medical_domain import MedicalDomain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,15 +42,15 @@ BODY_ABOVE_HU = -500.0
 SCANS = ("parallel-beam", "fan-beam")
 
 
-class CT(Domain):
+class CT(MedicalDomain):
     """Network units: HU -1000..2000 to [-1, 1]; A x in line integrals of mu, no dimension."""
 
     name = "ct"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr")
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm")
     conditions = MappingProxyType({"ct": 1})
 
     def read(self, path: Path) -> Item:
-        """Read a NIfTI or NRRD volume in HU."""
+        """Read a NIfTI or NRRD volume or a DICOM series in HU."""
         from domains.ct.reader import read
 
         return read(path)

@@ -13,7 +13,6 @@ from domains.base import (
     Array,
     BadInputError,
     Baseline,
-    Domain,
     Generated,
     Item,
     ItemRecord,
@@ -31,6 +30,7 @@ from domains.imaging import (
     slices_first,
     take_damaged,
 )
+from domains.medical_domain import MedicalDomain
 from domains.mri.kspace import SUFFIXES as RAW_SUFFIXES
 from domains.mri.kspace import companions
 
@@ -42,7 +42,7 @@ BODY_SHARE = 0.1
 """Of the 99.9th percentile: fainter is background."""
 
 
-class MRI(Domain):
+class MRI(MedicalDomain):
     """Network units: magnitude 0..q to [-1, 1], q estimated from the measurement.
 
     "mri": x = 2 m / q - 1, one channel, background -1, for images known to be real.
@@ -50,13 +50,13 @@ class MRI(Domain):
     """
 
     name = "mri"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", *RAW_SUFFIXES)
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
     raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"mri": 1, "mri-complex": 2})
     drawn_from = MappingProxyType({"mri-complex": "mri"})
 
     def read(self, path: Path) -> Item:
-        """Read a NIfTI or NRRD magnitude volume."""
+        """Read a NIfTI or NRRD magnitude volume, or a DICOM series."""
         from domains.mri.reader import read
 
         if self.is_raw(path):
@@ -67,8 +67,8 @@ class MRI(Domain):
         return read(path)
 
     def companions(self, path: Path) -> Sequence[Path]:
-        """The header beside BART's .cfl."""
-        return companions(path)
+        """The header beside BART's .cfl, the other files of a DICOM series."""
+        return companions(path) if self.is_raw(path) else super().companions(path)
 
     def measured(self, path: Path) -> Measurement:
         """Read raw k-space: NumPy, BART, fastMRI or ISMRMRD."""

@@ -271,7 +271,7 @@ BAD_MEDICAL = {
                       "too small"),
     "gzip.nrrd": (lambda p: bomb_nrrd(p, gzip.compress, "gzip"), "size that the header states"),
     "bzip2.nrrd": (lambda p: bomb_nrrd(p, bz2.compress, "bzip2"), "size that the header states"),
-    "slices.dcm": (lambda p: p.write_bytes(b"DICM" * 99), "not a NIfTI or NRRD"),
+    "slices.dcm": (lambda p: p.write_bytes(b"DICM" * 99), "no image, or damaged"),
 }  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+"""What the medical domains share as domains: DICOM beside NIfTI and NRRD, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from domains import dicom
+from domains.base import Domain, ItemRecord, ReadBox
+
+
+class MedicalDomain(Domain):
+    """A domain whose volumes are NIfTI or NRRD files, or DICOM series.
+
+    A DICOM file stands for the series that it and its neighbours in its folder make.
+    """
+
+    def accepts(self, path: Path) -> bool:
+        """By its suffix, or as DICOM whatever its name."""
+        return super().accepts(path) or dicom.is_dicom(path)
+
+    def gather(self, files: Sequence[Path]) -> list[Path]:
+        """One file of each series."""
+        from domains.dicom_series import leads
+
+        return leads(files)
+
+    def companions(self, path: Path) -> Sequence[Path]:
+        """The other files of a DICOM series."""
+        from domains.dicom_series import members_of
+
+        if not dicom.is_dicom(path):
+            return super().companions(path)
+        return [file for file in members_of(path) if file != path]
+
+    def write_back(
+        self, record: ItemRecord, read: ReadBox, stem: Path, source: Path, facts: Mapping[str, Any]
+    ) -> Path | None:
+        """Write what came from DICOM as a derived series."""
+        from domains.dicom_derived import Provenance
+        from domains.dicom_writer import write_series
+
+        if record.source_format != "dicom":
+            return None
+        return write_series(record, read, stem, source, Provenance.of(facts))

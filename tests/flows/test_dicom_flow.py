@@ -1,0 +1,104 @@
+"""DICOM through ingest and restore: series in, derived series out, and the patient nowhere else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicom_kit import CANARY, series, stored_values
+from engine_kit import recorder
+
+from domains.base import BadInputError
+from flows.api_data import ingest
+from flows.api_restore import restore
+from flows.config import ComputeSettings, IngestSettings, MethodSettings, RestoreSettings
+from flows.inbox import JobFolder
+from flows.store import Dataset
+
+CANARIES = (CANARY.encode(), b"Kanarienvogel", "Kanarienvogel".encode("utf-16-le"))
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+
+
+def settings(tmp_path: Path, **changes) -> RestoreSettings:
+    values = {
+        "input": tmp_path / "in",
+        "output": tmp_path / "out",
+        "domain": "ct",
+        "sigma_y": 0.05,
+        "method": MethodSettings(name="tv", kind="baseline", options={"num_iterations": 5}),
+        "compute": ComputeSettings(executor="inline"),
+        **changes,
+    }
+    return RestoreSettings(**values)
+
+
+def without_canary(*folders: Path) -> None:
+    for folder in folders:
+        for file in (p for p in folder.rglob("*") if p.is_file()):
+            data = file.read_bytes()
+            assert not any(word in data for word in CANARIES), file
+
+
+def test_series_become_items_and_what_lacks_slices_is_left_out(tmp_path):
+    values = stored_values()
+    series(tmp_path / "in" / "Kanarienvogel a", values)
+    series(tmp_path / "in" / "b", values[:, ::-1], change=lambda k, ds: k != 2)
+    series(tmp_path / "in" / "c", values, step=(0.0, 0.5, 2.4))
+    told, events = recorder()
+    result = ingest(
+        IngestSettings(source=tmp_path / "in", domain="ct", output=tmp_path / "ds.zarr"), events
+    )
+    assert [record.shape for record in result.items] == [(1, 5, 20, 18)] * 2
+    dataset = Dataset(tmp_path / "ds.zarr")
+    read = {dataset.read(r.item_id).pixels.tobytes() for r in dataset.items()}
+    assert read == {(values - 1024).astype(np.int16)[None].tobytes()}
+    assert [q.reason for q in result.quarantined] == [
+        "1 of 5 slices are missing: 3; export the series again"
+    ]
+    assert any("gantry tilted by 11.8 degrees" in event.message for event in told)
+    without_canary(tmp_path / "ds.zarr", tmp_path / "home")
+
+
+def test_a_series_comes_back_as_a_derived_series(tmp_path):
+    source = series(tmp_path / "in" / "a", stored_values())
+    result = restore(settings(tmp_path))
+    (written,) = result.files
+    assert written.is_dir()
+    files = sorted(written.iterdir())
+    assert len(files) == 5
+    own = pydicom.dcmread(min(source.iterdir()))
+    for file in files:
+        dataset = pydicom.dcmread(file)
+        assert dataset.PatientName == CANARY
+        assert dataset.StudyInstanceUID == own.StudyInstanceUID
+        assert "tv, no model" in dataset.DerivationDescription
+    provenance = json.loads(written.with_name(written.name + ".json").read_text())
+    assert (provenance["file"], provenance["model_digest"]) == (written.name, None)
+    pixels = np.stack([pydicom.dcmread(f).pixel_array for f in files])
+    assert pixels.std() < stored_values().std()
+    assert restore(settings(tmp_path)).files == result.files
+    again = restore(settings(tmp_path, output=tmp_path / "again"))
+    for file, other in zip(files, sorted(again.files[0].iterdir()), strict=True):
+        assert file.read_bytes() == other.read_bytes()
+    without_canary(
+        tmp_path / "home", *(p for p in (tmp_path / "out").iterdir() if p.name != "files")
+    )
+
+
+def test_a_series_that_lacks_slices_is_not_denoised_as_if_it_were_whole(tmp_path):
+    series(tmp_path / "in", stored_values(), change=lambda k, ds: k != 2)
+    with pytest.raises(BadInputError, match="1 of 5 slices are missing: 3"):
+        restore(settings(tmp_path))
+
+
+def test_a_night_finds_the_slices_whatever_they_are_called(tmp_path):
+    job = tmp_path / "job"
+    series(job / "a", stored_values())
+    (job / "job.yaml").write_text("domain: ct\nsigma_y: 0.05\n")
+    (job / "notes.txt").write_text("no image")
+    assert len(JobFolder(job).images()) == 5

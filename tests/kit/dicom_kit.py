@@ -1,0 +1,84 @@
+"""DICOM for tests: real files of pydicom and pydicom-data, and series made after a real header."""
+
+import shutil
+import subprocess
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRLittleEndian
+
+OWN = Path(pydicom.__path__[0]) / "data" / "test_files"
+CANARY = "Kanarienvogel^Hansi"
+AXIAL = (1, 0, 0, 0, 1, 0)
+DCIODVFY = Path("/work/s8/tools/dicom3tools/usr/bin/dciodvfy")
+
+
+def real_files():
+    """Every file of pydicom and of pydicom-data that a DICOM reader would try."""
+    data_store = pytest.importorskip("data_store", reason="pydicom-data is not installed")
+    folders = (OWN, Path(data_store.__path__[0]) / "data")
+    return [p for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def validator():
+    """Path of dciodvfy, an independent validator of DICOM (Debian's dicom3tools)."""
+    found = shutil.which("dciodvfy") or (str(DCIODVFY) if DCIODVFY.exists() else None)
+    if found is None:
+        pytest.skip("dciodvfy is not installed: `apt-get install dicom3tools`")
+    return found
+
+
+def errors_of(path):
+    """What the validator calls an error."""
+    run = subprocess.run(
+        [validator(), str(path)], capture_output=True, text=True, errors="replace", check=False
+    )
+    return {line for line in (run.stdout + run.stderr).splitlines() if line.startswith("Error")}
+
+
+def header():
+    """A real CT header, with a patient of our own."""
+    dataset = pydicom.dcmread(OWN / "CT_small.dcm")
+    dataset.PatientName, dataset.PatientID = CANARY, CANARY
+    dataset.remove_private_tags()
+    return dataset
+
+
+def series(folder, values, *, step=(0.0, 0.0, 2.5), order=None, change=lambda k, ds: None):
+    """Write slices (z rows columns) of stored values; names and numbers run against positions.
+
+    Args:
+        folder: to write into.
+        values: stored values.
+        step: from slice to slice, LPS mm.
+        order: number of each slice's file and instance; default: backwards.
+        change: what to alter in the dataset of slice k; False leaves the slice out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = header()
+    count = len(values)
+    for k, plane in enumerate(values):
+        dataset = deepcopy(base)
+        dataset.SOPInstanceUID = f"1.2.3.4.{k + 1}"
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.InstanceNumber = count - k if order is None else order[k]
+        dataset.ImageOrientationPatient = list(AXIAL)
+        dataset.ImagePositionPatient = [-20.0 + k * step[0], -30.0 + k * step[1], 7 + k * step[2]]
+        dataset.SliceLocation = 7 + k * step[2]
+        dataset.PixelSpacing = [0.8, 0.7]
+        dataset.SliceThickness = 2.5
+        dataset.Rows, dataset.Columns = plane.shape
+        dataset.PixelData = plane.astype("<i2").tobytes()
+        if "PixelPaddingValue" in dataset:
+            del dataset.PixelPaddingValue
+        if change(k, dataset) is not False:
+            dataset.save_as(folder / f"IM{int(dataset.InstanceNumber):04d}")
+    return folder
+
+
+def stored_values(shape=(5, 20, 18), seed=0):
+    return np.random.default_rng(seed).integers(-50, 2500, shape)
