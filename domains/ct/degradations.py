@@ -89,8 +89,8 @@ def _fine_view(
 def _finer(geometry: FanGeometry, factors: tuple[int, int]) -> FanGeometry:
     """The same scan of subpixels."""
     (f, g), (dy, dx) = factors, geometry.pixel_mm
-    size = {"height": geometry.height * f, "width": geometry.width * g}
-    return replace(geometry, **size, pixel_mm=(dy / f, dx / g))
+    height, width = geometry.height * f, geometry.width * g
+    return replace(geometry, height=height, width=width, pixel_mm=(dy / f, dx / g))
 
 
 def _narrow_view(geometry: Geometry, factors: tuple[int, int], theta: float) -> csc_array:
@@ -100,7 +100,7 @@ def _narrow_view(geometry: Geometry, factors: tuple[int, int], theta: float) -> 
     a, b = abs(dx * math.cos(theta)) / 2, abs(dy * math.sin(theta)) / 2
     x = (np.arange(w) - (w - 1) / 2) * (dx * math.cos(theta))
     y = (np.arange(h) - (h - 1) / 2) * (dy * math.sin(theta))
-    left = -geometry.num_bins * geometry.bin_mm / 2
+    left = geometry.left_mm
     start = (((y - left - (a + b)) / geometry.bin_mm)[:, None] + x / geometry.bin_mm).ravel()
     first = np.floor(start)
     # How far the footprint reaches beyond the upper edge of its first bin.

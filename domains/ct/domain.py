@@ -40,20 +40,42 @@ if TYPE_CHECKING:
 UNITS = Units(-1000.0, 2000.0)
 BODY_ABOVE_HU = -500.0
 SCANS = ("parallel-beam", "fan-beam")
+RAW_SUFFIXES = (".npy", ".h5", ".hdf5")
+"""Of sinograms, which have their geometry beside them."""
 
 
 class CT(MedicalDomain):
     """Network units: HU -1000..2000 to [-1, 1]; A x in line integrals of mu, no dimension."""
 
     name = "ct"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm")
+    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
+    raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"ct": 1})
 
     def read(self, path: Path) -> Item:
         """Read a NIfTI or NRRD volume or a DICOM series in HU."""
         from domains.ct.reader import read
 
+        if self.is_raw(path):
+            raise BadInputError(
+                f"{path}: a sinogram is a measurement and no image; restore it with `sashiko "
+                "restore --domain ct`, or give DICOM, NIfTI or NRRD"
+            )
         return read(path)
+
+    def companions(self, path: Path) -> Sequence[Path]:
+        """The geometry beside a sinogram, the other files of a DICOM series."""
+        if not self.is_raw(path):
+            return super().companions(path)
+        from domains.ct.sinograms import companions
+
+        return companions(path)
+
+    def measured(self, path: Path) -> Measurement:
+        """Read a sinogram with its geometry."""
+        from domains.ct.sinograms import measured
+
+        return measured(path)
 
     def write(self, item: Item, stem: Path) -> Path:
         """Write NIfTI in whole HU."""
@@ -189,7 +211,10 @@ def geometry_of(record: ItemRecord, params: Mapping[str, Any]) -> Geometry:
     else:
         geometry = ParallelGeometry.covering(h, w, (dy, dx), num_views, arc)
     # A measurement says its detector itself; a task leaves it to cover the image.
-    detector = {name: params[name] for name in ("num_bins", "bin_mm") if name in params}
+    own = ("num_bins", "bin_mm", "offset_mm")
+    detector = {name: params[name] for name in own if name in params}
+    if "angles_degrees" in params:
+        detector["angles_degrees"] = tuple(params["angles_degrees"])
     return replace(geometry, **detector)
 
 
@@ -197,7 +222,8 @@ def sinogram_problem(measurement: Measurement) -> Problem:
     """Line integrals as a linear inverse problem in network units.
 
     mu = .02 (1 + HU / 1000) = .03 (x + 1) per mm, so that with P the projector in mm
-    y - .03 P 1 = .03 P x + n: the operator is .03 P, and .03 P 1 is the likelihood's offset.
+    y - .03 P 1 = .03 P x + n: the operator is .03 P, and .03 P 1 is the likelihood's offset. A
+    scan may state another attenuation of water than .02 per mm (`water_per_mm`).
     """
     import torch
 
@@ -206,8 +232,9 @@ def sinogram_problem(measurement: Measurement) -> Problem:
     from domains.ct.operators import beam_of
 
     _, z, h, w = measurement.record.shape
-    slope = MU_WATER_PER_MM * (UNITS.high - UNITS.low) / 2 / 1000  # of mu against x, per mm
-    constant = MU_WATER_PER_MM * (1 + (UNITS.high + UNITS.low) / 2 / 1000)  # mu at x = 0
+    water = float(measurement.params.get("water_per_mm", MU_WATER_PER_MM))
+    slope = water * (UNITS.high - UNITS.low) / 2 / 1000  # of mu against x, per mm
+    constant = water * (1 + (UNITS.high + UNITS.low) / 2 / 1000)  # mu at x = 0
     operator = beam_of(geometry_of(measurement.record, measurement.params), slope)
     offset = operator.A(torch.ones(1, 1, h, w)) * (constant / slope)
     return Problem(

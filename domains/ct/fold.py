@@ -58,7 +58,8 @@ def fold_of(geometry: Geometry) -> Fold:
     half = _views_in(180.0, geometry)
     quarter = _views_in(90.0, geometry)
     square = geometry.height == geometry.width and geometry.pixel_mm[0] == geometry.pixel_mm[1]
-    if half is None or geometry.arc_degrees > 180:
+    lopsided = geometry.offset_mm != 0 or geometry.angles_degrees is not None
+    if half is None or geometry.arc_degrees > 180 or lopsided:
         everything = tuple(range(geometry.num_views))
         return Fold(everything, 1, everything, (0,) * geometry.num_views)
     seen = []

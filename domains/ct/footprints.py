@@ -94,7 +94,7 @@ def _columns(
         share_below: share of each footprint below an edge (pixels,).
         area: of each footprint, over the bin's width.
     """
-    left = -geometry.num_bins * geometry.bin_mm / 2
+    left = geometry.left_mm
     first = np.floor((start - left) / geometry.bin_mm).astype(np.int32)
     num_touched = math.floor(widest / geometry.bin_mm) + 2
     weights = np.empty((start.size, num_touched), np.float32)

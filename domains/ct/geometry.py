@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from domains.base import Array, BadInputError
+
+_LATER = {"angles_degrees": None, "offset_mm": 0.0}
 
 PROJECTOR_VERSION = 1
 """Part of the cache key: raise it when the entries of the matrix change."""
@@ -37,6 +39,8 @@ class Geometry:
         arc_degrees: they divide this arc evenly, its end excluded: theta_i = i arc / num_views.
         num_bins: of the detector, centred about its middle.
         bin_mm: width of a bin.
+        angles_degrees: of each view, where a real scan's do not divide an arc evenly from 0.
+        offset_mm: of the detector's middle from the ray through the centre of rotation.
     """
 
     height: int
@@ -46,9 +50,13 @@ class Geometry:
     arc_degrees: float
     num_bins: int
     bin_mm: float
+    angles_degrees: tuple[float, ...] | None = field(default=None, kw_only=True)
+    offset_mm: float = field(default=0.0, kw_only=True)
 
     def angle(self, view: int) -> float:
         """Radians of a view, which may lie beyond the arc."""
+        if self.angles_degrees is not None:
+            return math.radians(self.angles_degrees[view])
         return math.radians(self.arc_degrees * view / self.num_views)
 
     @property
@@ -59,12 +67,21 @@ class Geometry:
     @property
     def bin_centres_mm(self) -> Array:
         """Detector coordinate of each bin's centre, (num_bins,)."""
-        return (np.arange(self.num_bins) - (self.num_bins - 1) / 2) * self.bin_mm
+        return (np.arange(self.num_bins) - (self.num_bins - 1) / 2) * self.bin_mm + self.offset_mm
+
+    @property
+    def left_mm(self) -> float:
+        """Detector coordinate of the first bin's outer edge."""
+        return self.offset_mm - self.num_bins * self.bin_mm / 2
 
     @property
     def digest(self) -> str:
         """Names the matrix in the cache."""
-        text = json.dumps({"version": PROJECTOR_VERSION, **asdict(self)}, sort_keys=True)
+        values = asdict(self)
+        for name in _LATER:  # matrices made before there were such scans keep their names
+            if values[name] == _LATER[name]:
+                del values[name]
+        text = json.dumps({"version": PROJECTOR_VERSION, **values}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

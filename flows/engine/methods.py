@@ -52,7 +52,12 @@ _LIKE = {
     "identity": "denoise-25",
     "fourier": "kspace-x4",
     "multi-coil": "kspace-x4-8coil",
+    "parallel-beam": "ct-sparse60",
+    "fan-beam": "ct-sparse60",
 }
+_SCANS = ("parallel-beam", "fan-beam")
+LOW_DOSE_COUNTS = 3e4
+"""A scan of fewer photons a ray is treated as the low-dose task."""
 
 
 def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | None:
@@ -64,6 +69,8 @@ def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | 
         return task
     if operator == "mask":
         return "inpaint-random70" if noise.get("sigma_y", 0.0) > 0 else "inpaint-strokes"
+    if operator in _SCANS and noise.get("counts_per_ray", LOW_DOSE_COUNTS) < LOW_DOSE_COUNTS:
+        return "ct-lowdose"
     return _LIKE.get(operator)
 
 
