@@ -21,6 +21,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
@@ -257,6 +258,11 @@ class TrainSettings(Settings):
         le=1,
         description="leave out views of an item narrower than this share of its first",
     )
+    soft_shares: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict,
+        description="condition -> share of its patches that are blurred a little, as other optics "
+        "and resampling would",
+    )
     patch_size: int = Field(64, ge=8, le=1024)
     batch_size: int = Field(32, ge=1, le=100_000)
     micro_batch: int = Field(
@@ -331,6 +337,14 @@ class TrainSettings(Settings):
             if not 0 < share < float("inf"):
                 raise ValueError(f"the share of '{name}' must be above 0")
         return conditions
+
+    @field_validator("soft_shares")
+    @classmethod
+    def _are_of_conditions(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        unknown = [name for name in shares if name not in info.data.get("conditions", shares)]
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is none of the run's conditions")
+        return shares
 
     @field_validator("ema_lengths")
     @classmethod

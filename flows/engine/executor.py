@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from flows.config import ComputeSettings
-from flows.engine.ray_session import connect
+from flows.engine.ray_session import WORKER_ENVIRONMENT, connect
 from flows.engine.seats import Seat, Suspicions, answers_at_hand, with_its_node
 from flows.engine.worker import BlockJob, BlockWorker, Failure, Outcome
 
@@ -250,8 +250,11 @@ class RayExecutor:
         # Retries are the campaign's: one that Ray does by itself would not be counted.
         actor_class = ray.remote(max_restarts=0, max_task_retries=0)(BlockWorker)
         options: dict[str, Any] = {"num_cpus": self._lanes, "num_gpus": self._gpus}
+        environment = dict(WORKER_ENVIRONMENT) if self._address else {}  # else ray_session sets it
         if self._lanes > 1:  # with one CPU an actor Ray does so itself
-            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": "1"}}
+            environment["OMP_NUM_THREADS"] = "1"
+        if environment:  # a process that Ray has not started yet: half a second
+            options["runtime_env"] = {"env_vars": environment}
         actor: Any = actor_class.options(max_concurrency=self._in_flight, **options).remote(
             self._lanes
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,9 @@ from domains.registry import domain_names, load_domain
 from flows.config import TrainSettings
 
 if TYPE_CHECKING:
-    from diffusion_core.training.patches import PatchSource, View, Volumes
+    import numpy as np
+
+    from diffusion_core.training.patches import Augment, PatchSource, View, Volumes
     from flows.store import Dataset
 
 VIEWS = "views.zarr"
@@ -108,10 +110,23 @@ def patch_source(
             settings.conditions,
             settings.patch_size,
             settings.seed,
-            lambda name, patch, rng: domains[name].augment(name, patch, rng),
+            _augmentation(settings, domains),
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error
+
+
+def _augmentation(settings: TrainSettings, domains: Mapping[str, Domain]) -> Augment:
+    """What the domains vary, and softness where the settings want it."""
+    from diffusion_core.training.patches import soften
+
+    def augment(condition: str, patch: Array, rng: np.random.Generator) -> Array:
+        varied = domains[condition].augment(condition, patch, rng)
+        share = settings.soft_shares.get(condition, 0.0)
+        # Without a share nothing is drawn: runs of before go on as they were.
+        return soften(varied, rng) if share and rng.uniform() < share else varied
+
+    return augment
 
 
 def prepare_views(settings: TrainSettings, run: Path) -> Path | None:

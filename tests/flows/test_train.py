@@ -183,7 +183,7 @@ def test_half_a_settings_file_is_bad_input_and_is_never_written(dataset, tmp_pat
         {"register_as": ["a/b"]}, {"least_view_scale": 2.0}, {"micro_batch": -1},
         {"ema_snapshots": -1}, {"ema_lengths": [0.3]}, {"ema_lengths": [0.0]},
         {"level_mass": [1.0, 0.0]}, {"score": {"num_levels": 0}}, {"score": {"side": 8}},
-        {"prefetch_threads": 0},
+        {"prefetch_threads": 0}, {"soft_shares": {"city": 1.5}}, {"soft_shares": {"ct": 0.5}},
     ],
 )  # fmt: skip
 def test_numbers_and_names_out_of_range_are_refused_at_once(dataset, tmp_path, wrong):

@@ -40,6 +40,28 @@ def test_the_sequence_from_zarr_is_that_from_memory(dataset, tmp_path):
         assert torch.equal(drawn, getattr(whole, name)), name
 
 
+def test_the_share_of_a_condition_that_is_softened_is_smoother_and_the_rest_is_as_it_was(
+    dataset, tmp_path
+):
+    both = {"city": 0.5, "city-grey": 0.5}
+    sharp = patch_source(settings(dataset, tmp_path, conditions=both)).batch(0, 240)
+    asked = settings(dataset, tmp_path, conditions=both, soft_shares={"city-grey": 0.4})
+    soft = patch_source(asked).batch(0, 240)
+    assert torch.equal(soft.condition, sharp.condition)
+    city = sharp.condition == 0
+    assert torch.equal(soft.x0[city], sharp.x0[city])
+
+    def roughness(x):  # the same however a patch is turned
+        x = x[~city, 0]
+        return (x.diff(dim=-1).square() + x.diff(dim=-2).square().mT).mean(dim=(1, 2)).log()
+
+    fallen = roughness(soft.x0) - roughness(sharp.x0)
+    softened = fallen < -0.05
+    assert 0.25 < softened.float().mean() < 0.55
+    assert fallen[softened].mean() < -0.5
+    assert fallen[~softened].abs().max() < 1e-4
+
+
 def test_what_a_condition_is_made_of_is_read_and_nothing_else(dataset, tmp_path):
     grey = settings(dataset, tmp_path, conditions={"city-grey": 1.0})
     batch = patch_source(grey).batch(0, 2)  # from colour photographs: there are no others
