@@ -92,6 +92,15 @@ def test_two_workers_make_the_bytes_of_one_process_and_share_the_work(
     assert len(workers) == 2
 
 
+def test_the_threads_of_a_worker_share_one_heap(pool):
+    """Elsewise a worker held a quarter more than the plan foretold."""
+    import ray
+
+    await_workers(pool)
+    asked = [s.actor.__ray_call__.remote(lambda _: dict(os.environ)) for s in pool._seats]
+    assert [environ["MALLOC_ARENA_MAX"] for environ in ray.get(asked)] == ["1", "1"]
+
+
 def test_shuffled_items_make_the_same_bytes_and_the_pool_serves_several_plans(
     pool, store, undisturbed, tmp_path
 ):
