@@ -289,6 +289,22 @@ class Domain(ABC):
     ) -> Measurement:
         """Take a damaged image as a measurement: mask (True = missing), kernel or scale."""
 
+    def given_noisy(self, item: Item, *, noise: str, sigma_y: float) -> Measurement:
+        """Take an image with noise of another kind than Gaussian, and no other damage.
+
+        Args:
+            item: the noisy pixels.
+            noise: "rician" ...
+            sigma_y: its strength, as in `given`.
+
+        Raises:
+            BadInputError: if the domain's images have no such noise.
+        """
+        raise BadInputError(
+            f"{item.record.item_id}: images of '{self.name}' have no {noise} noise; leave out "
+            "--noise"
+        )
+
     @abstractmethod
     def problem(self, measurement: Measurement) -> Problem:
         """Build the linear inverse problem in network units."""

@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from diffusion_core.model import BadModelError
 from domains.base import BadInputError
 from domains.files import file_digest
+from domains.registry import load_domain
 from flows.answers import account_lines
 from flows.api_restore import NothingRestoredError, RestoreResult, restore
 from flows.config import NightlySettings, RestoreSettings
@@ -193,7 +194,9 @@ class _Job:
             return self._report("nothing new")
         model = self.settings.model
         more = {"domain": folder.settings.domain, **folder.damage()}
-        with staged(new, self.path, self.settings.output) as stage:
+        domain = load_domain(folder.settings.domain)
+        beside = {file for path in new for file in domain.companions(path) if file.is_file()}
+        with staged({*new, *beside}, self.path, self.settings.output) as stage:
             result, given_up, bad = self._restore_files(stage, new, model, more, on_event)
         published = () if result is None else result.published
         taken = {entry.record.source_digest for entry in published}

@@ -67,14 +67,14 @@ def _restore(settings: RestoreSettings) -> None:
     from flows.api_data import find_files
     from flows.api_restore import check_request
     from flows.damage import Damage
-    from flows.given import local_images
+    from flows.given import local_images, require_stated
     from flows.store_files import has_manifest
 
     check_request(settings)
     if settings.domain is not None and not has_manifest(settings.input):
         domain = load_domain(settings.domain)
-        find_files(local_images(settings), domain)
-        Damage.of(settings, domain)
+        files = find_files(local_images(settings), domain)
+        require_stated(settings, files, Damage.of(settings, domain), domain)
     _model(settings.model)
 
 

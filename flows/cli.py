@@ -242,6 +242,7 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 @click.option("--kernel", type=PATH, help="Blur kernel, an image or .npy.")
 @click.option("--scale", type=int, help="Times larger to make the images, 2 to 16.")
 @click.option("--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]")
+@click.option("--noise", help="gaussian, or rician (MRI magnitudes).  [default: gaussian]")
 @click.option("--method", help="Solver or classical method.  [default: the task's own]")
 @click.option(
     "--levels",

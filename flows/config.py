@@ -163,6 +163,9 @@ class RestoreSettings(Settings):
     sigma_y: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="noise std on [-1, 1] of a given damaged image"
     )
+    noise: Literal["gaussian", "rician"] = Field(
+        "gaussian", description="rician: of MRI magnitude images, whose noise is all that is wrong"
+    )
     method: MethodSettings | None = Field(None, description="default: the task's own")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

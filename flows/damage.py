@@ -30,6 +30,7 @@ class Damage:
         kernel: (kh kw) float64, what blurred them.
         scale: how many times too coarse they are.
         sigma_y: standard deviation of their noise, network units.
+        noise: its kind.
         nodata: whether pixels with the no-data value are missing.
         mask_file: the one mask of all images.
         mask: what it says: (z h w), True where pixels are missing.
@@ -40,6 +41,7 @@ class Damage:
     kernel: Array | None = None
     scale: int | None = None
     sigma_y: float = 0.0
+    noise: str = "gaussian"
     nodata: bool = False
     mask_file: Path | None = None
     mask: Array | None = None
@@ -59,7 +61,13 @@ class Damage:
                 "give one of --mask, --kernel and --scale; for several damages restore one after "
                 "the other"
             )
+        if settings.noise != "gaussian" and (any(parts) or settings.sigma_y <= 0):
+            raise BadInputError(
+                f"--noise {settings.noise} is for images that have noise alone: give --sigma-y, "
+                "and leave out --mask, --kernel and --scale"
+            )
         values: dict[str, Any] = {"scale": settings.scale, "sigma_y": settings.sigma_y}
+        values["noise"] = settings.noise
         if settings.kernel is not None:
             values["kernel"] = read_kernel(settings.kernel)
         if settings.mask == NODATA:

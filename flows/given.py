@@ -5,6 +5,7 @@
     --kernel FILE        what blurred them: an image or a .npy array
     --scale N            they are N times too coarse
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
+    --noise rician       which is that of a magnitude image
 
 Raw measurements (k-space) say themselves what was measured: none of these goes with them.
 
@@ -122,8 +123,7 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     domain = load_domain(settings.domain)
     damage = Damage.of(settings, domain)
     images, unknown = _images(settings, folder, domain)
-    if not damage.stated and not any(domain.is_raw(path) for path in images):
-        raise BadInputError(f"{settings.input}: {_unstated(images, domain)}")
+    require_stated(settings, images, damage, domain)
     sources = [_Source.of(path, folder, damage, domain) for path in images]
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
@@ -222,9 +222,21 @@ class _Source:
         return keyed_id(domain.name, seen, site_key(Home().home))
 
 
+def require_stated(
+    settings: RestoreSettings, images: Sequence[Path], damage: Damage, domain: Domain
+) -> None:
+    """Refuse images of which nothing is said to be wrong; raw measurements say it themselves.
+
+    Raises:
+        BadInputError: naming the input.
+    """
+    if not damage.stated and not any(domain.is_raw(path) for path in images):
+        raise BadInputError(f"{settings.input}: {_unstated(images, domain)}")
+
+
 def _unstated(images: Sequence[Path], domain: Domain) -> str:
     """What is to be said of images; of one file of an unknown kind, that it is one."""
-    if any(path.name.lower().endswith(domain.suffixes) for path in images):
+    if any(domain.accepts(path) for path in images):
         return UNSTATED
     return f"not a kind of file that '{domain.name}' reads: {', '.join(domain.suffixes)}"
 
@@ -308,6 +320,9 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
         raise BadInputError(source.fault)
     require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
+    if damage.noise != "gaussian":
+        writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
+        return
     writer.add(
         domain.given(
             item,
@@ -341,6 +356,7 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "kernel": None if damage.kernel is None else damage.kernel.tolist(),
         "scale": damage.scale,
         "sigma_y": damage.sigma_y,
+        **({} if damage.noise == "gaussian" else {"noise": damage.noise}),
         "site": hashlib.sha256(site_key(Home().home)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -40,6 +40,7 @@ class JobSettings(Settings):
     kernel: Path | None = None
     scale: int | None = None
     sigma_y: float = 0.0
+    noise: str = "gaussian"
 
 
 def find_jobs(inbox: Path) -> list[Path]:
@@ -79,12 +80,15 @@ class JobFolder:
         if mask is not None and mask != NODATA:
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
-        return {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
+        said = {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
+        return {**said, "noise": job.noise}
 
     def instructions(self, image: Path) -> dict[str, object]:
         """All that says how an image is to be restored, files by their content."""
         digests = [file_digest(path) for path in self._tools_of(image)]
         values = self.settings.model_dump(mode="json", exclude={"mask", "kernel"})
+        if values["noise"] == "gaussian":
+            del values["noise"]  # what was taken before there was another stays known
         nodata = self.settings.mask == NODATA
         return {**values, "nodata": nodata, "digests": digests}
 

@@ -1,4 +1,4 @@
-"""Classical MRI: zero-filled transform, sparse wavelets, total variation.
+"""Classical MRI: zero-filled transform, sparse wavelets, total variation; non-local means, bicubic.
 
 A complex image is restored as one complex image: its coefficients and gradients are shrunk in
 magnitude, so that a smooth phase costs next to nothing.
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_core.operators import Pool
 from diffusion_core.protocols import Signal
-from domains.base import Baseline, Measurement, Problem
+from domains.base import BadInputError, Baseline, Measurement, Problem
 from domains.classical import TVSettings, inverse_variance, restore_tv, settings_from
+from domains.nlm import nlm
 from domains.wavelets import WaveletSettings, minimise_wavelet
 
 
@@ -41,10 +43,35 @@ def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) ->
     """Total variation: TVSettings."""
     del measurement
     settings = settings_from(TVSettings, params, "tv")
-    return restore_tv(problem, zero_filled_image(problem), settings)
+    if isinstance(problem.operator, Pool):
+        start = enlarged(problem, problem.operator.factor)
+    else:
+        start = zero_filled_image(problem)
+    return restore_tv(problem, start, settings)
 
 
-BASELINES: Mapping[str, Baseline] = {"zero-filled": zero_filled, "wavelet": wavelet, "tv": tv}
+def bicubic(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Bicubic interpolation of a coarser image. No parameters."""
+    del measurement, params
+    if not isinstance(problem.operator, Pool):
+        raise BadInputError("bicubic needs a measurement of kind 'pool'; choose another method")
+    return enlarged(problem, problem.operator.factor)
+
+
+BASELINES: Mapping[str, Baseline] = {
+    "zero-filled": zero_filled,
+    "wavelet": wavelet,
+    "tv": tv,
+    "nlm": nlm,
+    "bicubic": bicubic,
+}
+
+
+def enlarged(problem: Problem, factor: int) -> Signal:
+    """A coarse image made larger; `antialias` makes the kernel Keys's (a = -1/2)."""
+    return torch.nn.functional.interpolate(
+        problem.y, scale_factor=factor, mode="bicubic", align_corners=False, antialias=True
+    )
 
 
 def zero_filled_image(problem: Problem) -> Signal:

@@ -24,8 +24,10 @@ from domains.base import (
 from domains.imaging import (
     PICTURE_OPERATORS,
     Units,
+    measure,
     measured_pixels,
     problem_of,
+    require_divisible,
     require_task,
     slices_first,
     take_damaged,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KSPACE_OPERATORS = ("fourier", "multi-coil")
+IMAGE_TASKS = ("identity", "pool")
 BODY_SHARE = 0.1
 """Of the 99.9th percentile: fainter is background."""
 
@@ -89,11 +92,19 @@ class MRI(MedicalDomain):
         return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
-        """Undersampled k-space of a clean volume; y in the source's intensity units."""
+        """Undersampled k-space of a clean volume, Rician noise on it, or a coarser one.
+
+        y in the source's intensity units; of a coarser one in network units.
+        """
+        from domains.mri import rician
         from domains.mri.degradations import simulate
 
-        require_task(task, self.name, KSPACE_OPERATORS)
+        require_task(task, self.name, (*KSPACE_OPERATORS, *IMAGE_TASKS))
         require_one_channel(item.record)
+        if task.noise["kind"] == rician.KIND:
+            return rician.simulate(item, task, seed)
+        if task.operator == "pool":
+            return simulate_coarser(item, task, seed)
         return simulate(item, task, seed)
 
     def given(
@@ -123,8 +134,24 @@ class MRI(MedicalDomain):
             params={"scale_q": q},
         )
 
+    def given_noisy(self, item: Item, *, noise: str, sigma_y: float) -> Measurement:
+        """Take a magnitude volume with Rician noise; sigma_y on 2 / its 99.9th percentile."""
+        from domains.mri import rician
+        from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
+
+        if noise != rician.KIND:
+            return super().given_noisy(item, noise=noise, sigma_y=sigma_y)
+        require_one_channel(item.record)
+        y = slices_first(np.maximum(item.pixels, 0)).astype(np.float32)
+        q = positive_scale(float(np.percentile(y, SCALE_PERCENTILE)))
+        return rician.taken(item, y, sigma_y * q / 2)
+
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of k-space, or of a damaged image."""
+        from domains.mri import rician
+
+        if rician.is_rician(measurement):
+            return rician.problem_of(measurement)
         if measurement.operator in PICTURE_OPERATORS:
             return problem_of(measurement, units_of(measurement), "mri")
         return kspace_problem(measurement)
@@ -138,8 +165,11 @@ class MRI(MedicalDomain):
         """
         import torch
 
+        from domains.mri import rician
         from domains.mri.degradations import image_phase
 
+        if rician.is_rician(measurement):
+            return torch.from_numpy(rician.to_network(measurement, slices_first(item.pixels)))
         q = float(measurement.params["scale_q"])
         magnitude = slices_first(item.pixels).astype(np.float32)
         if not is_complex(measurement):
@@ -231,6 +261,23 @@ def kspace_problem(measurement: Measurement) -> Problem:
         condition="mri-complex" if complex_image else "mri",
         to_source=to_source,
     )
+
+
+def simulate_coarser(item: Item, task: Task, seed: int) -> Measurement:
+    """A clean volume as a scan of thicker pixels has it, y in network units.
+
+    The scale is read from the coarse image itself: the mean of squares, as the operator takes it.
+    """
+    from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
+
+    require_divisible(item.record, task.operator, task.operator_params)
+    factor = int(task.operator_params["factor"])
+    z, _, h, w = slices_first(item.pixels).shape
+    squares = item.pixels.reshape(z, h // factor, factor, w // factor, factor)
+    coarse = squares.mean(axis=(2, 4), dtype=np.float64)
+    q = positive_scale(float(np.percentile(coarse, SCALE_PERCENTILE)))
+    params = {**task.operator_params, "scale_q": q}
+    return measure(item, Units(0.0, q), task, seed, params, {})
 
 
 def is_complex(measurement: Measurement) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ class RawScan:
     Attributes:
         k: (z coils h w) complex64, zero frequency at [0, 0], 0 where nothing was measured.
         source_format: "npy", "bart", "fastmri", "ismrmrd".
-        digest: sha256 of the file's bytes, and of its companions'.
+        digest: sha256 of the file's bytes.
         noise: (coils samples) complex64 of a scan without excitation, if there is one.
         noise_gain: standard deviation of the noise of `k` over that of `noise`.
         spacing_mm: (z, y, x), or None where the file does not say.
@@ -179,7 +178,7 @@ def _read_bart(path: Path) -> RawScan:
         raise BadInputError(f"{path}: {size} is a stack of volumes; save one of them (bart slice)")
     require_scan(path, (x, coils, y, z) if z > 1 else (slices, coils, x, y))
     stored = np.fromfile(path, np.dtype("<c8")).reshape((slices, coils, z, y, x))
-    digest = sha256((file_digest(path) + file_digest(header)).encode()).hexdigest()
+    digest = file_digest(path)
     if z > 1:
         return RawScan(across_readout(path, stored[0].transpose(0, 3, 2, 1)), "bart", digest)
     k = stored[:, :, 0].swapaxes(-2, -1)

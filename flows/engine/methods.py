@@ -67,6 +67,8 @@ def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | 
     """
     if _is_known(task):
         return task
+    if noise.get("kind") == "rician":
+        return "denoise-rician"
     if operator == "mask":
         return "inpaint-random70" if noise.get("sigma_y", 0.0) > 0 else "inpaint-strokes"
     if operator in _SCANS and noise.get("counts_per_ray", LOW_DOSE_COUNTS) < LOW_DOSE_COUNTS:
@@ -114,7 +116,9 @@ def resolve_method(
 def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None) -> MethodSettings:
     """Levels that end where the noise of the data is: denoising has no other (decisions/0007)."""
     sigma_y = entry.noise.get("sigma_y")
-    if entry.operator != "identity" or like in (None, entry.task) or not sigma_y:
+    scaled = entry.noise.get("kind") == "rician"  # on the scale that the measurement has
+    same = like == entry.task and not scaled
+    if entry.operator != "identity" or like is None or same or not sigma_y:
         return own
     ratio = float(sigma_y) / float(load_task(str(like)).noise["sigma_y"])
     levels = {"sigma_max": own.sigma_max * ratio, "sigma_min": own.sigma_min * ratio}

@@ -64,9 +64,6 @@ def test_bart_is_read_in_its_own_order(tmp_path):
     full = scan(sigma=0.0)
     path = write_bart(tmp_path / "scan", full.k)
     assert closeness(image_of(read_scan(path).k)[0], full.image * full.maps) < 1e-5
-    digest = read_scan(path).digest
-    path.with_suffix(".hdr").write_text("# Dimensions\n64 48 1 4 1\n")
-    assert read_scan(path).digest != digest
     assert [p.suffix for p in MRI().companions(path)] == [".hdr"]
 
 

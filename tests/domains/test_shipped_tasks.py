@@ -13,7 +13,7 @@ from tests.benchmarks.linear_convergence import picture
 
 OPERATORS = {
     "ct": {"parallel-beam"},
-    "mri": {"fourier", "multi-coil"},
+    "mri": {"fourier", "multi-coil", "identity", "pool"},
     "city": {"identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic"},
 }
 

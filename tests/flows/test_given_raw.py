@@ -1,6 +1,7 @@
 """Raw measurements as input of `restore`: nothing has to be said of them, and nothing may be."""
 
 import json
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -12,6 +13,7 @@ from domains.base import BadInputError
 from flows.api_data import ingest
 from flows.api_restore import restore
 from flows.config import ComputeSettings, IngestSettings, MethodSettings, RestoreSettings
+from flows.engine.methods import resolve_method
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +102,36 @@ def test_another_header_is_another_scan(folder):
 def test_raw_scans_are_no_images_to_learn_from(folder):
     with pytest.raises(BadInputError, match="a measurement and no image"):
         ingest(IngestSettings(source=folder / "scans", domain="mri", output=folder / "d.zarr"))
+
+
+def test_rician_noise_is_taken_off_a_users_volume(tmp_path):
+    """Air, black in truth, reads 1.25 sigma; it comes back near 0, the body near what it was."""
+    n = 20.0 * np.random.default_rng(0).standard_normal((2, 48, 40, 2))
+    truth = np.zeros((48, 40, 2))
+    truth[12:36, 10:30] = 200.0
+    noisy = np.hypot(truth + n[0], n[1]).astype(np.float32)
+    (tmp_path / "scans").mkdir()
+    nibabel.save(nibabel.Nifti1Image(noisy, np.eye(4)), tmp_path / "scans/a.nii.gz")
+    top = float(np.percentile(noisy, 99.9))
+    method = MethodSettings(name="nlm", kind="baseline")
+    asked = settings(tmp_path, noise="rician", sigma_y=40.0 / top, method=method)
+    (file,) = restore(asked).files
+    found = nibabel.load(file).get_fdata()
+    assert noisy[truth == 0].mean() > 24
+    assert found[:8].mean() < 8
+    assert found[16:32, 14:26].mean() == pytest.approx(200, abs=3)
+    with pytest.raises(BadInputError, match="images that have noise alone"):
+        restore(settings(tmp_path, noise="rician"))
+    method = MethodSettings(name="tv", kind="baseline")
+    other = settings(tmp_path, noise="rician", sigma_y=0.1, domain="ct", method=method)
+    with pytest.raises(BadInputError, match="have no rician noise"):
+        restore(other)
+
+
+@pytest.mark.parametrize("task", ["given", "denoise-rician"])
+def test_levels_of_rician_noise_end_at_the_noise_of_the_image_itself(task):
+    noise = {"kind": "rician", "sigma": 5.0, "sigma_y": 0.09}
+    entry = SimpleNamespace(task=task, operator="identity", noise=noise)
+    found = resolve_method(None, entry)
+    assert (found.num_levels, found.sigma_min) == (2, pytest.approx(0.09))
+    assert found.sigma_max == pytest.approx(0.125)
