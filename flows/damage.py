@@ -16,6 +16,7 @@ import numpy as np
 
 from domains.base import Array, BadInputError, Domain, Item
 from domains.imaging import kernel_fault
+from domains.validity import INVALID, unpack
 from flows.config import RestoreSettings
 
 NODATA = "nodata"
@@ -195,11 +196,15 @@ def missing_pixels(mask: Array) -> Array:
 
 
 def nodata_pixels(item: Item) -> Array:
-    """Pixels (z h w) that hold the no-data value in every band.
+    """Pixels (z h w), or (c z h w), that hold no data: by a mask of the file, or by their value.
 
     Raises:
         BadInputError: if there is none.
     """
+    if INVALID in item.record.meta:
+        c, _, h, w = item.pixels.shape
+        invalid = unpack(item.record.meta[INVALID], c, h, w)[:, None]
+        return invalid[0] if len(invalid) == 1 else invalid
     value = item.record.meta.get("nodata", 0)
     missing = (item.pixels == value).all(axis=0)
     if not missing.any():

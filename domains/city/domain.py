@@ -29,6 +29,7 @@ from domains.imaging import (
     slices_first,
     take_damaged,
 )
+from domains.validity import stand_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,11 @@ class City(Domain):
         scale: int | None,
         sigma_y: float,
     ) -> Measurement:
-        """Take a damaged image as a measurement; for `scale` the record has the enlarged shape."""
+        """Take a damaged image as a measurement; for `scale` the record has the enlarged shape.
+
+        Pixels without data that no mask asks for stay without: see stand_in.
+        """
+        item = stand_in(item, mask)
         units = units_of(item.record)
         return take_damaged(item, units, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
 

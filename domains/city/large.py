@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from domains.base import Array, ItemRecord
+from domains.city.exif import png_part, png_parts
 
 TILE_PX = 512
 BAND_PX = 128
@@ -23,6 +24,8 @@ def write_tiff(
 ) -> Path:
     """Write a tiled TIFF: bands interleaved or planar as in the source, z as pages."""
     import tifffile
+
+    from domains.city.writer import tiff_facts
 
     c, z, h, w = record.shape
     planar = c > 1 and record.meta.get("layout", "interleaved") == "planar"
@@ -40,6 +43,7 @@ def write_tiff(
         planarconfig=config,
         compression="deflate",
         metadata=None,
+        **tiff_facts(record.meta),
     )
     return path
 
@@ -72,12 +76,13 @@ def write_png(
     with path.open("wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         head = struct.pack(">IIBBBBB", w, h, 8 * dtype.itemsize, colour, 0, 0, 0)
-        file.write(_part(b"IHDR", head))
+        file.write(png_part(b"IHDR", head))
+        file.write(png_parts(record.meta.get("kept", {}), h, w))
         for y in range(0, h, BAND_PX):
             band = read(slice(0, 1), slice(y, min(y + BAND_PX, h)), slice(0, w))[:, 0]
-            file.write(_part(b"IDAT", deflate.compress(_rows(band, opaque=opaque))))
-        file.write(_part(b"IDAT", deflate.flush()))
-        file.write(_part(b"IEND", b""))
+            file.write(png_part(b"IDAT", deflate.compress(_rows(band, opaque=opaque))))
+        file.write(png_part(b"IDAT", deflate.flush()))
+        file.write(png_part(b"IEND", b""))
     return path
 
 
@@ -95,8 +100,3 @@ def _rows(band: Array, *, opaque: bool) -> bytes:
     filtered[:, 1 : 1 + step] = rows[:, :step]
     filtered[:, 1 + step :] = rows[:, step:] - rows[:, :-step]
     return filtered.tobytes()
-
-
-def _part(kind: bytes, data: bytes) -> bytes:
-    check = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)

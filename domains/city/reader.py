@@ -1,8 +1,11 @@
 """Reads city images: photographs through scikit-image, TIFF by tifffile, video frames by OpenCV.
 
-EXIF orientation is left as it is: pixels come as the sensor wrote them. `meta` of the record
-tells the writer and the physics what they need: `value_range` (black and white of the values),
-`layout` (how a TIFF orders its axes), `alpha` and `mode` (of a PNG: opaque, bilevel).
+Pixels come upright, as every viewer shows them: what EXIF or a TIFF tag says of the orientation is
+heeded here, once, and the files written say 1. `meta` of the record tells the writer and the
+physics what they need: `value_range` (black and white of the values), `layout` (how a TIFF orders
+its axes), `alpha` and `mode` (of a PNG: opaque, bilevel), `kept` (EXIF, colour profile, resolution:
+see exif.py), `orientation` (as the file had it, if not 1), `geotiff` (see geotiff.py), `invalid`
+(pixels without data: see domains/validity.py).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, ItemRecord
+from domains.city import exif
 from domains.files import (
     fault_in_words,
     file_digest,
@@ -23,6 +27,7 @@ from domains.files import (
     require_held,
     require_size,
 )
+from domains.validity import INVALID, unpack
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +43,7 @@ SLACK_BYTES = 1 << 16
 
 _GDAL_NODATA = 42113
 """The TIFF tag that names the value of pixels without data."""
+_TIFF_ORIENTATION, _TIFF_PROFILE = 274, 34675
 
 
 def read(path: Path) -> Item:
@@ -74,7 +80,7 @@ def _item(path: Path, pixels: Array, source_format: str, meta: dict[str, Any]) -
     require_finite(path, pixels)
     digest = file_digest(path)
     c, z, h, w = pixels.shape
-    seen = pixels[pixels != meta["nodata"]] if "nodata" in meta else pixels
+    seen = _with_data(pixels, meta)
     record = ItemRecord(
         item_id=keyed_id("city", digest, b""),
         domain="city",
@@ -86,6 +92,14 @@ def _item(path: Path, pixels: Array, source_format: str, meta: dict[str, Any]) -
         meta={**meta, "value_range": value_range(seen if seen.size else pixels)},
     )
     return Item(np.ascontiguousarray(pixels), record)
+
+
+def _with_data(pixels: Array, meta: dict[str, Any]) -> Array:
+    """The pixels that hold data, one after the other."""
+    if INVALID in meta:
+        invalid = unpack(meta[INVALID], pixels.shape[0], *pixels.shape[2:])
+        pixels = pixels[:, 0][~np.broadcast_to(invalid, pixels[:, 0].shape)]
+    return pixels[pixels != meta["nodata"]] if "nodata" in meta else pixels
 
 
 def value_range(pixels: Array) -> list[float]:
@@ -114,11 +128,17 @@ def _read_photograph(path: Path) -> tuple[Array, dict[str, Any]]:
         if mode in ("CMYK", "YCCK", "LAB", "HSV"):
             raise BadInputError(f"{path}: {mode} colours are not supported; convert it to RGB")
         transparent = "transparency" in header.info
+        kept = exif.kept_of({str(k): v for k, v in header.info.items()})
+    orientation = exif.orientation_of(header.info.get("exif") or b"")
     image = _decode(path, sixteen_bit_colour=_is_deep_colour_png(path))
     if image.dtype == bool:
         image = image.astype(np.uint8) * 255
     bands = image[..., None] if image.ndim == 2 else image
     meta: dict[str, Any] = {"mode": "bilevel"} if mode == "1" else {}
+    if kept:
+        meta["kept"] = kept
+    if orientation != 1:
+        bands, meta["orientation"] = exif.upright(bands, orientation), orientation
     if bands.shape[2] in (2, 4):
         bands = _without_alpha(path, bands)
         meta["alpha"] = "opaque"
@@ -186,17 +206,23 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
     """TIFF of any number of bands and pages: (c z h w) in the file's dtype.
 
     Through tifffile, as scikit-image does, but without its guess which axis holds the colours:
-    the file says so.
+    the file says so. What GDAL or a GIS wrote goes through rasterio.
     """
     import tifffile
 
+    from domains.city import geotiff
+
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
-        nodata = _nodata(tiff.pages.first.tags.get(_GDAL_NODATA))
+        first = tiff.pages.first
         axes, shape = series.axes, series.shape
         size = dict(zip(axes, shape, strict=True))
         require_size(path, shape, (size["Y"], size["X"]))
         _require_honest_segments(path, series)
+        if not set(axes) - set("SCYX") and any(tag in first.tags for tag in geotiff.TAGS):
+            return geotiff.read(path)
+        nodata = _nodata(first.tags.get(_GDAL_NODATA))
+        kept, orientation = _tiff_kept(first)
         try:
             image = np.asarray(series.asarray())
         except ValueError as error:
@@ -218,7 +244,24 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     layout = "planar" if bands and axes.index(bands[0]) < axes.index("Y") else "interleaved"
-    return pixels, {"layout": layout, **nodata}
+    meta: dict[str, Any] = {"layout": layout, **nodata}
+    if kept:
+        meta["kept"] = kept
+    if orientation != 1:
+        pixels = exif.upright(pixels.transpose(2, 3, 0, 1), orientation).transpose(2, 3, 0, 1)
+        meta["orientation"] = orientation
+    return pixels, meta
+
+
+def _tiff_kept(page: Any) -> tuple[dict[str, str], int]:
+    """Profile and resolution of a page as `meta` has them, and its orientation."""
+    profile, orientation = page.tags.get(_TIFF_PROFILE), page.tags.get(_TIFF_ORIENTATION)
+    info: dict[str, Any] = {"icc_profile": None if profile is None else profile.value}
+    if "XResolution" in page.tags and page.resolutionunit in (2, 3):
+        per_inch = 1.0 if page.resolutionunit == 2 else 2.54
+        info["dpi"] = tuple(dots * per_inch for dots in page.resolution)
+    told = 1 if orientation is None else int(orientation.value)
+    return exif.kept_of(info), told if 1 <= told <= 8 else 1
 
 
 def _require_honest_segments(path: Path, series: Any) -> None:

@@ -1,12 +1,18 @@
-"""Writes city images: PNG or TIFF, in the source's dtype."""
+"""Writes city images: PNG, TIFF or GeoTIFF, in the dtype of the source and with what it said."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, ItemRecord, ReadBox
+from domains.city import exif
+
+PNG_HEAD_BYTES = 33
+"""Signature and first chunk, which says the size: what follows may be in any order."""
 
 
 def write(item: Item, stem: Path) -> Path:
@@ -18,17 +24,26 @@ def write(item: Item, stem: Path) -> Path:
     Returns:
         The path written: stem + ".png" or ".tif".
     """
-    pixels = to_dtype(item.pixels, np.dtype(item.record.dtype))
+    dtype = np.dtype(item.record.dtype)
+    pixels = to_dtype(item.pixels, dtype)
     c, z, _, _ = pixels.shape
+    if "geotiff" in item.record.meta:
+        from domains.city import geotiff
+
+        return geotiff.write(item.record, dtype, lambda z, y, x: pixels[:, z, y, x], stem)
     fits_png = z == 1 and c in (1, 3) and pixels.dtype in (np.uint8, np.uint16)
     if item.record.source_format == "tiff" or not fits_png:
-        return _write_tiff(pixels, stem, item.record.meta.get("layout", "interleaved"))
+        return _write_tiff(pixels, stem, item.record.meta)
     meta = item.record.meta
     opaque, bilevel = meta.get("alpha") == "opaque", meta.get("mode") == "bilevel"
     path = stem.with_name(stem.name + ".png")
     if pixels.dtype == np.uint8 and c == 1 and (opaque or bilevel):
-        return _write_grey_png(pixels[0, 0], path, opaque=opaque)
-    return _write_png(pixels[:, 0], path, opaque=opaque)
+        _write_grey_png(pixels[0, 0], path, opaque=opaque)
+    else:
+        _write_png(pixels[:, 0], path, opaque=opaque)
+    if "kept" in meta:
+        _insert(path, exif.png_parts(meta["kept"], *pixels.shape[2:]))
+    return path
 
 
 def write_large(record: ItemRecord, read: ReadBox, stem: Path) -> Path:
@@ -41,11 +56,21 @@ def write_large(record: ItemRecord, read: ReadBox, stem: Path) -> Path:
     def rounded(z: slice, y: slice, x: slice) -> Array:
         return to_dtype(read(z, y, x), dtype)
 
+    if "geotiff" in record.meta:
+        from domains.city import geotiff
+
+        return geotiff.write(record, dtype, rounded, stem)
     fits_png = z == 1 and c in (1, 3) and dtype in (np.uint8, np.uint16)
     if record.source_format == "tiff" or not fits_png:
         return large.write_tiff(record, dtype, rounded, stem)
     opaque = record.meta.get("alpha") == "opaque"
     return large.write_png(record, dtype, rounded, stem, opaque=opaque)
+
+
+def _insert(path: Path, parts: bytes) -> None:
+    """Put chunks behind the header of a PNG."""
+    data = path.read_bytes()
+    path.write_bytes(data[:PNG_HEAD_BYTES] + parts + data[PNG_HEAD_BYTES:])
 
 
 def to_dtype(pixels: Array, dtype: np.dtype[np.generic]) -> Array:
@@ -88,12 +113,12 @@ def _write_png(bands: Array, path: Path, *, opaque: bool) -> Path:
     return path
 
 
-def _write_tiff(pixels: Array, stem: Path, layout: str) -> Path:
+def _write_tiff(pixels: Array, stem: Path, meta: Mapping[str, Any]) -> Path:
     """Write (c z h w) as TIFF: bands interleaved or planar as in the source, z as pages."""
     import tifffile
 
     path = stem.with_name(stem.name + ".tif")
-    planar = layout == "planar"
+    planar = meta.get("layout", "interleaved") == "planar"
     c, z, _, _ = pixels.shape
     image = pixels.transpose(1, 0, 2, 3) if planar else pixels.transpose(1, 2, 3, 0)
     image = image[0] if z == 1 else image
@@ -109,5 +134,18 @@ def _write_tiff(pixels: Array, stem: Path, layout: str) -> Path:
         planarconfig=config,
         compression="deflate",
         metadata=None,
+        **tiff_facts(meta),
     )
     return path
+
+
+def tiff_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for tifffile that put back the profile and the resolution of the source."""
+    kept: Mapping[str, str] = meta.get("kept", {})
+    facts: dict[str, Any] = {}
+    profile, dots = exif.profile_to_write(kept), exif.resolution_to_write(kept)
+    if profile:
+        facts["iccprofile"] = profile
+    if dots:
+        facts |= {"resolution": dots, "resolutionunit": 2}
+    return facts

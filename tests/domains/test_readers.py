@@ -11,7 +11,7 @@ import nrrd
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from domains.base import BadInputError, Item
 from domains.city import reader as city_reader
@@ -329,13 +329,13 @@ def test_png_of_8_and_16_bits_round_trips(tmp_path, kind, bands):
     assert again.record.meta == item.record.meta
 
 
-def test_jpeg_is_what_pillow_decodes_unrotated_and_comes_back_as_png(tmp_path):
+def test_jpeg_is_what_pillow_shows_upright_and_comes_back_as_png(tmp_path):
     image = image_of((24, 40, 3), "u1")
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate to see it upright"
     Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif)
     item = city_reader.read(tmp_path / "a.jpg")
-    expected = np.asarray(Image.open(tmp_path / "a.jpg"))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")))
     np.testing.assert_array_equal(item.pixels[:, 0], expected.transpose(2, 0, 1))
     written = city_writer.write(item, tmp_path / "b")
     np.testing.assert_array_equal(np.asarray(Image.open(written)), expected)
