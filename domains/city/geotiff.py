@@ -290,10 +290,9 @@ def _describe(rasterio: Any, target: Any, record: ItemRecord) -> None:
     if geo["crs"]:
         target.crs = rasterio.crs.CRS.from_wkt(geo["crs"])
     if geo["transform"]:
-        place = rasterio.Affine.translation(left, top) * rasterio.Affine.scale(1 / fine)
-        moved = (left, top, fine) != (0, 0, 1)
-        transform = rasterio.Affine(*geo["transform"])
-        target.transform = transform * place if moved else transform
+        a, b, c, d, e, f = geo["transform"]
+        c, f = c + a * left + b * top, f + d * left + e * top
+        target.transform = rasterio.Affine(a / fine, b / fine, c, d / fine, e / fine, f)
     if geo["gcps"]:
         point = rasterio.control.GroundControlPoint
         points = [
