@@ -1,8 +1,9 @@
 """What a photograph says beside its pixels: EXIF, colour profile, resolution; and its orientation.
 
 EXIF is kept byte for byte, so that makers' notes with offsets of their own stay whole, but for
-three things that would be wrong in a restored picture: the orientation becomes 1, for its pixels
-are upright; the size becomes the picture's; the thumbnail goes, which shows what it was before.
+what would be wrong in a restored picture: the orientation becomes 1, for its pixels are upright;
+the size becomes the picture's; the thumbnail goes, which shows what it was before. Tags that name
+people or hold free text are blanked as soon as they are read: records keep no names.
 
 Source: EXIF 2.32 (CIPA DC-008), section 4.6; PNG, third edition, 11.3.
 """
@@ -26,6 +27,10 @@ MAX_BYTES = 4 * 2**20
 _ORIENTATION, _EXIF_IFD = 0x0112, 0x8769
 _THUMBNAIL, _THUMBNAIL_BYTES = 0x0201, 0x0202
 _WIDTHS, _HEIGHTS = (0x0100, 0xA002), (0x0101, 0xA003)
+_NAMING = frozenset(
+    # Description, artist, host; XP title, comment, author, keywords, subject; comment, owner.
+    {0x010E, 0x013B, 0x013C, 0x9C9B, 0x9C9C, 0x9C9D, 0x9C9E, 0x9C9F, 0x9286, 0xA430}
+)
 _SHORT, _LONG = 3, 4
 _PREFIX = b"Exif\0\0"
 
@@ -54,6 +59,7 @@ class _Entry:
     place: int
     tag: int
     kind: int
+    count: int
     value: int
 
 
@@ -77,7 +83,7 @@ class _Exif:
             place = directory + 2 + 12 * index
             tag, kind = self._number("H", place), self._number("H", place + 2)
             value = self._number("H" if kind == _SHORT else "I", place + 8)
-            yield _Entry(place, tag, kind, value)
+            yield _Entry(place, tag, kind, self._number("I", place + 4), value)
 
     def find(self, directory: int, tag: int) -> _Entry | None:
         """The entry of a tag."""
@@ -94,6 +100,18 @@ class _Exif:
             struct.pack_into(self.order + "HIHH", self.data, entry.place + 2, _SHORT, 1, value, 0)
         else:
             struct.pack_into(self.order + "HII", self.data, entry.place + 2, _LONG, 1, value)
+
+    def directories(self) -> list[int]:
+        """The places of the first directory and of the camera's."""
+        inner = self.find(self.first, _EXIF_IFD)
+        return [self.first, *([inner.value] if inner else [])]
+
+    def blank(self, entry: _Entry) -> None:
+        """Write zeros over a text, or numbers of one byte."""
+        start = entry.place + 8 if entry.count <= 4 else entry.value
+        stop = min(start + entry.count, len(self.data))
+        if start >= 8:
+            self.data[start:stop] = bytes(max(stop - start, 0))
 
     def drop_thumbnail(self) -> None:
         """Blank the small picture, and let no directory follow the first."""
@@ -120,13 +138,25 @@ def orientation_of(exif: bytes) -> int:
     return entry.value if entry is not None and entry.value in _PLACES else 1
 
 
-def corrected(exif: bytes, height: int, width: int) -> bytes:
-    """EXIF of the upright picture of a size, without its thumbnail; b"" if it is damaged."""
+def nameless(exif: bytes) -> bytes:
+    """EXIF without thumbnail, names of people and free text; b"" if it is damaged."""
     try:
         block = _Exif(exif.removeprefix(_PREFIX))
         block.drop_thumbnail()
-        inner = block.find(block.first, _EXIF_IFD)
-        for directory in [block.first, *([inner.value] if inner else [])]:
+        for directory in block.directories():
+            for entry in block.entries(directory):
+                if entry.tag in _NAMING:
+                    block.blank(entry)
+    except (ValueError, struct.error):
+        return b""
+    return bytes(block.data)
+
+
+def corrected(exif: bytes, height: int, width: int) -> bytes:
+    """EXIF of the upright picture of a size; b"" if it is damaged."""
+    try:
+        block = _Exif(exif.removeprefix(_PREFIX))
+        for directory in block.directories():
             for entry in list(block.entries(directory)):
                 if entry.tag == _ORIENTATION:
                     block.put(entry, 1)
@@ -143,8 +173,8 @@ def kept_of(info: Mapping[str, Any]) -> dict[str, str]:
     """EXIF, profile and resolution out of what Pillow found, as text for a record's `meta`."""
     parts: dict[str, bytes] = {}
     exif, profile = info.get("exif"), info.get("icc_profile")
-    if isinstance(exif, bytes) and exif:
-        parts["exif"] = exif.removeprefix(_PREFIX)
+    if isinstance(exif, bytes) and (told := nameless(exif)):
+        parts["exif"] = told
     if isinstance(profile, bytes) and profile:
         parts["icc"] = profile
     kept = {name: _text(data) for name, data in parts.items() if len(data) <= MAX_BYTES}

@@ -13,7 +13,7 @@ from rasterio.enums import ColorInterp
 from domains.base import BadInputError, Item
 from domains.city import large, reader, writer
 from domains.city.domain import City
-from domains.city.exif import corrected
+from domains.city.exif import corrected, nameless
 from domains.files import select
 from flows.config import Home
 from flows.damage import nodata_pixels
@@ -38,6 +38,7 @@ def facts(path):
             "units": file.units,
             "scales": (file.scales, file.offsets),
             "tags": (file.tags(), file.tags(1), file.tags(ns="SENSOR")),
+            "predictor": file.tags(ns="IMAGE_STRUCTURE").get("PREDICTOR"),
             "interleave": file.interleaving if file.count > 1 else None,
         }
 
@@ -72,7 +73,7 @@ def scene(path, values, *, colours=None, mask=None, **options):
         file.update_tags(1, wavelength="490", STATISTICS_MEAN="7")
         file.descriptions = tuple(f"band {n}" for n in range(1, file.count + 1))
         file.units = ("reflectance",) * file.count
-        file.scales = (0.0001,) * file.count
+        file.scales, file.offsets = (0.0001,) * file.count, (-0.25,) * file.count
     return path
 
 
@@ -97,17 +98,21 @@ def test_real_scenes_come_back_as_they_were(tmp_path, name):
 
 
 @pytest.mark.parametrize("interleave", ["pixel", "band"])
-@pytest.mark.parametrize(("kind", "bands"), [("uint8", 3), ("int16", 5), ("float32", 2)])
+@pytest.mark.parametrize(("kind", "bands"), [("uint8", 3), ("int16", 5), ("uint16", 2)])
 def test_what_a_geotiff_says_is_kept(tmp_path, kind, bands, interleave):
     values = RNG.integers(1, 120, (bands, 40, 50)).astype(kind)
     values[:, 3:9, 4:8] = 0
-    path = scene(tmp_path / "a.tif", values, nodata=0, interleave=interleave, compress="lzw")
+    packed = {"compress": "zstd", "predictor": 2}
+    path = scene(tmp_path / "a.tif", values, nodata=0, interleave=interleave, **packed)
+    assert facts(path)["predictor"] == "2"
     item = reader.read(path)
     np.testing.assert_array_equal(item.pixels[:, 0], values)
     written = writer.write(item, tmp_path / "b")
     expected = facts(path)
     expected["tags"][1].pop("STATISTICS_MEAN")  # of pixels that may be others now
     assert facts(written) == expected
+    with rasterio.open(written) as file:
+        assert file.compression.name == "zstd"
     np.testing.assert_array_equal(pixels_of(written), values)
     assert not list(tmp_path.glob("*.xml"))
 
@@ -202,6 +207,7 @@ def test_pixels_without_data_stay_so_until_they_are_asked_for(tmp_path, kind):
     values = RNG.integers(50, 90, (4 if kind == "alpha" else 3, 30, 40)).astype(dtype)
     lost = np.zeros((30, 40), bool)
     lost[:6, 10:] = lost[20, 3] = True
+    values[:, lost] = 0
     options = {"nodata": np.nan} if kind == "nan" else {}
     rgb = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
     if kind == "alpha":
@@ -249,9 +255,9 @@ def test_a_restored_pixel_is_never_taken_for_no_data(tmp_path):
 def thumbnail_exif(orientation):
     """EXIF with a camera, a place and a thumbnail, as Pillow and a JPEG make it."""
     exif = Image.Exif()
-    exif[0x010F], exif[0x0112] = "Camera & Sons", orientation
+    exif[0x010F], exif[0x0112], exif[0x013B] = "Camera & Sons", orientation, "Jo Doe"
     inner = exif.get_ifd(0x8769)
-    inner[0x9003], inner[0xA002], inner[0xA003] = "2024:05:06 07:08:09", 40, 24
+    inner[0xA430], inner[0x9003], inner[0xA002], inner[0xA003] = "Jo", "2024:05:06 07:08:09", 40, 24
     exif.get_ifd(0x8825)[1] = "N"
     block = bytearray(exif.tobytes())[6:]
     small = io.BytesIO()
@@ -282,6 +288,7 @@ def test_a_photograph_is_upright_once_and_keeps_its_exif_and_profile(tmp_path, o
     np.testing.assert_array_equal(item.pixels[:, 0], shown.transpose(2, 0, 1))
     written = writer.write(item, tmp_path / "b")
     assert thumbnail not in written.read_bytes()
+    assert b"Jo" not in written.read_bytes()
     with Image.open(written) as again:
         found = again.getexif()
         np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(again)), shown)
@@ -332,4 +339,5 @@ def test_photographs_in_png_and_tiff_keep_their_profile(tmp_path, kind):
 def test_damaged_exif_harms_nobody(cut):
     block, _ = thumbnail_exif(6)
     assert isinstance(corrected(block[:cut], 24, 40), bytes)
-    assert corrected(b"\xff" * 40, 24, 40) == b""
+    assert isinstance(nameless(block[:cut]), bytes)
+    assert corrected(b"\xff" * 40, 24, 40) == nameless(b"\xff" * 40) == b""
