@@ -139,7 +139,7 @@ def _read(path: Path, **options: Any) -> Dataset:
         raise
     except Exception as error:
         raise BadInputError(
-            f"{path}: not a readable DICOM file ({fault_in_words(error)}); export it again"
+            f"{path}: not a readable DICOM file ({fault_in_words(error, path)}); export it again"
         ) from None if _quotes(error) else error
 
 
@@ -206,7 +206,9 @@ def stored_of(path: Path, header: Dataset) -> Stored:
     if samples != 1 or "PALETTE" in str(header.get("PhotometricInterpretation", "")):
         raise BadInputError(f"{path}: a colour image; give grey ones, with one value a pixel")
     if min(rows, columns, frames) < 1:
-        raise BadInputError(f"{path}: {rows} x {columns} x {frames} pixels is no image")
+        raise BadInputError(
+            f"{path}: {rows} x {columns} x {frames} pixels is no image; export it again"
+        )
     if rows * columns > MAX_FRAME_PIXELS or rows * columns * frames > MAX_FILE_PIXELS:
         raise BadInputError(
             f"{path}: {rows} x {columns} x {frames} is over the limit of {MAX_FRAME_PIXELS} pixels "

@@ -44,7 +44,7 @@ _CONTENTS = (
 """(bytes, their place, what a file with them is)."""
 
 # What these libraries log of a damaged file quotes its header, and headers name patients.
-for _name in ("nibabel.global", "nrrd", "PIL", "pydicom", "rasterio", "tifffile"):
+for _name in ("monai", "nibabel.global", "nrrd", "PIL", "pydicom", "rasterio", "tifffile"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 

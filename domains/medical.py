@@ -11,7 +11,6 @@ NIfTI file says its two affines lead to (scanner, atlas ...).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,19 +227,19 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
     import nibabel
     import torch
     from monai.data import MetaTensor, NibabelReader, NrrdReader
-    from monai.transforms import LoadImage, Orientation
+    from monai.transforms import Orientation
+    from monai.utils.type_conversion import convert_to_tensor
 
-    # float64 holds every integer and float that the formats store without loss.
+    # The readers themselves: LoadImage makes all of MONAI's, and one for DICOM misses a GPU, and
+    # it fails on values of the other byte order.
     reader = NibabelReader() if source_format == "nifti" else NrrdReader(dtype=None)
-    with warnings.catch_warnings():
-        # MONAI makes all of its readers, and one for DICOM misses a GPU's decoder.
-        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
-        load = LoadImage(reader=reader, image_only=True, dtype=None)
-    image = load(str(path))
-    affine = np.asarray(image.affine, dtype=np.float64)
+    values, meta = reader.get_data(reader.read(str(path)))
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    affine = np.asarray(meta["affine"], dtype=np.float64)
     if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular; export it again")
-    volume = MetaTensor(image.as_tensor().reshape(1, *shape), affine=torch.tensor(affine))
+    image = convert_to_tensor(values.reshape(1, *shape))
+    volume = MetaTensor(image, affine=torch.tensor(affine))
     codes = "".join(nibabel.aff2axcodes(affine))
     oriented = Orientation(axcodes=PLANES[codes[_slice_axis(affine, shape)]], labels=LABELS)(volume)
     pixels = np.ascontiguousarray(oriented.numpy().transpose(0, 3, 2, 1))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.console import duration, size, table
 
 if TYPE_CHECKING:
+    from flows.api_inspect import Inspected, InspectResult
     from flows.api_restore import RestoreResult
     from flows.api_train import TrainResult
     from flows.api_upkeep import GcResult, GivenUp, VerifyResult
+    from flows.api_view import Viewable
     from flows.engine.account import RunAccount
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
@@ -202,3 +204,91 @@ def models_text(models: Sequence[ModelRow]) -> str:
 
 def _figures(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.2f}" for name, value in metrics.items())
+
+
+def inspected_text(result: InspectResult) -> str:
+    """What inputs are and what looks damaged, a paragraph each, for people."""
+    parts = ["\n".join(_inspected_lines(one)) for one in result.inputs[:MAX_LINES]]
+    if len(result.inputs) > MAX_LINES:
+        parts.append(f"... and {len(result.inputs) - MAX_LINES} more; --json tells all")
+    if result.preview is not None:
+        parts.append(f"preview: {result.preview}")
+    return "\n\n".join(parts)
+
+
+def _inspected_lines(one: Inspected) -> list[str]:
+    if one.fault or one.record is None:
+        return [one.place, f"  unusable  {one.fault}"]
+    record, rows = one.record, [("format", _kind_words(one))]
+    if one.measured is not None:
+        rows += [(name, _plain_value(value)) for name, value in one.measured.items()]
+    if one.value_range is not None:
+        low, high = one.value_range
+        bits = "" if one.bits is None else f" ({one.bits} bits in use)"
+        rows.append(("values", f"{record.dtype}{bits}, {low:g} to {high:g} {record.units}"))
+    if record.spacing_mm is not None:
+        z, y, x = record.spacing_mm
+        rows.append(("spacing", f"{z:.4g} x {y:.4g} x {x:.4g} mm (slice, row, column)"))
+    if record.affine is not None:
+        matrix = "; ".join(" ".join(f"{v:.4g}" for v in row) for row in record.affine[:3])
+        rows.append(("affine", f"[{matrix}] (column, row, slice to mm)"))
+    rows += [(name, _plain_value(v)) for name, v in record.meta.items() if name in _META]
+    rows += list(_ground_rows(record.meta.get("geotiff")))
+    rows += [("damaged", finding.words) for finding in one.findings]
+    if one.measured is None and not one.findings:
+        rows.append(("damaged", "nothing found"))
+    return [one.place, *(f"  {name:<12} {text}" for name, text in rows)]
+
+
+_META = ("orientation", "layout", "nodata", "value_range", "frames_per_second")
+"""What of a record's `meta` is told to people; --json has it all."""
+
+
+def _kind_words(one: Inspected) -> str:
+    """Format, size and domain."""
+    record = one.record
+    if record is None:
+        return ""
+    c, z, h, w = record.shape
+    depth = f"{z} slices or frames of " if z > 1 else ""
+    bands = "" if c == 1 else f", {c} bands"
+    also = f" (also read by {', '.join(one.others)}: --domain says which)" if one.others else ""
+    return f"{record.source_format}, {depth}{h} x {w} pixels{bands}; domain {one.domain}{also}"
+
+
+def _ground_rows(ground: object) -> Iterator[tuple[str, str]]:
+    """What a GeoTIFF says of its place on the earth."""
+    if isinstance(ground, Mapping):
+        for name in ("crs", "transform"):
+            if ground.get(name) is not None:
+                text = _plain_value(ground[name])
+                yield name, text if len(text) <= _WIDEST else f"{text[:_WIDEST]} ..."
+
+
+_WIDEST = 120
+"""Of a line about the reference system, in characters."""
+
+
+def _plain_value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain_value(v)}" for name, v in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return " ".join(_plain_value(v) for v in value)
+    return " ".join(str(value).split())
+
+
+def view_text(found: Sequence[Viewable]) -> str:
+    """How to open each result, for people; viewers that are not installed are told so."""
+    from flows.api_view import installed
+
+    lines = []
+    for one in found[:MAX_ROWS]:
+        lines.append(f"{one.item_id}, {one.task}, by {one.method}: {one.path}")
+        for viewer, command in one.commands.items():
+            here = "" if installed(command) else "   (not installed here)"
+            lines.append(f"  {viewer:<10} {command}{here}")
+    if len(found) > MAX_ROWS:
+        lines.append(f"... and {len(found) - MAX_ROWS} more; --json tells all")
+    return "\n".join(lines)

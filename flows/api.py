@@ -16,17 +16,20 @@ if TYPE_CHECKING:
     from flows.api_data import ingest, samples, simulate
     from flows.api_evaluate import evaluate
     from flows.api_generate import generate
+    from flows.api_inspect import inspect
     from flows.api_nightly import nightly
     from flows.api_restore import restore
     from flows.api_review import review
     from flows.api_train import train
     from flows.api_upkeep import gc, quarantined, retry_quarantined, verify
+    from flows.api_view import view
     from flows.demo import demo
     from flows.registry import models, promote, register_model, resolve_model, rollback
 
 _HOMES = {
     "samples": "flows.api_data",
     "ingest": "flows.api_data",
+    "inspect": "flows.api_inspect",
     "simulate": "flows.api_data",
     "train": "flows.api_train",
     "calibrate": "flows.api_calibrate",
@@ -36,6 +39,7 @@ _HOMES = {
     "review": "flows.api_review",
     "nightly": "flows.api_nightly",
     "verify": "flows.api_upkeep",
+    "view": "flows.api_view",
     "gc": "flows.api_upkeep",
     "quarantined": "flows.api_upkeep",
     "retry_quarantined": "flows.api_upkeep",
@@ -54,6 +58,7 @@ __all__ = [
     "gc",
     "generate",
     "ingest",
+    "inspect",
     "models",
     "nightly",
     "promote",
@@ -68,6 +73,7 @@ __all__ = [
     "simulate",
     "train",
     "verify",
+    "view",
 ]
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 import yaml
 
 from domains.base import BadInputError, Domain, Item, ItemRecord, Measurement, Split, Task
-from domains.files import select, with_site_key
+from domains.files import fault_in_words, select, with_site_key
 from domains.registry import load_domain
 from domains.samples import SampleFile, fetch_samples, sample_item
 from flows.config import (
@@ -270,8 +270,8 @@ def _read_with(read: Callable[[Path], T], path: Path) -> T:
     except BadInputError:
         raise
     except Exception as error:
-        kind = type(error).__name__
-        raise BadInputError(f"{path}: it cannot be read ({kind}); export it again") from error
+        fault = fault_in_words(error, path if path.is_file() else None)
+        raise BadInputError(f"{path}: it cannot be read ({fault}); export it again") from error
 
 
 def split_of(group: str, key: bytes) -> Split:

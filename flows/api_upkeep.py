@@ -176,6 +176,15 @@ def _outputs(root: Root) -> dict[str, Objects]:
     return {place: open_objects(_below(root, place)) for place in sorted(places)}
 
 
+def output_places(root: Path) -> list[str]:
+    """Where outputs lie below a folder: "." for itself, or the jobs of a nightly run.
+
+    Raises:
+        BadInputError: if there is none.
+    """
+    return list(_outputs(root))
+
+
 def _below(root: Root, place: str) -> Root:
     return root / place if isinstance(root, Path) else root
 

@@ -138,6 +138,27 @@ def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
 
 
 @cli.command()
+@click.argument("source", type=PATH)
+@click.option("--domain", help="ct, mri, city or a plug-in's name.  [default: whichever reads it]")
+@click.option("--preview", type=PATH, help="Write a PNG: the slices, and what looks damaged.")
+@json_flag
+def inspect(as_json: bool, **options: Any) -> int:
+    """Say what a file, a folder or a store holds, and what looks damaged in it.
+
+    Format, size, spacing, units, bit depth, frames; no data, missing, blank or repeated slices,
+    dead lines, saturation. Nothing is changed.
+    """
+    from flows.answers import inspected_text
+    from flows.api_inspect import inspect as look
+    from flows.config import InspectSettings
+
+    with Terminal() as terminal:
+        result = look(InspectSettings(**given(options)), on_event=terminal)
+    _answer(result, inspected_text(result), as_json=as_json)
+    return _exit_code(result)
+
+
+@cli.command()
 @click.argument("dataset", type=PATH)
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
 @click.option("--to", "output", type=PATH, required=True, help="New .zarr folder.")
@@ -275,6 +296,19 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     result = _run("restore", settings, prefect=prefect)
     _answer(result, restored_text(result), as_json=as_json)
     return _exit_code(result)
+
+
+@cli.command()
+@click.argument("output", type=ROOT)
+@json_flag
+def view(output: Root, as_json: bool) -> int:
+    """Print by which command each result opens in napari, 3D Slicer, ITK-SNAP or QGIS."""
+    from flows.answers import view_text
+    from flows.api_view import view as find
+
+    found = find(output)
+    _answer(found, view_text(found), as_json=as_json)
+    return OK
 
 
 @cli.command()

@@ -130,6 +130,14 @@ class IngestSettings(Settings):
     )
 
 
+class InspectSettings(Settings):
+    """`sashiko inspect`: what an input is."""
+
+    source: Path = Field(description="a file, a folder of files, or a store of ours")
+    domain: str | None = Field(None, description="default: whichever reads it")
+    preview: Path | None = Field(None, description="a PNG to be written")
+
+
 class SimulateSettings(Settings):
     """`sashiko simulate`: a task's measurements of a dataset's items."""
 

@@ -61,7 +61,7 @@ def write_report(
     page = Page(title, stories, _models(results), _facts(results), notes)
     path.mkdir(parents=True, exist_ok=True)
     for name, strip in strips(stories):
-        _save_png(path / "pictures" / f"{name}.png", strip)
+        save_png(path / "pictures" / f"{name}.png", strip)
     html = ""
     for quality in _QUALITIES:
         html = render(page, quality)
@@ -165,7 +165,8 @@ def write_whole(path: Path, data: bytes) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _save_png(path: Path, picture: Array) -> None:
+def save_png(path: Path, picture: Array) -> None:
+    """Write a uint8 picture (h, w) or (h, w, 3) as PNG; it appears whole."""
     import io
 
     from PIL import Image
