@@ -132,7 +132,7 @@ def _listed(path: Path) -> _Listed:
                 str(header.get("SOPInstanceUID", "")),
                 tuple(str(header.get(tag, "")) for tag in _SPLIT_BY),
             )
-    except (BadInputError, TypeError, ValueError, AttributeError, OverflowError):
+    except Exception:  # pydicom converts values late, and raises as it likes; reading will tell
         return _Listed(path, (str(path),), None, "", ())
 
 

@@ -61,7 +61,7 @@ def run(tmp_path_factory):
         folder.mkdir(parents=True)
         for file in [*found, *(BadFile(f"good{k}", ORIGINALS[k]()) for k in kinds_of(domain))]:
             # DICOM files of one folder are one series, which the worst of them would spoil.
-            place = folder / file.name if file.name.endswith(".dcm") else folder
+            place = folder / file.name if ".dcm" in file.name else folder
             place.mkdir(exist_ok=True)
             (place / file.name).write_bytes(file.data)
         here = ["--domain", domain, "--json", "--no-prefect"]
