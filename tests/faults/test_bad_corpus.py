@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bad_files import ORIGINALS, BadFile, corpus
+from bad_files import ORIGINALS, BadFile, corpus, dicom_mr
 
 from domains.registry import load_domain
 
@@ -39,7 +39,13 @@ def kinds_of(domain: str) -> tuple[str, ...]:
 
 def files_of(domain: str) -> list[BadFile]:
     """The bad files of a domain; raw measurements are restored and cannot be ingested."""
-    return list(corpus(kinds_of(domain), seed=len(domain)))
+    return list(corpus(kinds_of(domain), seed=len(domain), of_mr=domain == "mri"))
+
+
+def good_files_of(domain: str) -> list[BadFile]:
+    """The originals that the bad files were made of."""
+    made = {**ORIGINALS, ".dcm": dicom_mr} if domain == "mri" else ORIGINALS
+    return [BadFile(f"good{kind}", made[kind]()) for kind in kinds_of(domain)]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -59,7 +65,7 @@ def run(tmp_path_factory):
     for domain, found in bad.items():
         folder = root / "in" / domain
         folder.mkdir(parents=True)
-        for file in [*found, *(BadFile(f"good{k}", ORIGINALS[k]()) for k in kinds_of(domain))]:
+        for file in [*found, *good_files_of(domain)]:
             # DICOM files of one folder are one series, which the worst of them would spoil.
             place = folder / file.name if ".dcm" in file.name else folder
             place.mkdir(exist_ok=True)

@@ -33,10 +33,10 @@ class BadFile:
     hopeless: bool = False
 
 
-def corpus(kinds: tuple[str, ...], seed: int = 0) -> Iterator[BadFile]:
-    """The bad files made of originals of the given suffixes."""
+def corpus(kinds: tuple[str, ...], seed: int = 0, *, of_mr: bool = False) -> Iterator[BadFile]:
+    """The bad files made of originals of the given suffixes; of MR where DICOM is of MR."""
     for kind in kinds:
-        original = ORIGINALS[kind]()
+        original = dicom_mr() if kind == ".dcm" and of_mr else ORIGINALS[kind]()
         rng = np.random.default_rng([seed, *kind.encode()])
         for name, data, hopeless in _mutations(kind, original, rng):
             yield BadFile(f"{name}{kind}", data, hopeless)
