@@ -16,8 +16,16 @@ from domains.base import Array, BadInputError
 from domains.files import file_digest
 from domains.mri.kspace import MAX_SAMPLES, RawScan, across_readout, require_scan
 from domains.mri.kspace import transform_of_centred as transform
-from domains.mri.kspace_hdf5 import Encoding, own_dataset, read_encoding
+from domains.mri.kspace_hdf5 import (
+    Encoding,
+    own_dataset,
+    read_encoding,
+    require_lengths,
+    require_stored,
+)
 
+_HEAD_BYTES = 340
+"""Of an acquisition's header, of any version."""
 NOISE, CALIBRATION, REVERSE = 19, 20, 22
 NOT_IMAGING = (23, 24, 26, 27, 28, 29, 30, 31)
 """Navigators, phase correction, feedback, dummies, coil correction, phase stabilisation."""
@@ -66,8 +74,12 @@ def read_ismrmrd(path: Path, group: Any) -> RawScan:
             "be restored"
         )
     names = set(data.dtype.names or ())
-    if not {"head", "data"} <= names or data.ndim != 1 or not data.size:
+    if not {"head", "traj", "data"} <= names or data.ndim != 1 or not data.size:
         raise BadInputError(f"{path}: its acquisitions are not those of ISMRMRD; export it again")
+    require_stored(path, data, _HEAD_BYTES * data.size)
+    kind = data.id.get_type()
+    parts = [kind.get_member_offset(kind.get_member_index(name)) for name in (b"traj", b"data")]
+    require_lengths(path, data, dict.fromkeys(parts, 4))
     heads = data.fields("head")[:]
     flags = heads["flags"].astype(np.uint64)
     noise = _flagged(flags, NOISE)

@@ -6,6 +6,7 @@ neither is followed. Headers name patients; nothing of them is kept but geometry
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from domains.files import file_digest
 from domains.mri.kspace import RawScan, require_scan, transform_of_centred
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_INFLATION = 200
+"""Of compressed samples; those of every eighth line, the others 0, inflate 10 to 20 times."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _read_fastmri(path: Path, file: Any, kspace: Any) -> RawScan:
         )
     z, *coils, h, w = kspace.shape
     require_scan(path, (z, *(coils or [1]), h, w))
-    require_stored(path, kspace)
+    require_stored(path, kspace, kspace.nbytes)
     k = np.asarray(kspace[()]).reshape(z, -1, h, w).astype(np.complex64)
     xml = own_dataset(path, file, "ismrmrd_header")
     encoding = None if xml is None else read_encoding(path, xml)
@@ -120,15 +123,59 @@ def _read_fastmri(path: Path, file: Any, kspace: Any) -> RawScan:
     )
 
 
-def require_stored(path: Path, dataset: Any) -> None:
+def require_stored(path: Path, dataset: Any, num_bytes: int) -> None:
     """Refuse a data set most of which is not there: it would be made up of fill values.
+
+    Measured numbers hardly compress; what inflates a hundredfold holds none.
+
+    Args:
+        path: for the message.
+        dataset: asked how much of it lies in the file.
+        num_bytes: that it has when it is read.
 
     Raises:
         BadInputError: naming the file.
     """
     stored = dataset.id.get_storage_size()
-    if dataset.size and (stored == 0 or (dataset.compression is None and stored < dataset.nbytes)):
+    least = num_bytes if dataset.compression is None else num_bytes / MAX_INFLATION
+    if dataset.size and (stored == 0 or stored < least):
         raise BadInputError(f"{path}: its samples are not all stored; copy the file again")
+
+
+def require_lengths(path: Path, dataset: Any, places: Mapping[int, int]) -> None:
+    """Refuse parts of variable length that are longer than the file: HDF5 takes their memory first.
+
+    Args:
+        path: of the file.
+        dataset: whose elements hold such parts.
+        places: byte of an element where a part's reference stands, which begins with its length as
+            32 bits -> bytes of what the length counts.
+
+    Raises:
+        BadInputError: naming the file.
+    """
+    total, size = 0, dataset.id.get_type().get_size()
+    with path.open("rb") as file:
+        for offset, length in _stored_at(path, dataset):
+            file.seek(offset)
+            raw = np.frombuffer(file.read(length), np.uint8)
+            elements = raw[: len(raw) // size * size].reshape(-1, size)
+            for place, unit in places.items():
+                words = np.ascontiguousarray(elements[:, place : place + 4]).view("<u4")
+                total += unit * int(words.sum(dtype=np.int64))
+    if total > path.stat().st_size:
+        raise BadInputError(f"{path}: its parts are longer than the file; copy the file again")
+
+
+def _stored_at(path: Path, dataset: Any) -> list[tuple[int, int]]:
+    """(first byte, bytes) of every piece of a data set that no filter has changed."""
+    if dataset.chunks is None:
+        offset = dataset.id.get_offset()
+        return [] if offset is None else [(int(offset), int(dataset.id.get_storage_size()))]
+    if dataset.id.get_create_plist().get_nfilters():
+        raise BadInputError(f"{path}: its headers are compressed; export it without compression")
+    infos = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
+    return [(int(info.byte_offset), int(info.size)) for info in infos]
 
 
 def read_encoding(path: Path, xml: Any) -> Encoding:
@@ -137,8 +184,10 @@ def read_encoding(path: Path, xml: Any) -> Encoding:
     Raises:
         BadInputError: if it is no such header.
     """
-    if xml.size != 1 or xml.id.get_storage_size() > MAX_HEADER_BYTES:
+    if xml.size != 1 or max(xml.dtype.itemsize, xml.id.get_storage_size()) > MAX_HEADER_BYTES:
         raise BadInputError(f"{path}: its header is not one text; export it again")
+    if xml.dtype.kind == "O":
+        require_lengths(path, xml, {0: 1})
     value = np.asarray(xml[()]).ravel()[0]
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     if len(text) > MAX_HEADER_BYTES or "<!DOCTYPE" in text or "<!ENTITY" in text:

@@ -1,6 +1,7 @@
 """Raw k-space of every format against one scan, written by the formats' own libraries."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -187,6 +188,29 @@ def linked(path: Path):
     return path
 
 
+def virtual(path: Path):
+    other = write_fastmri(path.with_name("other.h5"), scan().k[None])
+    layout = h5py.VirtualLayout((1, 4, 64, 48), "c8")
+    layout[...] = h5py.VirtualSource(str(other), "kspace", (1, 4, 64, 48))
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("kspace", layout)
+    return path
+
+
+def external(path: Path):
+    scan().k.astype("c8").tofile(path.with_name("secret.bin"))
+    with h5py.File(path, "w") as file:
+        where = [(str(path.with_name("secret.bin")), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("kspace", (1, 4, 64, 48), "c8", external=where)
+    return path
+
+
+def squeezed(path: Path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("kspace", data=np.ones((4, 4, 256, 256), "c8"), compression="gzip")
+    return path
+
+
 def bomb(path: Path, shape):
     with h5py.File(path, "w") as file:
         file.create_dataset("kspace", shape, "c8", chunks=(1, 1, 64, 64), compression="gzip")
@@ -236,6 +260,9 @@ BAD = {
     "echoes": (lambda d: bart_of(d / "a", "# Dimensions\n64 48 1 2 1 2\n"), "several contrasts"),
     "text": (lambda d: Path(d / "a.h5").write_text("no") and d / "a.h5", "not a readable .h5"),
     "a link": (lambda d: linked(d / "a.h5"), "no data set of this file"),
+    "a virtual set": (lambda d: virtual(d / "a.h5"), "no data set of this file"),
+    "an external set": (lambda d: external(d / "a.h5"), "no data set of this file"),
+    "squeezed": (lambda d: squeezed(d / "a.h5"), "not all stored"),
     "a bomb": (lambda d: bomb(d / "a.h5", (4000, 64, 640, 640)), "over the limit"),
     "hollow": (lambda d: bomb(d / "a.h5", (4, 4, 64, 64)), "not all stored"),
     "other HDF5": (
@@ -268,3 +295,52 @@ def test_a_header_that_defines_entities_is_refused(tmp_path):
 def test_an_image_is_not_read_from_raw_data(tmp_path):
     with pytest.raises(BadInputError, match="a measurement and no image"):
         MRI().read(save(tmp_path / "a.npy", scan().k))
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Cut, flipped in some bits, or with a piece of it said twice."""
+    kind, place = rng.integers(4), int(rng.integers(len(data)))
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + data[max(place - 64, 0) :]
+    values = bytearray(data)
+    near = min(len(data), 2048) if kind == 2 else len(data)  # headers lie at the front
+    for at in rng.integers(near, size=8):
+        values[at] ^= 1 << int(rng.integers(8))
+    return bytes(values)
+
+
+def refusal(path: Path) -> str:
+    """Why a file is refused; "" where it is read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of samples that became infinite
+        try:
+            read_scan(path)
+        except BadInputError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["npy", "bart", "fastmri", "ismrmrd"])
+def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path, kind):
+    k = scan(32, 24, 2).k
+    xml = header((32, 24, 1), (160.0, 192.0, 6.0), RECON_FOV)
+    makers = {
+        "npy": lambda p: save(p.with_suffix(".npy"), k.astype("c8")),
+        "bart": lambda p: write_bart(p, k),
+        "fastmri": lambda p: write_fastmri(p.with_suffix(".h5"), k[None], xml),
+        "ismrmrd": lambda p: write_ismrmrd(p.with_suffix(".h5"), readouts(k), xml),
+    }
+    path = makers[kind](tmp_path / "scan")
+    target = path.with_suffix(".hdr") if kind == "bart" else path
+    whole, refused = target.read_bytes(), 0
+    before = sorted(p.name for p in tmp_path.iterdir())
+    rng = np.random.default_rng(3)
+    for _ in range(30):
+        target.write_bytes(mutated(whole, rng))
+        reason = refusal(path)
+        refused += bool(reason)
+        assert "CANARY" not in reason
+    assert refused >= 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == before

@@ -169,7 +169,10 @@ def test_one_coil_needs_no_sensitivities():
     assert (found.operator, found.y.shape) == ("fourier", (1, 1, 64, 48))
     problem = MRI().problem(found)
     assert (problem.condition, problem.shape) == ("mri-complex", (1, 2, 64, 48))
-    assert problem.to_source(torch.zeros(problem.shape)).shape == (1, 2, 64, 48)
+    parts = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 64, 48)))
+    magnitude, phase = problem.to_source(parts)[0].numpy()
+    expected = (parts[0, 0] + 1j * parts[0, 1]).numpy() * found.params["scale_q"]
+    assert np.allclose(magnitude * np.exp(1j * phase), expected)
 
 
 def test_noise_of_a_noise_scan_is_brought_to_the_scans_bandwidth():
