@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from domains.base import Array, Item
+from domains.validity import invalid_pixels
 
 MOST_LINES = 8
 """Lines of one value each, side by side: more of them are a background."""
@@ -81,7 +82,10 @@ def _marks(item: Item) -> Iterator[tuple[str, Callable[[Array], str], Array]]:
 
 
 def no_data(item: Item) -> Array:
-    """Pixels (z h w) that hold the value which the file names for no data, in every band."""
+    """Pixels (z h w) that the file says to hold no data: as it marks them, or by its value."""
+    told = invalid_pixels(item.record.meta, item.pixels)
+    if told is not None:
+        return np.asarray(told.any(axis=0, keepdims=True))
     value = item.record.meta.get("nodata")
     if value is None:
         return np.zeros(item.pixels.shape[1:], bool)

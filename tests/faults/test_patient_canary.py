@@ -158,6 +158,9 @@ def run(tmp_path_factory) -> tuple[Path, str]:
          "covprox", "--method", "fbp", *model, "--output", made / "c", "--report", page, *here],
         ["quarantine", "list", made / "b", "--json"],
         ["verify", made / "b"],
+        ["inspect", sources / "broken", *ct, "--preview", made / "look.png"],
+        ["inspect", meas, "--json"],
+        ["view", made / "b"],
     ]  # fmt: skip
     env = {**os.environ, "SASHIKO_HOME": str(made / "home"), "SASHIKO_CACHE": str(made / "cache")}
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "SASHIKO_MLFLOW_URI"):
@@ -168,7 +171,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
         env=env, cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     codes = json.loads(done.stderr.splitlines()[-1])
-    assert codes == [0, 0, 3, 0, 0, 0, 0, 3, 0, 0, 0], done.stderr
+    assert codes == [0, 0, 3, 0, 0, 0, 0, 3, 0, 0, 0, 3, 0, 0], done.stderr
     return made, done.stdout + done.stderr
 
 

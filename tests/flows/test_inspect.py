@@ -298,3 +298,26 @@ def test_what_cannot_be_viewed_is_said_with_the_next_step(tmp_path, capsys):
     code, _, err = run(capsys, "view", tmp_path / "none")
     assert code == 2
     assert "no output of ours" in err
+
+
+def test_a_geotiff_tells_of_its_ground_and_of_pixels_without_data(tmp_path, capsys):
+    import rasterio
+
+    pixels = noise()[0].astype(np.float32)
+    pixels[0, :, :10] = np.nan
+    how = {
+        "crs": "EPSG:32631",
+        "transform": rasterio.Affine(2, 0, 5e5, 0, -2, 5.7e6),
+        "nodata": np.nan,
+    }
+    _, h, w = pixels.shape
+    path = tmp_path / "scene.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", height=h, width=w, count=1, dtype="float32", **how
+    ) as file:
+        file.write(pixels)
+    code, out, err = run(capsys, "inspect", path)
+    assert code == 0, err
+    assert "20% of the pixels hold no data" in out
+    assert "WGS 84 / UTM zone 31N" in out or "32631" in out
+    assert "transform" in out

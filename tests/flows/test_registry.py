@@ -188,3 +188,11 @@ def test_a_model_on_a_server_is_fetched_once_whole_and_checked(
     (resolved.path / "weights.safetensors").write_bytes(b"bad")
     with pytest.raises(BadModelError, match="sha256 differs"):
         registry.resolve_model("models:/sashiko-ct@champion")
+
+
+def test_a_guest_s_domain_has_a_champion_once_one_is_promoted(tmp_path: Path):
+    with pytest.raises(BadInputError, match=r"tiny has no champion: .* registered as sashiko-tiny"):
+        registry.resolve_model("champion", ["tiny"])
+    registry.register_model(make_model(tmp_path / "a", b"weights"), ["sashiko-tiny"])
+    registry.promote("sashiko-tiny", "1")
+    assert registry.resolve_model("champion", ["tiny"]).name == "sashiko-tiny"
