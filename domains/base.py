@@ -305,6 +305,10 @@ class Domain(ABC):
             "--noise"
         )
 
+    def as_measured(self, item: Item, record: ItemRecord) -> Item:
+        """A clean item laid out as the record of its measurement: a volume may be cut otherwise."""
+        return item
+
     @abstractmethod
     def problem(self, measurement: Measurement) -> Problem:
         """Build the linear inverse problem in network units."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 IMAGE_OPERATORS = ("identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic")
 """What images are measured with in simulations."""
 
-PICTURE_OPERATORS = (*IMAGE_OPERATORS, "cropped-blur")
+PICTURE_OPERATORS = (*IMAGE_OPERATORS, "cropped-blur", "pool-rows")
 """What makes measurements in image space: simulated, or pictures that a user gives."""
 
 _CANVAS_STEP_PX = 8
@@ -89,6 +89,7 @@ def operator_of(
         "varying-blur": lambda: operators.VaryingBlur(array("kernels", np.float32), shape),
         "pool": lambda: operators.Pool(int(params["factor"])),
         "downsample": lambda: operators.Downsample.bicubic(int(params["factor"]), shape),
+        "pool-rows": lambda: operators.PoolRows(int(params["factor"]), shape[0]),
         "mosaic": lambda: operators.Mosaic(str(params["pattern"])),
     }
     if kind in makers:

@@ -10,6 +10,7 @@ NIfTI file says its two affines lead to (scanner, atlas ...).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -226,6 +227,9 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
     """Pixels (1 z h w) and affine in canonical orientation, and the source's axis codes."""
     import nibabel
     import torch
+
+    # MONAI looks for a GPU's decoder of DICOM, and says aloud that there is none.
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     from monai.data import MetaTensor, NibabelReader, NrrdReader
     from monai.transforms import Orientation
     from monai.utils.type_conversion import convert_to_tensor

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from domains import dicom
-from domains.base import Domain, ItemRecord, ReadBox
+from domains.base import Domain, Item, ItemRecord, ReadBox
 
 
 class MedicalDomain(Domain):
@@ -33,6 +33,12 @@ class MedicalDomain(Domain):
         if not dicom.is_dicom(path):
             return super().companions(path)
         return [file for file in members_of(path) if file != path]
+
+    def as_measured(self, item: Item, record: ItemRecord) -> Item:
+        """Cut along y where slices are missing or thick."""
+        from domains.between_slices import as_measured
+
+        return as_measured(item, record)
 
     def write_back(
         self, record: ItemRecord, read: ReadBox, stem: Path, source: Path, facts: Mapping[str, Any]

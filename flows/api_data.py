@@ -176,7 +176,10 @@ def require_whole(item: Item, path: Path) -> None:
         BadInputError: naming the slices.
     """
     if item.record.meta.get("missing_slices"):
-        raise BadInputError(f"{path}: {item.record.meta['found'][-1]}; export the series again")
+        raise BadInputError(
+            f"{path}: {item.record.meta['found'][-1]}; have them restored by `sashiko restore "
+            "--mask slices`, or export the series again"
+        )
 
 
 def told_splits(records: Sequence[ItemRecord]) -> Event:

@@ -165,7 +165,10 @@ class RestoreSettings(Settings):
     output: AnyRoot = Field(description="a folder, or s3://BUCKET/PREFIX")
     model: str = Field("champion", description=MODEL)
     domain: str | None = None
-    mask: str | None = Field(None, description="folder of masks (white = missing) or 'nodata'")
+    mask: str | None = Field(
+        None,
+        description="folder of masks (white = missing), 'nodata', or 'slices' that a series lacks",
+    )
     kernel: Path | None = None
     scale: int | None = Field(None, ge=2, le=MAX_SCALE, description="times larger to make them")
     sigma_y: float = Field(

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from domains.base import Array, BadInputError, Domain, Item
+from domains.between_slices import missing_planes
 from domains.imaging import kernel_fault
 from domains.validity import INVALID, unpack
 from flows.config import RestoreSettings
 
 NODATA = "nodata"
+SLICES = "slices"
+NAMED = (None, NODATA, SLICES)
+"""What says of a mask that it is no file."""
 MAX_KERNEL_PX = 1024
 
 
@@ -33,6 +37,7 @@ class Damage:
         sigma_y: standard deviation of their noise, network units.
         noise: its kind.
         nodata: whether pixels with the no-data value are missing.
+        slices: whether the slices that a series lacks are missing.
         mask_file: the one mask of all images.
         mask: what it says: (z h w), True where pixels are missing.
         mask_folder: of a mask for each image.
@@ -44,6 +49,7 @@ class Damage:
     sigma_y: float = 0.0
     noise: str = "gaussian"
     nodata: bool = False
+    slices: bool = False
     mask_file: Path | None = None
     mask: Array | None = None
     mask_folder: Path | None = None
@@ -73,6 +79,8 @@ class Damage:
             values["kernel"] = read_kernel(settings.kernel)
         if settings.mask == NODATA:
             values["nodata"] = True
+        elif settings.mask == SLICES:
+            values["slices"] = True
         elif settings.mask is not None:
             values |= _masks(Path(settings.mask), domain)
         return cls(**values)
@@ -81,7 +89,7 @@ class Damage:
     def stated(self) -> bool:
         """Whether anything is said to be wrong."""
         whole = self.kernel is None and self.scale is None and self.sigma_y <= 0
-        masked = self.nodata or self.mask is not None or self.mask_folder is not None
+        masked = self.nodata or self.slices or self.mask is not None or self.mask_folder is not None
         return masked or not whole
 
     def mask_of(self, place: str) -> Path | None:
@@ -108,6 +116,8 @@ class Damage:
         """
         if self.nodata:
             return nodata_pixels(item)
+        if self.slices:
+            return missing_planes(item.record)
         if mask is None:
             return self.mask
         try:

@@ -2,6 +2,7 @@
 
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
     --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
+    --mask slices        slices that a DICOM series lacks
     --kernel FILE        what blurred them: an image or a .npy array
     --scale N            they are N times too coarse
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
@@ -41,7 +42,7 @@ from flows.api_data import (
     unknown_files,
 )
 from flows.config import Home, RestoreSettings
-from flows.damage import NODATA, Damage, place_below
+from flows.damage import NAMED, Damage, place_below
 from flows.engine.events import Event, EventHandler
 from flows.roots import Root
 from flows.store import Measurements, MeasurementWriter
@@ -256,7 +257,7 @@ def _images(
     Masks and kernels that lie below the input are neither, and no more is what was restored.
     """
     files = find_files(folder, domain)
-    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p and p != NODATA]
+    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p not in NAMED]
     output = settings.output
     if isinstance(output, Path) and output.resolve() != folder.resolve():
         tools.append(output.resolve())
@@ -318,7 +319,8 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     read = read_file(domain, source.path)
     if source.fault:
         raise BadInputError(source.fault)
-    require_whole(read, source.path)
+    if not damage.slices:
+        require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
     if damage.noise != "gaussian":
         writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
@@ -352,6 +354,7 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "domain": settings.domain,
         "images": sorted(source.content for source in sources),
         "nodata": damage.nodata,
+        **({"slices": True} if damage.slices else {}),
         "mask": None if damage.mask_file is None else file_digest(damage.mask_file),
         "kernel": None if damage.kernel is None else damage.kernel.tolist(),
         "scale": damage.scale,

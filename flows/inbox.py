@@ -21,11 +21,11 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from domains.registry import load_domain
 from flows.config import Settings, read_settings
+from flows.damage import NAMED, NODATA
 from flows.engine.objects import LocalObjects
 from flows.store_files import json_digest
 
 JOB_FILE = "job.yaml"
-NODATA = "nodata"
 PARTLY = "partly"
 """Fate of a store of which some items are in quarantine."""
 
@@ -77,7 +77,7 @@ class JobFolder:
     def damage(self) -> dict[str, object]:
         """The job's damage as the settings of restore have it."""
         job, mask = self.settings, self.settings.mask
-        if mask is not None and mask != NODATA:
+        if mask not in NAMED:
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
         said = {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
@@ -114,7 +114,7 @@ class JobFolder:
     def _common(self) -> list[Path]:
         """A kernel, or a mask that is one file."""
         job = self.settings
-        named = [self.path / p for p in (job.mask, job.kernel) if p is not None and p != NODATA]
+        named = [self.path / p for p in (job.mask, job.kernel) if p not in NAMED]
         return [path for path in named if path.is_file()]
 
     @cached_property
@@ -122,7 +122,7 @@ class JobFolder:
         """The files of a folder of masks by their place in it, without suffix."""
         by_place: dict[Path, list[Path]] = {}
         folder = self.path / (self.settings.mask or NODATA)
-        if self.settings.mask not in (None, NODATA) and folder.is_dir():
+        if self.settings.mask not in NAMED and folder.is_dir():
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):
                 by_place.setdefault(_bare(path.relative_to(folder)), []).append(path)
         return by_place

@@ -54,6 +54,7 @@ def sample_rows(
         item_id, task = place
         truth = dataset.read(item_id)
         domain = load_domain(truth.record.domain)
+        truth = domain.as_measured(truth, measurements.entry(item_id, task).record)
         region = hole(domain, measurements, item_id, task, truth)
         samples = [found[place] for found in by_seed]
         pixels = np.stack([restored.read(entry) for entry in samples]).astype(np.float64)

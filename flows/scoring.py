@@ -52,6 +52,7 @@ def score_entries(
                 f"{dataset.path}; remove the measurements and evaluate again"
             )
         domain = load_domain(truth.record.domain)
+        truth = domain.as_measured(truth, measurements.entry(item_id, task).record)
         region = hole(domain, measurements, item_id, task, truth)
         for entry in group:
             pixels = restored.read(entry)

@@ -99,7 +99,10 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
         "zero-filled": {},
         "wavelet": {"wavelet": ("db4", "db2", "haar"), "strength": STRENGTHS, "num_levels": (4,)},
     },
+    "pool-rows": {"linear-z": {}, "cubic-z": {}},
     "mask": {
+        "linear-z": {},
+        "cubic-z": {},
         "biharmonic": {"smoothing": (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)},
         "telea": {"radius_px": RADII},
         "navier-stokes": {"radius_px": RADII},
@@ -280,7 +283,8 @@ def case_of(task: Task, item: Item) -> Case:
     domain = load_domain(task.domain)
     measurement = domain.simulate(item, task, 0)
     problem = domain.problem(measurement)
-    return Case(domain, item, measurement, problem, hole_of(problem))
+    truth = domain.as_measured(item, measurement.record)
+    return Case(domain, truth, measurement, problem, hole_of(problem))
 
 
 def frozen_path(task: str) -> Path:

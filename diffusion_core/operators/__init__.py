@@ -8,6 +8,7 @@ blur          Blur         transfer: diagonal in Fourier
 cropped-blur  CroppedBlur  blur, margin: diagonal in Fourier but for the crop
 varying-blur  VaryingBlur  transfers, weights: nearly diagonal in Fourier near every node
 pool          Pool         factor: A A' = I / factor^2
+pool-rows     PoolRows     A A' is diagonal
 downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
 fourier       Fourier      mask, channels: diagonal in Fourier
 multi-coil    MultiCoil    mask, sensitivities
@@ -34,6 +35,7 @@ from diffusion_core.operators.mosaic import Mosaic
 from diffusion_core.operators.multi_coil import MultiCoil
 from diffusion_core.operators.phase_retrieval import PhaseRetrieval
 from diffusion_core.operators.pool import Pool
+from diffusion_core.operators.pool_rows import PoolRows
 from diffusion_core.operators.projector import Projector
 from diffusion_core.operators.saturation import Saturation
 from diffusion_core.operators.sparse import Sparse
@@ -55,6 +57,7 @@ __all__ = [
     "Operator",
     "PhaseRetrieval",
     "Pool",
+    "PoolRows",
     "Projector",
     "Saturation",
     "Sparse",

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion_core.operators import Projector
 from diffusion_core.protocols import Data, Signal
 from domains.base import BadInputError, Baseline, Measurement, Problem
+from domains.between_slices import cubic_z, linear_z
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.ct.geometry import Geometry
 from domains.ct.operators import ParallelBeam
@@ -138,7 +139,14 @@ def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) ->
     return restore_tv(problem, start, settings)
 
 
-BASELINES: Mapping[str, Baseline] = {"fbp": fbp, "fbp-nlm": fbp_nlm, "sirt": sirt, "tv": tv}
+BASELINES: Mapping[str, Baseline] = {
+    "fbp": fbp,
+    "fbp-nlm": fbp_nlm,
+    "sirt": sirt,
+    "tv": tv,
+    "linear-z": linear_z,
+    "cubic-z": cubic_z,
+}
 
 
 def any_projector_of(problem: Problem) -> Projector:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 UNITS = Units(-1000.0, 2000.0)
 BODY_ABOVE_HU = -500.0
 SCANS = ("parallel-beam", "fan-beam")
+BETWEEN = ("mask", "pool-rows")
+"""Slices missing, or thick."""
 RAW_SUFFIXES = (".npy", ".h5", ".hdf5")
 """Of sinograms, which have their geometry beside them."""
 
@@ -90,17 +92,23 @@ class CT(MedicalDomain):
         return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
-        """Scan a clean volume, or damage it in image space.
+        """Scan a clean volume, or take slices from it (see between_slices.py).
 
         Returns:
             y (z 1 views bins) float32: measured line integrals -log(max(n, 1/2) / I0), from a finer
             projector than reconstructs; Poisson counts n, with Gaussian read-out noise if the task
             states `electronic_counts`, keyed by source, seed and slice.
         """
+        if task.operator in BETWEEN:
+            from domains.between_slices import simulate
+
+            require_task(task, self.name, BETWEEN)
+            require_one_channel(item.record)
+            return simulate(item, task, seed, UNITS)
         from domains.ct.degradations import attenuation, log_transform, photon_counts, scan
         from domains.keyed import pixel_digest, slice_rngs
 
-        require_task(task, self.name, SCANS)
+        require_task(task, self.name, (*SCANS, *BETWEEN))
         if task.noise["kind"] != "poisson":
             raise BadInputError(
                 f"task '{task.name}': noise '{task.noise['kind']}' is not for CT; use 'poisson'"
@@ -137,8 +145,15 @@ class CT(MedicalDomain):
         scale: int | None,
         sigma_y: float,
     ) -> Measurement:
-        """Take a damaged volume as a measurement in image space, y in network units."""
+        """Take a damaged volume as a measurement in image space, y in network units.
+
+        Where a mask takes whole slices, the measurement is of the volume cut along y.
+        """
+        from domains.between_slices import lacks_slices, turned, turned_mask
+
         require_one_channel(item.record)
+        if mask is not None and lacks_slices(mask, item.record):
+            item, mask = turned(item), turned_mask(mask, item.record)
         return take_damaged(item, UNITS, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
 
     def problem(self, measurement: Measurement) -> Problem:
@@ -151,8 +166,8 @@ class CT(MedicalDomain):
         """The clean item in network units, (b 1 h w)."""
         import torch
 
-        del measurement  # the scale of CT is absolute
-        return torch.from_numpy(slices_first(UNITS.to_network(item.pixels)))
+        clean = self.as_measured(item, measurement.record)
+        return torch.from_numpy(slices_first(UNITS.to_network(clean.pixels)))
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Classical methods for sinograms."""

@@ -117,9 +117,12 @@ class MRI(MedicalDomain):
         sigma_y: float,
     ) -> Measurement:
         """Take a damaged magnitude volume as a measurement in image space."""
+        from domains.between_slices import lacks_slices, turned, turned_mask
         from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
 
         require_one_channel(item.record)
+        if mask is not None and lacks_slices(mask, item.record):
+            item, mask = turned(item), turned_mask(mask, item.record)
         seen = item.pixels
         if mask is not None:
             seen = slices_first(item.pixels)[measured_pixels(mask, item.record)]

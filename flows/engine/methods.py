@@ -49,6 +49,7 @@ _LIKE = {
     "blur": "deblur-gauss",
     "cropped-blur": "deblur-gauss",
     "pool": "sr-x4",
+    "pool-rows": "ct-sr-z3",
     "identity": "denoise-25",
     "fourier": "kspace-x4",
     "multi-coil": "kspace-x4-8coil",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from domains.base import Array, Domain, ItemRecord, Measurement, Problem
+from domains.base import Array, Domain, Item, ItemRecord, Measurement, Problem
 from domains.imaging import PICTURE_OPERATORS
 from flows.report.describe import method_label
 from flows.report.rows import Row, TaskSummary
@@ -119,7 +119,7 @@ def read_cases(
     pixels = _Pixels(restored, summary.task, keys)
     shown = [m.method for m in (summary.best_classical, summary.ours) if m is not None]
     for (item, z), why in choose(summary, rows):
-        part = truth.read(item, slice(z, z + 1))
+        part = _true_slice(domain, truth, measurements.entry(item, summary.task).record, z)
         measurement = measurements.read(item, summary.task, slice(z, z + 1))
         direct = None
         if view_method and not is_picture(measurement):
@@ -136,6 +136,14 @@ def read_cases(
             restored={m: p for m in shown if (p := pixels.of(m, item, z)) is not None},
             rows=by_slice[item, z],
         )
+
+
+def _true_slice(domain: Domain, truth: Dataset, record: ItemRecord, z: int) -> Item:
+    """Slice z of the clean item, as the measurement counts slices."""
+    own = truth.record(record.item_id)
+    if (own.shape, own.affine) == (record.shape, record.affine):
+        return truth.read(record.item_id, slice(z, z + 1))
+    return domain.as_measured(truth.read(record.item_id), record).slices(z, z + 1)
 
 
 def view_of(

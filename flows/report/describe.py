@@ -94,6 +94,7 @@ def task_title(task: Task) -> str:
         "mask": _mask_title,
         "blur": lambda p: f"{p.get('kernel', 'Known')} blur".capitalize(),
         "pool": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution",
+        "pool-rows": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution along z",
         "identity": lambda _: "Noise removal",
         "multi-coil": lambda p: f"{_mri_title(p)}, {p.get('num_coils')} coils",
         "downsample": lambda p: f"{p.get('factor', '')}{TIMES} super-resolution (bicubic)",
@@ -115,7 +116,12 @@ def measurement_words(task: Task) -> str:
             f"Single-coil Cartesian k-space, {p['acceleration']} times fewer lines, "
             f"the {p['centre_share']:.0%} in the centre all kept"
         ),
-        "mask": lambda: f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})",
+        "mask": lambda: (
+            f"Slices seen from the side, one of {p['every']} kept"
+            if p["pattern"] == "slices"
+            else f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})"
+        ),
+        "pool-rows": lambda: f"Means of {p['factor']} slices, seen from the side",
         "blur": lambda: f"A known {p['kernel']} blur",
         "pool": lambda: f"Means of {p['factor']}{TIMES}{p['factor']} pixels",
         "identity": lambda: "Every pixel",
@@ -168,6 +174,8 @@ def _ordinal(number: int) -> str:
 def _mask_title(params: Mapping[str, Any]) -> str:
     share = f"{params.get('missing_share', 0):.0%}"
     pattern = params.get("pattern", "")
+    if pattern == "slices":
+        return f"{params['every'] - 1} of {params['every']} slices missing"
     if pattern == "random":
         return f"{share} of the pixels missing"
     return f"Free-form {pattern} over {share} of the picture"

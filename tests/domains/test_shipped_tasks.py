@@ -12,7 +12,7 @@ from flows.config import config_path, load_method, load_task, task_names
 from tests.benchmarks.linear_convergence import picture
 
 OPERATORS = {
-    "ct": {"parallel-beam"},
+    "ct": {"parallel-beam", "mask", "pool-rows"},
     "mri": {"fourier", "multi-coil", "identity", "pool"},
     "city": {"identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic"},
 }

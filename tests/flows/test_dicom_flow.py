@@ -58,7 +58,8 @@ def test_series_become_items_and_what_lacks_slices_is_left_out(tmp_path):
     read = {dataset.read(r.item_id).pixels.tobytes() for r in dataset.items()}
     assert read == {(values - 1024).astype(np.int16)[None].tobytes()}
     assert [q.reason for q in result.quarantined] == [
-        "1 of 5 slices are missing: 3; export the series again"
+        "1 of 5 slices are missing: 3; have them restored by `sashiko restore --mask slices`, or "
+        "export the series again"
     ]
     assert any("gantry tilted by 11.8 degrees" in event.message for event in told)
     without_canary(tmp_path / "ds.zarr", tmp_path / "home")
@@ -102,3 +103,16 @@ def test_a_night_finds_the_slices_whatever_they_are_called(tmp_path):
     (job / "job.yaml").write_text("domain: ct\nsigma_y: 0.05\n")
     (job / "notes.txt").write_text("no image")
     assert len(JobFolder(job).images()) == 5
+
+
+def test_missing_slices_are_restored_by_the_command(tmp_path):
+    values = np.broadcast_to(stored_values((1, 24, 24)), (7, 24, 24)) + 9
+    series(tmp_path / "in" / "a", values, change=lambda k, ds: k not in (2, 3))
+    method = MethodSettings(name="linear-z", kind="baseline")
+    result = restore(settings(tmp_path, sigma_y=0.0, mask="slices", method=method))
+    (written,) = result.files
+    stored = np.stack([pydicom.dcmread(f).pixel_array for f in sorted(written.iterdir())])
+    np.testing.assert_array_equal(stored, values)
+    series(tmp_path / "whole", values)
+    with pytest.raises(BadInputError, match="no slice is missing"):
+        restore(settings(tmp_path, input=tmp_path / "whole", sigma_y=0.0, mask="slices"))
