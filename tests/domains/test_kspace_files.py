@@ -344,3 +344,15 @@ def test_mutated_files_are_read_or_refused_and_nothing_else(tmp_path, kind):
         assert "CANARY" not in reason
     assert refused >= 5
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_text_that_is_longer_than_the_file_takes_no_memory(tmp_path):
+    """Its reference says two thousand million characters: HDF5 would make room for them first."""
+    path = write_fastmri(tmp_path / "f.h5", scan(32, 24, 2).k[None], "<ismrmrdHeader/>")
+    with h5py.File(path) as file:
+        offset = file["ismrmrd_header"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    with pytest.raises(BadInputError, match="longer than the file"):
+        read_scan(path)

@@ -11,8 +11,15 @@ from kspace_kit import lines, scan, write_bart
 
 from domains.base import BadInputError
 from flows.api_data import ingest
+from flows.api_nightly import nightly
 from flows.api_restore import restore
-from flows.config import ComputeSettings, IngestSettings, MethodSettings, RestoreSettings
+from flows.config import (
+    ComputeSettings,
+    IngestSettings,
+    MethodSettings,
+    NightlySettings,
+    RestoreSettings,
+)
 from flows.engine.methods import resolve_method
 
 
@@ -135,3 +142,22 @@ def test_levels_of_rician_noise_end_at_the_noise_of_the_image_itself(task):
     found = resolve_method(None, entry)
     assert (found.num_levels, found.sigma_min) == (2, pytest.approx(0.09))
     assert found.sigma_max == pytest.approx(0.125)
+
+
+def test_a_scan_of_two_files_in_the_inbox_is_restored_once(folder):
+    """Its header is taken with it, and is no file of its own."""
+    inbox = folder / "inbox"
+    (inbox / "scans").mkdir(parents=True)
+    (inbox / "scans/job.yaml").write_text("domain: mri\n")
+    write_bart(inbox / "scans/first", scan(32, 24).k)
+    asked = NightlySettings(
+        inbox=inbox,
+        output=folder / "nights",
+        model="starter",
+        settle_s=0,
+        compute=ComputeSettings(executor="inline"),
+    )
+    first, second = nightly(asked), nightly(asked)
+    assert [job.status for job in first.jobs] == ["restored"]
+    assert [job.status for job in second.jobs] == ["nothing new"]
+    assert (folder / "nights/scans/files/first/magnitude.nii.gz").is_file()
