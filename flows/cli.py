@@ -259,7 +259,9 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 )
 @click.option("--output", type=ROOT, required=True, help="A folder, or s3://BUCKET/PREFIX.")
 @click.option("--domain", help="Needed for a folder: ct, mri, city.")
-@click.option("--mask", help="Folder of masks (white = missing), 'nodata', or 'slices'.")
+@click.option(
+    "--mask", help="Masks (white = missing), boxes (.csv, .json), nodata, auto or slices."
+)
 @click.option("--kernel", type=PATH, help="Blur kernel, an image or .npy.")
 @click.option("--scale", type=int, help="Times larger to make the images, 2 to 16.")
 @click.option("--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]")

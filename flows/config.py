@@ -167,7 +167,8 @@ class RestoreSettings(Settings):
     domain: str | None = None
     mask: str | None = Field(
         None,
-        description="folder of masks (white = missing), 'nodata', or 'slices' that a series lacks",
+        description="masks (white = missing), a file of boxes, 'nodata', 'auto', or 'slices' that "
+        "a series lacks",
     )
     kernel: Path | None = None
     scale: int | None = Field(None, ge=2, le=MAX_SCALE, description="times larger to make them")

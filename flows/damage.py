@@ -17,12 +17,16 @@ import numpy as np
 from domains.base import Array, BadInputError, Domain, Item
 from domains.between_slices import missing_planes
 from domains.imaging import kernel_fault
+from domains.strokes import find_strokes
 from domains.validity import INVALID, unpack
+from flows.boxes import SUFFIXES as BOX_SUFFIXES
+from flows.boxes import Box, boxes_of, inside, read_boxes
 from flows.config import RestoreSettings
 
 NODATA = "nodata"
 SLICES = "slices"
-NAMED = (None, NODATA, SLICES)
+AUTO = "auto"
+NAMED = (None, NODATA, SLICES, AUTO)
 """What says of a mask that it is no file."""
 MAX_KERNEL_PX = 1024
 
@@ -38,7 +42,9 @@ class Damage:
         noise: its kind.
         nodata: whether pixels with the no-data value are missing.
         slices: whether the slices that a series lacks are missing.
-        mask_file: the one mask of all images.
+        auto: whether strokes, stripes and dead lines are looked for, and missing.
+        boxes: place of an image below the input -> boxes that are missing; None if there are none.
+        mask_file: the one mask of all images, or the file of boxes.
         mask: what it says: (z h w), True where pixels are missing.
         mask_folder: of a mask for each image.
         masks: place below that folder, without suffixes -> mask.
@@ -50,6 +56,8 @@ class Damage:
     noise: str = "gaussian"
     nodata: bool = False
     slices: bool = False
+    auto: bool = False
+    boxes: Mapping[str, tuple[Box, ...]] | None = None
     mask_file: Path | None = None
     mask: Array | None = None
     mask_folder: Path | None = None
@@ -81,6 +89,8 @@ class Damage:
             values["nodata"] = True
         elif settings.mask == SLICES:
             values["slices"] = True
+        elif settings.mask == AUTO:
+            values["auto"] = True
         elif settings.mask is not None:
             values |= _masks(Path(settings.mask), domain)
         return cls(**values)
@@ -89,7 +99,8 @@ class Damage:
     def stated(self) -> bool:
         """Whether anything is said to be wrong."""
         whole = self.kernel is None and self.scale is None and self.sigma_y <= 0
-        masked = self.nodata or self.slices or self.mask is not None or self.mask_folder is not None
+        found = self.nodata or self.slices or self.auto or self.boxes is not None
+        masked = found or self.mask is not None or self.mask_folder is not None
         return masked or not whole
 
     def mask_of(self, place: str) -> Path | None:
@@ -106,11 +117,12 @@ class Damage:
             )
         return self.masks[place]
 
-    def missing(self, item: Item, mask: Path | None, domain: Domain) -> Array | None:
+    def missing(self, item: Item, place: str, mask: Path | None, domain: Domain) -> Array | None:
         """True where pixels of the item are missing, or None.
 
         Args:
             item: the image.
+            place: of it, below the input.
             mask: of mask_of.
             domain: reads it.
         """
@@ -118,6 +130,10 @@ class Damage:
             return nodata_pixels(item)
         if self.slices:
             return missing_planes(item.record)
+        if self.auto:
+            return stroke_pixels(item)
+        if self.boxes is not None:
+            return inside(boxes_of(self.boxes, place), *item.pixels.shape[2:])
         if mask is None:
             return self.mask
         try:
@@ -129,6 +145,8 @@ class Damage:
 
 def _masks(path: Path, domain: Domain) -> dict[str, Any]:
     """The mask fields of a Damage: of one file for all images, or of a folder."""
+    if path.is_file() and path.suffix.lower() in BOX_SUFFIXES:
+        return {"mask_file": path, "boxes": read_boxes(path)}
     if path.is_file():
         missing = missing_pixels(domain.read(path).pixels)
         if missing.all():
@@ -220,6 +238,18 @@ def nodata_pixels(item: Item) -> Array:
     if not missing.any():
         raise BadInputError(f"no pixel has the no-data value {value}; give a mask")
     return np.asarray(missing)
+
+
+def stroke_pixels(item: Item) -> Array:
+    """Pixels (z h w) that strokes, scratches, stripes or dead lines cover.
+
+    Raises:
+        BadInputError: if there is none.
+    """
+    missing = find_strokes(item)
+    if not missing.any():
+        raise BadInputError("no stroke, stripe or dead line was found; give a mask that shows them")
+    return missing
 
 
 def place_below(path: Path, root: Path) -> str:

@@ -1,6 +1,8 @@
 """A user's damaged images as a measurement store: the images, and what is wrong with them.
 
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
+    --mask BOXES         a .csv or .json file of boxes: see boxes.py
+    --mask auto          strokes, stripes and dead lines that are found: see domains/strokes.py
     --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
     --mask slices        slices that a DICOM series lacks
     --kernel FILE        what blurred them: an image or a .npy array
@@ -41,6 +43,7 @@ from flows.api_data import (
     tell_unknown,
     unknown_files,
 )
+from flows.boxes import boxes_of
 from flows.config import Home, RestoreSettings
 from flows.damage import NAMED, Damage, place_below
 from flows.engine.events import Event, EventHandler
@@ -190,7 +193,7 @@ class _Source:
         place: its name below the input, without suffixes.
         digest: sha256 of its bytes.
         mask: the file that says what is missing in this image alone, if one does.
-        mask_digest: of its bytes.
+        mask_digest: of its bytes, or of the boxes that are its own.
         fault: why it has no mask, "" where it needs none or has one.
     """
 
@@ -210,7 +213,11 @@ class _Source:
             mask = damage.mask_of(place)
         except BadInputError as error:
             return cls(path, place, digest, fault=str(error))
-        return cls(path, place, digest, mask, "" if mask is None else file_digest(mask))
+        own = "" if mask is None else file_digest(mask)
+        if damage.boxes is not None:
+            told = json.dumps(boxes_of(damage.boxes, place))
+            own = hashlib.sha256(told.encode()).hexdigest()
+        return cls(path, place, digest, mask, own)
 
     @property
     def content(self) -> str:
@@ -328,7 +335,7 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     writer.add(
         domain.given(
             item,
-            mask=damage.missing(item, source.mask, domain),
+            mask=damage.missing(item, source.place, source.mask, domain),
             kernel=damage.kernel,
             scale=damage.scale,
             sigma_y=damage.sigma_y,
@@ -360,6 +367,7 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "scale": damage.scale,
         "sigma_y": damage.sigma_y,
         **({} if damage.noise == "gaussian" else {"noise": damage.noise}),
+        **({"auto": True} if damage.auto else {}),
         "site": hashlib.sha256(site_key(Home().home)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

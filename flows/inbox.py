@@ -21,7 +21,7 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from domains.registry import load_domain
 from flows.config import Settings, read_settings
-from flows.damage import NAMED, NODATA
+from flows.damage import AUTO, NAMED, NODATA
 from flows.engine.objects import LocalObjects
 from flows.store_files import json_digest
 
@@ -90,7 +90,8 @@ class JobFolder:
         if values["noise"] == "gaussian":
             del values["noise"]  # what was taken before there was another stays known
         nodata = self.settings.mask == NODATA
-        return {**values, "nodata": nodata, "digests": digests}
+        auto = {"auto": True} if self.settings.mask == AUTO else {}
+        return {**values, **auto, "nodata": nodata, "digests": digests}
 
     def images(self) -> list[Path]:
         """The files that the domain reads, without masks and kernel, drafts and links."""
