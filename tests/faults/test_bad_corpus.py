@@ -13,7 +13,7 @@ from bad_files import ORIGINALS, BadFile, corpus, dicom_mr
 
 from domains.registry import load_domain
 
-MOST_CPU_S = 240
+MOST_CPU_S = 120
 MOST_MEMORY_BYTES = 1 << 30
 """Resident, torch and all: images here have a few thousand pixels, bombs promise gigabytes."""
 
@@ -23,6 +23,7 @@ NAMES = ("CompressedSamples", "1CT1", "4MR1")
 CODE = """
 import contextlib, io, json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]),) * 2)
 from flows import cli
 for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -77,8 +78,9 @@ def run(tmp_path_factory):
     lines.append(["restore", *photographs, *how, *here])
     before = contents(root / "in")
     env = {**os.environ, "SASHIKO_HOME": str(root / "home"), "SASHIKO_CACHE": str(root / "cache")}
+    bounds = [str(MOST_CPU_S), str(4 * MOST_MEMORY_BYTES)]
     done = subprocess.run(
-        [sys.executable, "-c", CODE, json.dumps(lines), str(MOST_CPU_S)],
+        [sys.executable, "-c", CODE, json.dumps(lines), *bounds],
         env=env, cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -324,6 +324,7 @@ def _bad_dicom(data: bytes) -> dict[str, bytes]:
         "wrong-syntax": data.replace(b"1.2.840.10008.1.2.1\x00", b"1.2.840.10008.1.2.5\x00", 1),
         "deflated-bomb": deflated[:meta_end] + _zeros_deflated(False),
         "endless-nesting": data[:1000] + nested,
+        "odd-representation-may": data.replace(b"\x08\0\x08\0CS", b"\x08\0\x08\0C\x13", 1),
     }
 
 
