@@ -22,7 +22,7 @@ from flows.engine import cost
 from flows.engine import grid as grids
 from flows.engine.cost import predict
 from flows.engine.grid import make_grid
-from flows.engine.methods import converged, resolve_method
+from flows.engine.methods import HOLES, converged, resolve_method
 from flows.engine.plan import ModelRef, PlanRefusedError, content_of, make_plan
 from flows.store import MeasurementEntry, MeasurementWriter
 
@@ -309,8 +309,23 @@ def test_classical_methods_have_the_parameters_frozen_for_the_task():
 
 def test_a_damaged_image_is_treated_as_the_task_it_is_most_like():
     assert resolve_method(None, entry("given", "pool")) == load_method("sr-x4")
-    assert resolve_method(None, entry("given", sigma_y=0.0)) == load_method("inpaint-strokes")
+    strokes = load_method("inpaint-strokes")
+    strokes = strokes.model_copy(update={"options": {**HOLES, **strokes.options}})
+    assert resolve_method(None, entry("given", sigma_y=0.0)) == strokes
     assert resolve_method(None, entry("given", "weird-operator")).name == "covprox"
+
+
+def test_solves_go_on_until_the_middle_of_a_hole_is_reached():
+    assert not HOLES.keys() & resolve_method(None, entry()).options.keys()
+    for name in ("covprox", "kriging", "diffpir"):
+        assert (
+            resolve_method(MethodSettings(name=name), entry("given")).options.items()
+            >= HOLES.items()
+        )
+        box = resolve_method(MethodSettings(name=name), entry("inpaint-box"))
+        assert box.options.items() >= load_method("inpaint-box").options.items() >= HOLES.items()
+    asked = MethodSettings(options={"tolerance": 0.1})
+    assert resolve_method(asked, entry("given")).options["tolerance"] == 0.1
 
 
 FITS = {
