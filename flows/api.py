@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flows.api_calibrate import calibrate
     from flows.api_data import ingest, samples, simulate
     from flows.api_evaluate import evaluate
+    from flows.api_explain import explain
     from flows.api_generate import generate
     from flows.api_inspect import inspect
     from flows.api_nightly import nightly
@@ -35,6 +36,7 @@ _HOMES = {
     "calibrate": "flows.api_calibrate",
     "evaluate": "flows.api_evaluate",
     "restore": "flows.api_restore",
+    "explain": "flows.api_explain",
     "generate": "flows.api_generate",
     "review": "flows.api_review",
     "nightly": "flows.api_nightly",
@@ -55,6 +57,7 @@ __all__ = [
     "calibrate",
     "demo",
     "evaluate",
+    "explain",
     "gc",
     "generate",
     "ingest",

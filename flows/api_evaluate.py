@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from flows.engine.campaign import CampaignResult
     from flows.engine.plan import ModelRef
     from flows.engine.quarantine import Quarantined as QuarantinedItem
+    from flows.explaining import Explained
     from flows.store import Dataset, MeasurementEntry, Measurements
 
 Methods = Mapping[str, Sequence[str]]
@@ -106,6 +107,7 @@ class EvaluateResult:
         quarantined: files and items that could not be used, with reasons.
         num_reused: items that had been restored before.
         seconds: wall time.
+        explained: how the first restorations came about, where it was asked for.
     """
 
     rows: list[Row]
@@ -119,6 +121,7 @@ class EvaluateResult:
     quarantined: Sequence[QuarantinedFile | QuarantinedItem] = ()
     num_reused: int = 0
     seconds: float = 0.0
+    explained: Sequence[Explained] = ()
 
     def table(self, *, colour: bool | None = None, width: int | None = None) -> str:
         """Means by task and method, best first, with the gain over the best classical method.
@@ -151,8 +154,10 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     on_event, start = on_event or ignore, perf_counter()
     tasks = checked_tasks(settings)
     methods = choose_methods(tasks, settings.methods)
-    needs_model = settings.num_samples > 0 or any(
-        name in SOLVERS for names in methods.values() for name in names
+    needs_model = (
+        settings.num_samples > 0
+        or settings.explain > 0
+        or any(name in SOLVERS for names in methods.values() for name in names)
     )
     model = _model(settings.model, tasks) if needs_model else None
     dataset, bad_files = _dataset(settings, tasks, on_event)
@@ -160,6 +165,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     campaign, *samples = _restore(settings, measurements, methods, model, on_event)
     on_event(Event("step", 0, 0, "comparing with the truth"))
     rows = _rows(settings, campaign, samples, dataset, measurements, tasks)
+    explained = _explained(settings, measurements, dataset, model, on_event)
     result = EvaluateResult(
         rows=rows,
         output=settings.output,
@@ -172,6 +178,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
         quarantined=(*bad_files, *campaign.quarantined),
         num_reused=len(campaign.reused),
         seconds=perf_counter() - start,
+        explained=explained,
     )
     _write(result)
     _track(settings, result, on_event)
@@ -372,6 +379,21 @@ def _rows(
     item_order = {record.item_id: i for i, record in enumerate(dataset.items())}
     rows.sort(key=lambda r: (task_order[r["task"]], item_order[r["item"]], r["slice"]))
     return rows
+
+
+def _explained(
+    settings: EvaluateSettings,
+    measurements: Measurements,
+    dataset: Dataset,
+    model: ModelRef | None,
+    on_event: EventHandler,
+) -> Sequence[Explained]:
+    """How the restorations of the first items came about; the numbers are in explain.json too."""
+    if not settings.explain:
+        return ()
+    from flows.api_explain import explain_first
+
+    return explain_first(settings, measurements, dataset, model, on_event)
 
 
 def _facts(

@@ -32,7 +32,9 @@ from flows.cli_options import (
     LocalPath,
     compute_options,
     computing,
+    damage_options,
     given,
+    input_option,
     json_flag,
     method_of,
     model_option,
@@ -230,6 +232,9 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
 @click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
 @click.option("--num-samples", type=int, help="Posterior samples an image, for V/B.  [default: 0]")
+@click.option(
+    "--explain", type=int, help="Explain the first items' restorations, N a task.  [default: 0]"
+)
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
 @click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
 @click.option("--report", type=PATH, help="Write a page with pictures into this folder.")
@@ -254,25 +259,9 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 
 
 @cli.command()
-@click.option(
-    "--input", type=ROOT, required=True, help="Measurements (or s3://...), or a folder of images."
-)
+@input_option
 @click.option("--output", type=ROOT, required=True, help="A folder, or s3://BUCKET/PREFIX.")
-@click.option("--domain", help="Needed for a folder: ct, mri, city.")
-@click.option(
-    "--mask", help="Masks (white = missing), boxes (.csv, .json), nodata, auto or slices."
-)
-@click.option("--kernel", type=PATH, help="Blur kernel, an image or .npy.")
-@click.option("--scale", type=int, help="Times larger to make the images, 2 to 16.")
-@click.option("--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]")
-@click.option("--noise", help="gaussian, or rician (MRI magnitudes).  [default: gaussian]")
-@click.option("--method", help="Solver or classical method.  [default: the task's own]")
-@click.option(
-    "--levels",
-    "num_levels",
-    type=int,
-    help="Evaluations of the network.  [default: the task's own]",
-)
+@damage_options
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
 @model_option
 @compute_options
@@ -298,6 +287,38 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     result = _run("restore", settings, prefect=prefect)
     _answer(result, restored_text(result), as_json=as_json)
     return _exit_code(result)
+
+
+@cli.command("explain")
+@input_option
+@click.option("--output", type=PATH, required=True, help="Folder of the page and explain.json.")
+@damage_options
+@click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
+@click.option("--num", type=int, help="Items, where none is named.  [default: 1]")
+@click.option(
+    "--slice",
+    "slices",
+    type=int,
+    multiple=True,
+    help="Slice or frame, from 0; several can be given.  [default: the middle one]",
+)
+@click.option("--seeds", "num_seeds", type=int, help="Restorations compared.  [default: 4]")
+@model_option
+@compute_options
+@json_flag
+def explain_command(as_json: bool, **options: Any) -> int:
+    """Show how restorations came about: level by level, what the prior invented, how steady.
+
+    The input is that of restore. A slice is restored anew in this process, as often as there are
+    seeds, and twice more from data a little changed.
+    """
+    from flows.config import ExplainSettings
+
+    options["method"] = method_of(options.pop("method"), options.pop("num_levels"))
+    result = _run("explain", ExplainSettings(**computing(options)), prefect=False)
+    text = f"{result.text()}\npage: {result.page}"
+    _answer(result.to_json(), text, as_json=as_json)
+    return OK
 
 
 @cli.command()

@@ -78,6 +78,39 @@ def compute_options(command: F) -> F:
     return command
 
 
+input_option = click.option(
+    "--input",
+    type=AnyPlace(),
+    required=True,
+    help="Measurements (or s3://...), or a folder of images.",
+)
+
+
+def damage_options(command: F) -> F:
+    """Options that say what is wrong with images, and how they are restored."""
+    for option in (
+        click.option(
+            "--levels",
+            "num_levels",
+            type=int,
+            help="Evaluations of the network.  [default: the task's own]",
+        ),
+        click.option("--method", help="Solver or classical method.  [default: the task's own]"),
+        click.option("--noise", help="gaussian, or rician (MRI magnitudes).  [default: gaussian]"),
+        click.option(
+            "--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]"
+        ),
+        click.option("--scale", type=int, help="Times larger to make the images, 2 to 16."),
+        click.option("--kernel", type=LocalPath(), help="Blur kernel, an image or .npy."),
+        click.option(
+            "--mask", help="Masks (white = missing), boxes (.csv, .json), nodata, auto or slices."
+        ),
+        click.option("--domain", help="Needed for a folder: ct, mri, city."),
+    ):
+        command = option(command)
+    return command
+
+
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the user gave: the settings know the defaults of the others."""
     told = {k: v for k, v in options.items() if v is not None and v != ()}

@@ -193,6 +193,24 @@ class RestoreSettings(Settings):
     compute: ComputeSettings = Field(default_factory=ComputeSettings)
 
 
+class ExplainSettings(RestoreSettings):
+    """`sashiko explain`: how a restoration came about, in this process."""
+
+    output: Path = Field(description="folder of the page, the pictures and explain.json")
+    items: list[str] | None = Field(None, description="default: the first `num`")
+    num: int = Field(1, ge=1, le=1000, description="items, where none is named")
+    slices: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="slices or frames, from 0; default: the middle one"
+    )
+    num_seeds: int = Field(4, ge=2, le=100, description="restorations that differ by their seed")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 rounds more than the changes that are tried"
+    )
+    slices_per_block: int = 1
+    batch_px: int | None = Field(0, ge=0)
+    compute: ComputeSettings = Field(default_factory=lambda: ComputeSettings(executor="inline"))
+
+
 class EvaluateSettings(Settings):
     """`sashiko evaluate`."""
 
@@ -204,6 +222,9 @@ class EvaluateSettings(Settings):
     methods: list[str] | None = Field(None, description="default: all that the task names")
     items: list[str] | None = None
     num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
+    explain: int = Field(
+        0, ge=0, description="the first items of each task whose restoration is explained"
+    )
     json_path: Path | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

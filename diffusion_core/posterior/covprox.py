@@ -150,7 +150,8 @@ class Chain:
         levels: noise levels > 0, decreasing.
         x: state that the next level begins with.
         m: estimate of the last level done, the start before the first.
-        trace: of each level, what its linear solve took.
+        trace: of each level, the "steps" of its linear solve, the relative residual "left", and how
+            far the data "moved" the estimate (root mean square, network units).
     """
 
     def __init__(
@@ -212,7 +213,12 @@ class Chain:
             A_centre = self.calls.A(centre)
         update = self._update(level, covariance, R, y - A_centre, centre, A_centre)
         self.trace.append(
-            {"sigma": sigma, "steps": update.num_steps, "left": update.relative_residual}
+            {
+                "sigma": sigma,
+                "steps": update.num_steps,
+                "left": update.relative_residual,
+                "moved": float(update.delta.square().mean().sqrt()),
+            }
         )
         return centre + update.delta
 

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ from flows.engine.receipt import Account
 from flows.roots import Root
 from flows.store import Measurements
 
+Watch = Callable[[Denoiser], Denoiser]
+"""Makes of a denoiser one that says the same, and looks on."""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +66,7 @@ class Solved:
     x: Tensor
     nfe: int
     num_operator_calls: int
+    trace: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Restorer:
@@ -117,7 +121,7 @@ class Restorer:
         with torch.no_grad():
             domain: Domain = self._keep(("domain", item.record.domain), load_domain)
             problem = domain.problem(measurement)
-            solved = self._solve(item, domain, measurement, problem, block)
+            solved = self._restored(item, domain, measurement, problem, block)
             pixels = _to_source(problem, solved.x, item, block)
             residuals, exact = _residuals(problem, solved.x, block)
         account = Account(
@@ -132,7 +136,7 @@ class Restorer:
         )
         return pixels, account
 
-    def _solve(
+    def _restored(
         self,
         item: ItemPlan,
         domain: Domain,
@@ -143,9 +147,24 @@ class Restorer:
         method = item.method
         if method.kind == "baseline":
             return _classical(domain, measurement, problem, method.name, method.options)
-        if item.model is None:
-            raise BadInputError(f"the solver '{method.name}' needs a model: name one with --model")
-        model = self._model(item.model, item.dtype, item.device_class)
+        return self.solve(item, problem, block)
+
+    def solve(
+        self, item: ItemPlan, problem: Problem, block: Block, watch: Watch | None = None
+    ) -> Solved:
+        """Restore the read region of a block by the item's solver, in network units.
+
+        Args:
+            item: whose block it is; its method is a solver.
+            problem: of the block's measurement.
+            block: which.
+            watch: puts a denoiser that looks on in place of the block's own.
+
+        Raises:
+            BadInputError: if the solver has no model, or cannot take the operator.
+            ModelChangedError: if the model is not the plan's.
+        """
+        method, model = item.method, self.model_of(item)
         solver = self._solver(
             model, problem.condition, method.name, method.options, item.grid.reach
         )
@@ -153,13 +172,28 @@ class Restorer:
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
         denoise = self._denoiser(model, problem.condition, item, origin[1:])
+        denoise = denoise if watch is None else watch(denoise)
         draws = KeyedDraws(item.seed, item.record.source_digest, origin)
         try:
             with self._batcher.lane():
                 result = solver(denoise, problem.operator, problem.y, problem.noise, sigmas, draws)
         except UnsuitedError as error:
             raise BadInputError(str(error)) from error
-        return Solved(result.x, result.num_denoiser_calls, result.num_operator_calls)
+        calls = result.num_denoiser_calls, result.num_operator_calls
+        return Solved(result.x, *calls, result.trace)
+
+    def model_of(self, item: ItemPlan) -> Model:
+        """The model that restores an item.
+
+        Raises:
+            BadInputError: if it has none.
+            ModelChangedError: if the model is not the plan's.
+        """
+        if item.model is None:
+            raise BadInputError(
+                f"the solver '{item.method.name}' needs a model: name one with --model"
+            )
+        return self._model(item.model, item.dtype, item.device_class)
 
     def _denoiser(
         self, model: Model, condition: str, item: ItemPlan, origin_yx: tuple[int, int]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from flows.report.describe import (
     noun,
     task_title,
 )
+from flows.report.explained import section
 from flows.report.pictures import (
     ErrorScale,
     Window,
@@ -46,6 +47,9 @@ from flows.report.rows import (
     main_metric,
 )
 
+if TYPE_CHECKING:
+    from flows.explaining import Explained
+
 HERE = Path(__file__).parent
 MISSING = (38, 46, 92)  # colour of pixels that were not measured
 ROW_FIGURES = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error", "residual",
@@ -60,6 +64,7 @@ class TaskStory:
     summary: TaskSummary
     rows: Sequence[Row]
     cases: Sequence[Case] = ()
+    explained: Sequence[Explained] = ()
 
 
 @dataclass(frozen=True)
@@ -110,29 +115,35 @@ def render(page: Page, quality: tuple[int | None, int | None] = (None, 92)) -> s
     from markupsafe import Markup
 
     stories = [_task(story, quality) for story in page.stories]
-    return str(
-        _template().render(
-            title=page.title,
-            lede=_lede(page),
-            caveat=_caveat(page),
-            tasks=stories,
-            gradient=_gradient(),
-            models=[_model(m) for m in page.models],
-            facts=page.facts,
-            encoding=_encoding_words(quality),
-            notes=page.notes,
-            css=Markup((HERE / "page.css").read_text()),
-            js=Markup((HERE / "page.js").read_text()),
-        )
+    return rendered(
+        "page.html",
+        title=page.title,
+        lede=_lede(page),
+        caveat=_caveat(page),
+        tasks=stories,
+        gradient=_gradient(),
+        models=[_model(m) for m in page.models],
+        facts=page.facts,
+        encoding=_encoding_words(quality),
+        notes=page.notes,
+        js=Markup((HERE / "page.js").read_text()),
     )
 
 
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+def rendered(template: str, **values: Any) -> str:
+    """A template of this folder, with the style of all pages."""
+    from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string((HERE / "page.html").read_text())
+    style = Markup((HERE / "page.css").read_text())
+    return str(_environment().get_template(template).render(css=style, **values))
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(HERE)
+    return Environment(autoescape=True, undefined=StrictUndefined, loader=loader)
 
 
 def _task(story: TaskStory, quality: tuple[int | None, int | None]) -> dict[str, Any]:
@@ -163,6 +174,7 @@ def _task(story: TaskStory, quality: tuple[int | None, int | None]) -> dict[str,
         "low": low,
         "high": high,
         "cases": [_case(case, errors, quality) for case in story.cases],
+        "explained": [section(one) for one in story.explained],
         "windows": _windows(story.cases[0]) if story.cases else [],
         "error_words": f"Errors are shown {TIMES}{errors.gain:.3g} against that range."
         if errors

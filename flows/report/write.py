@@ -13,6 +13,7 @@ from domains.base import Array
 from domains.registry import load_domain
 from flows.config import load_task
 from flows.report.cases import Case, read_cases
+from flows.report.explained import picture_files
 from flows.report.page import (
     ModelFacts,
     Page,
@@ -60,7 +61,7 @@ def write_report(
     stories = [story for result in results for story in stories_of(result)]
     page = Page(title, stories, _models(results), _facts(results), notes)
     path.mkdir(parents=True, exist_ok=True)
-    for name, strip in strips(stories):
+    for name, strip in (*strips(stories), *_explained_pictures(stories)):
         save_png(path / "pictures" / f"{name}.png", strip)
     html = ""
     for quality in _QUALITIES:
@@ -93,7 +94,8 @@ def _story(result: EvaluateResult, summary: TaskSummary) -> TaskStory:
         keys=result.keys,
         view_method=direct,
     )
-    return TaskStory(task, summary, rows, list(cases))
+    explained = [one for one in result.explained if one.task == summary.task]
+    return TaskStory(task, summary, rows, list(cases), explained)
 
 
 def strips(stories: Sequence[TaskStory]) -> Iterator[tuple[str, Array]]:
@@ -105,6 +107,13 @@ def strips(stories: Sequence[TaskStory]) -> Iterator[tuple[str, Array]]:
         if story.cases:
             median = (case for case in story.cases if case.why.startswith("median"))
             yield story.summary.task, case_strip(next(median, story.cases[0]))
+
+
+def _explained_pictures(stories: Sequence[TaskStory]) -> Iterator[tuple[str, Array]]:
+    """The pictures of what was explained."""
+    for story in stories:
+        for one in story.explained:
+            yield from picture_files(one)
 
 
 def case_strip(case: Case) -> Array:
