@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _HELD = ("record", "scale", "restored", "film")
 """Of Explained, what is for pictures alone."""
-_HELD_OF_INVENTED = ("amplitude", "determined")
+_HELD_OF_INVENTED = ("amplitude", "determined", "beyond_amplitude")
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _each(
     for done, (item, z) in enumerate(work):
         words = f"explaining {item.item_id}, slice {z} ({item.task}): {num_seeds + 2} restorations"
         on_event(Event("step", done, len(work), words))
-        pixels = None if truth is None else truth.read(item.item_id).pixels
-        yield explain_slice(restorer, plan.measurements, item, z, num_seeds=num_seeds, truth=pixels)
+        clean = None if truth is None else truth.read(item.item_id)
+        yield explain_slice(restorer, plan.measurements, item, z, num_seeds=num_seeds, truth=clean)
 
 
 def _chosen(plan: Plan, settings: ExplainSettings) -> list[ItemPlan]:

@@ -3,7 +3,8 @@
     film        D(x; sigma) at up to 12 levels, of any solver, seen by a denoiser that looks on
     levels      how far the data step moved the estimate, its CG steps and what they left
                 (CovProx), and how badly D(x; sigma) alone explains the data
-    invented    the part of the image that the data do not determine (posterior/null_space.py)
+    invented    the part of the image that the data do not determine, and the part of it that the
+                best linear estimate does not foretell either (posterior/null_space.py)
     steadiness  the spread over seeds, and the answer to small changes of what was measured
 
 A slice is restored by itself, so that its last bits may differ from those of a block of several;
@@ -34,7 +35,7 @@ from diffusion_core.posterior.steadiness import (
 )
 from diffusion_core.posterior.trajectory import Recorder, spread_levels
 from diffusion_core.protocols import Data, LinearOperator, Signal
-from domains.base import Array, BadInputError, Domain, ItemRecord, Problem
+from domains.base import Array, BadInputError, Domain, Item, ItemRecord, Problem
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
 
@@ -126,16 +127,21 @@ class Invented:
         std: of the image, network units.
         steps: CG steps that it took to tell.
         left: relative residual of that solve.
+        beyond: share of what goes beyond the best linear estimate (kriging): of the detail that
+            only the network knew of; None where the model knows no spectrum of images.
         amplitude: (h, w), in units of the image's standard deviation.
-        determined: (c h w) in source units: the image without that part.
+        determined: (c h w) in source units: the image without the first part.
+        beyond_amplitude: (h, w) of the second one.
     """
 
     share: float
     std: float
     steps: int
     left: float
+    beyond: float | None
     amplitude: Array = field(repr=False)
     determined: Array = field(repr=False)
+    beyond_amplitude: Array | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def explain_slice(
     z: int,
     *,
     num_seeds: int,
-    truth: Array | None = None,
+    truth: Item | None = None,
 ) -> Explained:
     """Restore a slice num_seeds + 2 times, and tell what there is to see.
 
@@ -200,7 +206,7 @@ def explain_slice(
         item: planned with blocks one slice deep; its method is a solver.
         z: slice, from 0.
         num_seeds: restorations that differ by their seed.
-        truth: (c z h w) of the item in source units, if it is known.
+        truth: the clean item, if it is known.
 
     Raises:
         BadInputError: if the method is a classical one, or the slice is not there.
@@ -215,8 +221,10 @@ def explain_slice(
         measurement = restorer.read(measurements, item, block)
         problem = domain.problem(measurement)
         subject = _Subject(restorer, item, domain, problem, block)
-        window = None if truth is None else subject.cut(truth[:, z])
-        return _explained(subject, z, num_seeds, window)
+        if truth is None:
+            return _explained(subject, z, num_seeds, None)
+        clean = domain.as_measured(truth, item.record).pixels[:, z]
+        return _explained(subject, z, num_seeds, subject.cut(clean))
 
 
 def _middle_block(item: ItemPlan, z: int) -> Block:
@@ -345,14 +353,18 @@ def _invented(subject: _Subject, x: Signal, left_out: list[str]) -> Invented | N
             "differs from image to image"
         )
         return None
-    found = undetermined(operator, x, subject.problem.noise)
+    noise, prior = subject.problem.noise, subject.prior()
+    found = undetermined(operator, x, noise)
+    beyond = None if prior is None else undetermined(operator, x, noise, prior=prior)
     return Invented(
         share=found.share,
         std=found.std,
         steps=found.num_steps,
         left=found.relative_residual,
+        beyond=None if beyond is None else beyond.share,
         amplitude=subject.amplitude(found),
         determined=subject.show(x - found.part),
+        beyond_amplitude=None if beyond is None else subject.amplitude(beyond),
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 5
 _FRAME_WIDTH = 210
-_MAP_WIDTH = 360
+_MAP_WIDTH = 320
 _BLACK = 1e-3
 """Least full scale of a map, in standard deviations of the image."""
 
@@ -47,22 +47,25 @@ def film(one: Explained) -> Array | None:
 
 
 def map_picture(one: Explained) -> Array | None:
-    """The restored image, what the data determine of it, and the map of what the prior invented."""
+    """The restored image, what the data determine of it, and maps of what the prior invented."""
     found = one.invented
     if found is None:
         return None
     window = windows_for(one.restored, one.record, one.scale)[0]
-    full = map_scale(found.amplitude)
     tiles = [
         ("Restored", window.label, window.show(one.restored)),
         ("Determined by the data", "with the gain of a white prior", window.show(found.determined)),
-        (
-            f"Invented by the prior: {found.share:.1%}",
-            f"brightest: {full:g} of the image's std",
-            inferno(np.clip(found.amplitude / full, 0, 1)),
-        ),
+        _map(f"Invented by the prior: {found.share:.1%}", found.amplitude),
     ]
+    if found.beyond is not None and found.beyond_amplitude is not None:
+        tiles.append(_map(f"Beyond kriging: {found.beyond:.1%}", found.beyond_amplitude))
     return figure_strip(tiles, title=_heading(one), tile_width=_MAP_WIDTH)
+
+
+def _map(name: str, amplitude: Array) -> tuple[str, str, Array]:
+    full = map_scale(amplitude)
+    shown = inferno(np.clip(amplitude / full, 0, 1))
+    return name, f"brightest: {full:g} of the image's std", shown
 
 
 def map_scale(amplitude: Array) -> float:
@@ -92,6 +95,11 @@ def sentences(one: Explained) -> list[str]:
             f"What the prior invented: {found.share:.1%} of the energy of the image about its mean "
             f"is not determined by the data ({_solved(found.steps, found.left)})."
         )
+        if found.beyond is not None:
+            told.append(
+                f"Beyond the best linear estimate (kriging), which knows how smooth images are, "
+                f"goes {found.beyond:.1%} of that energy."
+            )
     fit = "largest misfit to the exact data" if one.exact_data else "residual"
     told.append(f"The restored image has the {fit} {one.residual:.3g}.")
     told += _steady(one.steadiness)

@@ -97,6 +97,18 @@ def test_every_operator_leaves_open_what_a_dense_solve_does(name, noise):
     assert 0 <= found.share <= 1
 
 
+@pytest.mark.parametrize("name", ["dense", "mask", "pool"])
+def test_beyond_the_linear_estimate_is_what_kriging_of_the_same_data_leaves(name):
+    make, channels = OPERATORS[name]
+    operator, prior = make(), GaussianPrior(SIZE, channels)
+    x, table = image(channels), prior.table(SIGMAS)
+    found = undetermined(operator, x, NOISY, EXACTLY, table)
+    way = "kriging", prior.denoise, (operator, operator.A(x), NOISY, SIGMAS, DRAWS, table)
+    torch.testing.assert_close(found.part, x - run_as(*way, SURE).x, rtol=0, atol=1e-9)
+    energy = centred(x).square().sum()
+    assert found.share == pytest.approx(float(found.part.square().sum() / energy), rel=1e-9)
+
+
 def test_the_share_does_not_know_units():
     x = image()
     one = undetermined(Pool(2), x, EXACT)

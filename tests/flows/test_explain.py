@@ -132,6 +132,7 @@ def test_kriging_has_no_film_no_chance_and_a_gain_of_one(site):
     assert one.film == one.levels == ()
     assert one.nfe == 0
     assert "does not ask the network" in one.left_out[0]
+    assert one.invented.beyond < one.invented.share
     assert one.steadiness.seed_spread == 0.0
     assert one.steadiness.noise.gain == pytest.approx(1.0, abs=0.02)
     assert one.steadiness.image.gain == pytest.approx(1.0, abs=0.02)
@@ -180,7 +181,7 @@ def test_the_page_the_pictures_and_the_numbers_say_the_same(site, noisy):
     told = json.loads(noisy.json_path.read_text())
     assert told == noisy.to_json()
     assert {"film", "restored", "record"}.isdisjoint(told[0])
-    assert set(told[0]["invented"]) == {"share", "std", "steps", "left"}
+    assert set(told[0]["invented"]) == {"share", "std", "steps", "left", "beyond"}
     assert f"{told[0]['invented']['share']:.1%} of the energy" in html
     names = {path.name for path in (site / "noisy" / "pictures").iterdir()}
     for z in (1, 4):
