@@ -147,6 +147,8 @@ def noise_words(noise: Mapping[str, Any]) -> str:
         return "no noise"
     if kind == "gaussian":
         return f"Gaussian noise, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
+    if kind == "rician":
+        return f"Rician noise of a magnitude image, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
     if kind == "poisson":
         return f"Poisson noise, {noise['counts_per_ray']:,.0f} photons a ray"
     if kind == "speckle":
