@@ -11,7 +11,7 @@ import numpy as np
 from domains.base import Array, BadInputError, Item, Measurement, Task
 from domains.city.kernels import gaussian_kernel, lens_kernels, motion_kernel
 from domains.imaging import Units, measure
-from domains.keyed import keyed_rng, slice_rngs
+from domains.keyed import keyed_rng, slice_numbers, slice_rngs
 
 Missing = Callable[[int, int, float, np.random.Generator], Array]
 
@@ -20,7 +20,8 @@ def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
     """Degrade a clean image as the task says.
 
     Operator parameters:
-        mask: pattern "random", "strokes" or "box"; missing_share of the pixels (box: of the area).
+        mask: pattern "random", "strokes", "moving-strokes" (of a clip) or "box"; missing_share of
+            the pixels (box: of the area).
         blur: kernel "gaussian", std_px; or "motion", size_px, intensity: keyed, one an item.
         varying-blur: kernel "lens", std_px (in the middle, in the corners), grid (rows, columns).
         pool, downsample: factor.
@@ -43,6 +44,8 @@ def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
 
 def missing_pixels(item: Item, params: Mapping[str, Any], seed: int) -> Array:
     """(z 1 h w), True where pixels go missing in all channels; each frame has its own mask."""
+    if params["pattern"] == "moving-strokes":
+        return moving_strokes(item, float(params["missing_share"]), seed)
     pattern = _choose(PATTERNS, params["pattern"], "pattern of missing pixels")
     h, w = item.record.shape[2:]
     share = float(params["missing_share"])
@@ -91,6 +94,22 @@ def strokes(height: int, width: int, share: float, rng: np.random.Generator) -> 
             if missing.mean() >= share:
                 break
     return missing
+
+
+def moving_strokes(item: Item, share: float, seed: int) -> Array:
+    """One mask of strokes that moves over the frames of a clip, round its borders: (z 1 h w).
+
+    Each frame moves it on by the same few pixels, 1 to 4 either way, as its source counts frames:
+    part of a clip has the masks of the whole.
+    """
+    if not 0 < share < 1:
+        raise BadInputError(f"missing_share must lie between 0 and 1, not {share}")
+    rng = keyed_rng(seed, item.record.source_digest, "mask-moving-strokes", 0)
+    h, w = item.record.shape[2:]
+    drawn = strokes(h, w, share, rng)
+    step = rng.integers(1, 5, 2) * rng.choice([-1, 1], 2)
+    frames = [np.roll(drawn, tuple(n * step), (0, 1)) for n in slice_numbers(item.record)]
+    return np.stack(frames)[:, None]
 
 
 def _draw_segment(missing: Array, start: Array, end: Array, radius: float) -> None:

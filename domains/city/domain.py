@@ -44,7 +44,7 @@ class City(Domain):
     """
 
     name = "city"
-    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+    suffixes = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mp4", ".avi")
     conditions = MappingProxyType({"city": 3, "city-grey": 1, "city-log": 1})
     drawn_from = MappingProxyType({"city-grey": "city", "city-log": "city"})
 
@@ -55,7 +55,7 @@ class City(Domain):
         return read(path)
 
     def write(self, item: Item, stem: Path) -> Path:
-        """Write PNG or TIFF in the source's dtype."""
+        """Write PNG, TIFF or a clip, in the source's dtype."""
         from domains.city.writer import write
 
         return write(item, stem)

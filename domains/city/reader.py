@@ -36,7 +36,8 @@ FORMATS = {
     ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".tif": "tiff", ".tiff": "tiff",
 }  # fmt: skip
 VIDEO_SUFFIXES = (".mp4", ".avi")
-SUFFIXES = tuple(FORMATS)
+MOST_FRAMES_PER_S = 1000.0
+SUFFIXES = (*FORMATS, *VIDEO_SUFFIXES)
 BLANK_FOLD = 2000
 """Times that a picture can be larger than its file: blank pages fold well."""
 SLACK_BYTES = 1 << 16
@@ -55,7 +56,8 @@ def read(path: Path) -> Item:
     require_file(path)
     suffix = path.suffix.lower()
     if suffix in VIDEO_SUFFIXES:
-        return _item(path, _read_video(path), "video", {})
+        frames, rate = _read_video(path)
+        return _item(path, frames, "video", {"frames_per_s": rate} if rate else {})
     if suffix not in FORMATS:
         raise BadInputError(f"{path}: not an image we read; expected {', '.join(SUFFIXES)}")
     try:
@@ -285,8 +287,8 @@ def _nodata(tag: Any) -> dict[str, float]:
     return {"nodata": value} if np.isfinite(value) and value else {}
 
 
-def _read_video(path: Path) -> Array:
-    """All frames of a video: (3 z h w) uint8, RGB."""
+def _read_video(path: Path) -> tuple[Array, float]:
+    """All frames of a video, (3 z h w) uint8, RGB; and how many a second, 0 if it does not say."""
     import cv2
 
     capture = cv2.VideoCapture(str(path))
@@ -296,6 +298,7 @@ def _read_video(path: Path) -> Array:
         props = (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH)
         z, h, w = (int(capture.get(prop)) for prop in props)
         require_size(path, (z, h, w, 3), (h, w))
+        rate = float(capture.get(cv2.CAP_PROP_FPS))
         frames = []
         while True:
             found, frame = capture.read()
@@ -306,4 +309,4 @@ def _read_video(path: Path) -> Array:
         capture.release()
     if not frames:
         raise BadInputError(f"{path}: the video has no readable frame; export it again")
-    return np.stack(frames).transpose(3, 0, 1, 2)
+    return np.stack(frames).transpose(3, 0, 1, 2), rate if 0 < rate <= MOST_FRAMES_PER_S else 0.0

@@ -11,6 +11,8 @@ import numpy as np
 from domains.base import Array, BadInputError, Item, ItemRecord, ReadBox
 from domains.city import exif
 
+USUAL_FRAMES_PER_S = 25.0
+"""Of clips that do not say."""
 PNG_HEAD_BYTES = 33
 """Signature and first chunk, which says the size: what follows may be in any order."""
 
@@ -18,8 +20,8 @@ PNG_HEAD_BYTES = 33
 def write(item: Item, stem: Path) -> Path:
     """Write an item: TIFF if it came from one or PNG cannot hold it, else PNG.
 
-    Values are rounded to the record's dtype and bounded by it. JPEG and video sources are
-    written as PNG: a second lossy pass would undo part of the restoration.
+    Values are rounded to the record's dtype and bounded by it. JPEGs are written as PNG and
+    clips as FFV1: a second lossy pass would undo part of the restoration.
 
     Returns:
         The path written: stem + ".png" or ".tif".
@@ -31,6 +33,8 @@ def write(item: Item, stem: Path) -> Path:
         from domains.city import geotiff
 
         return geotiff.write(item.record, dtype, lambda z, y, x: pixels[:, z, y, x], stem)
+    if _is_clip(item.record):
+        return write_clip(item.record, lambda z, y, x: pixels[:, z, y, x], stem)
     fits_png = z == 1 and c in (1, 3) and pixels.dtype in (np.uint8, np.uint16)
     if item.record.source_format == "tiff" or not fits_png:
         return _write_tiff(pixels, stem, item.record.meta)
@@ -60,11 +64,46 @@ def write_large(record: ItemRecord, read: ReadBox, stem: Path) -> Path:
         from domains.city import geotiff
 
         return geotiff.write(record, dtype, rounded, stem)
+    if _is_clip(record):
+        return write_clip(record, rounded, stem)
     fits_png = z == 1 and c in (1, 3) and dtype in (np.uint8, np.uint16)
     if record.source_format == "tiff" or not fits_png:
         return large.write_tiff(record, dtype, rounded, stem)
     opaque = record.meta.get("alpha") == "opaque"
     return large.write_png(record, dtype, rounded, stem, opaque=opaque)
+
+
+def _is_clip(record: ItemRecord) -> bool:
+    """Whether an item is frames of a video, one or more, in its colours."""
+    return record.source_format == "video" and record.shape[0] == 3 and record.dtype == "uint8"
+
+
+def write_clip(record: ItemRecord, read: ReadBox, stem: Path) -> Path:
+    """Write frames as a lossless clip (FFV1, RFC 9043) of the source's rate, one at a time.
+
+    Args:
+        record: of the item.
+        read: gives a box of its pixels (c z h w) as uint8.
+        stem: of the path.
+
+    Raises:
+        BadInputError: if OpenCV has no FFV1 here.
+    """
+    import cv2
+
+    path = stem.with_name(stem.name + ".avi")
+    _, z, h, w = record.shape
+    rate = float(record.meta.get("frames_per_s", USUAL_FRAMES_PER_S))
+    clip = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"FFV1"), rate, (w, h))
+    try:
+        if not clip.isOpened():
+            raise BadInputError(f"{path}: OpenCV has no FFV1 here; install opencv-python-headless")
+        for frame in range(z):
+            box = read(slice(frame, frame + 1), slice(0, h), slice(0, w))
+            clip.write(np.ascontiguousarray(box[::-1, 0].transpose(1, 2, 0)))
+    finally:
+        clip.release()
+    return path
 
 
 def _insert(path: Path, parts: bytes) -> None:
