@@ -103,7 +103,13 @@ def simulate(item: Item, task: Task, seed: int, units: Any) -> Measurement:
     from domains.keyed import pixel_digest
 
     num_slices, params = item.record.shape[1], dict(task.operator_params)
-    step = int(params["every" if task.operator == "mask" else "factor"])
+    name = "every" if task.operator == "mask" else "factor"
+    if name not in params:
+        raise BadInputError(
+            f"task '{task.name}': {task.operator} of a volume needs operator_params "
+            f"{{{name}: 2}} or more"
+        )
+    step = int(params[name])
     if num_slices <= step or step < 2:
         raise BadInputError(
             f"{item.record.item_id}: {num_slices} slices are too few for one of {step}; give more"

@@ -16,13 +16,14 @@ import torch
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
-from diffusion_core.operators import Projector
-from diffusion_core.protocols import Data, Signal
+from diffusion_core.operators import Compose, Mask, Projector
+from diffusion_core.protocols import Data, LinearOperator, Signal
 from domains.base import BadInputError, Baseline, Measurement, Problem
 from domains.between_slices import cubic_z, linear_z
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.ct.geometry import Geometry
 from domains.ct.operators import ParallelBeam
+from domains.ct.unmeasured import interpolated
 
 Window = Literal["ramp", "hann", "cosine", "shepp-logan"]
 
@@ -79,7 +80,7 @@ def fbp(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -
     del measurement
     settings = settings_from(FBPSettings, params, "fbp")
     operator = projector_of(problem)
-    return filtered_backprojection(operator, line_integrals(problem), settings) - 1
+    return filtered_backprojection(operator, filled_line_integrals(problem), settings) - 1
 
 
 def fbp_nlm(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
@@ -110,7 +111,8 @@ def sirt(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) 
     """
     del measurement
     settings = settings_from(SIRTSettings, params, "sirt")
-    operator, p = any_projector_of(problem), line_integrals(problem)
+    any_projector_of(problem)
+    operator, p = problem.operator, line_integrals(problem)
     like = torch.ones(1, *problem.shape[1:])
     row_weights = _inverse(operator.A(like))
     column_weights = _inverse(operator.A_adjoint(torch.ones_like(row_weights)))
@@ -131,9 +133,10 @@ def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) ->
     """Total variation, each ray weighted by its counts: TVSettings. From a soft backprojection."""
     del measurement
     settings = settings_from(TVSettings, params, "tv")
-    if isinstance(problem.operator, ParallelBeam):
+    operator = _unmasked(problem.operator)
+    if isinstance(operator, ParallelBeam):
         soft = FBPSettings(window="hann", cutoff=0.7)
-        start = filtered_backprojection(problem.operator, line_integrals(problem), soft) - 1
+        start = filtered_backprojection(operator, filled_line_integrals(problem), soft) - 1
     else:
         start = problem.operator.A_adjoint(problem.y)
     return restore_tv(problem, start, settings)
@@ -150,16 +153,29 @@ BASELINES: Mapping[str, Baseline] = {
 
 
 def any_projector_of(problem: Problem) -> Projector:
-    """The projector of a sinogram problem.
+    """The projector of a sinogram problem, without the mask of what is known.
 
     Raises:
         BadInputError: if the measurement is no sinogram.
     """
-    if not isinstance(problem.operator, Projector):
+    operator = _unmasked(problem.operator)
+    if not isinstance(operator, Projector):
         raise BadInputError(
             "filtered backprojection and SIRT need a sinogram; for damaged slices choose tv"
         )
-    return problem.operator
+    return operator
+
+
+def mask_of(problem: Problem) -> Mask | None:
+    """What is known of the sinogram; None where all is."""
+    operator = problem.operator
+    if isinstance(operator, Compose) and isinstance(operator.outer, Mask):
+        return operator.outer
+    return None
+
+
+def _unmasked(operator: LinearOperator) -> LinearOperator:
+    return operator.inner if isinstance(operator, Compose) else operator
 
 
 def projector_of(problem: Problem) -> ParallelBeam:
@@ -177,8 +193,15 @@ def projector_of(problem: Problem) -> ParallelBeam:
 
 
 def line_integrals(problem: Problem) -> Data:
-    """The measured line integrals of attenuation, (b 1 views bins): 0 through air."""
+    """The measured line integrals of attenuation, (b 1 views bins): 0 through air, or unknown."""
     return problem.y + problem.operator.A(torch.ones(1, *problem.shape[1:]))
+
+
+def filled_line_integrals(problem: Problem) -> Data:
+    """Those, with straight lines over what is unknown: backprojection wants all of them."""
+    p = line_integrals(problem)
+    known = mask_of(problem)
+    return p if known is None else torch.from_numpy(interpolated(p.numpy(), known.mask.numpy()))
 
 
 def filtered_backprojection(operator: ParallelBeam, p: Data, settings: FBPSettings) -> Signal:

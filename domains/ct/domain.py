@@ -35,6 +35,7 @@ from domains.medical_domain import MedicalDomain
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffusion_core.operators import Operator
     from domains.ct.geometry import Geometry
 
 UNITS = Units(-1000.0, 2000.0)
@@ -97,7 +98,8 @@ class CT(MedicalDomain):
         Returns:
             y (z 1 views bins) float32: measured line integrals -log(max(n, 1/2) / I0), from a finer
             projector than reconstructs; Poisson counts n, with Gaussian read-out noise if the task
-            states `electronic_counts`, keyed by source, seed and slice.
+            states `electronic_counts`, keyed by source, seed and slice. Metal and lying elements
+            are as unmeasured.py says: arrays["mask"] (z 1 views bins) then tells what is known.
         """
         if task.operator in BETWEEN:
             from domains.between_slices import simulate
@@ -106,6 +108,7 @@ class CT(MedicalDomain):
             require_one_channel(item.record)
             return simulate(item, task, seed, UNITS)
         from domains.ct.degradations import attenuation, log_transform, photon_counts, scan
+        from domains.ct.unmeasured import spoil
         from domains.keyed import pixel_digest, slice_rngs
 
         require_task(task, self.name, (*SCANS, *BETWEEN))
@@ -121,6 +124,8 @@ class CT(MedicalDomain):
         rngs = slice_rngs(seed, item.record, "noise")
         counts = photon_counts(line_integrals, counts_per_ray, rngs, electronic_counts)
         params |= {"num_bins": geometry.num_bins, "bin_mm": geometry.bin_mm}
+        data = log_transform(counts, counts_per_ray)
+        data, known = spoil(data, item, geometry, params, seed)
         return Measurement(
             record=item.record,
             task=task.name,
@@ -131,7 +136,8 @@ class CT(MedicalDomain):
                 "counts_per_ray": counts_per_ray,
                 "electronic_counts": electronic_counts,
             },
-            y=log_transform(counts, counts_per_ray)[:, None],
+            y=data[:, None],
+            arrays={} if known is None else {"mask": known},
             truth_digest=pixel_digest(item.pixels),
             seed=seed,
         )
@@ -243,6 +249,7 @@ def sinogram_problem(measurement: Measurement) -> Problem:
     import torch
 
     from diffusion_core.noise.likelihood import PoissonTransmission
+    from diffusion_core.operators import Compose, Mask
     from domains.ct.degradations import MU_WATER_PER_MM
     from domains.ct.operators import beam_of
 
@@ -250,11 +257,16 @@ def sinogram_problem(measurement: Measurement) -> Problem:
     water = float(measurement.params.get("water_per_mm", MU_WATER_PER_MM))
     slope = water * (UNITS.high - UNITS.low) / 2 / 1000  # of mu against x, per mm
     constant = water * (1 + (UNITS.high + UNITS.low) / 2 / 1000)  # mu at x = 0
-    operator = beam_of(geometry_of(measurement.record, measurement.params), slope)
-    offset = operator.A(torch.ones(1, 1, h, w)) * (constant / slope)
+    beam = beam_of(geometry_of(measurement.record, measurement.params), slope)
+    offset = beam.A(torch.ones(1, 1, h, w)) * (constant / slope)
+    y = torch.from_numpy(np.array(measurement.y, dtype=np.float32)) - offset
+    operator: Operator = beam
+    if "mask" in measurement.arrays:
+        known = Mask(torch.from_numpy(np.array(measurement.arrays["mask"], dtype=bool)))
+        operator, y = Compose(known, beam), known.measured(y)
     return Problem(
         operator=operator,
-        y=torch.from_numpy(np.array(measurement.y, dtype=np.float32)) - offset,
+        y=y,
         noise=PoissonTransmission(
             float(measurement.noise["counts_per_ray"]),
             offset,

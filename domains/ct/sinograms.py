@@ -16,6 +16,8 @@
      "image": {"height": 512, "width": 512, "pixel_mm": [0.7, 0.7]},   default: the field of view
      "slice_mm": 1.0}
 
+Values that are NaN were not measured: dead elements, traces of metal. With "find_lying_bins": true
+elements that stand out from their neighbours, which make rings, count as not measured too.
 Angles and detector run as geometry.py says. Where line integrals state no counts_per_ray it is
 estimated from how far neighbouring views differ, which takes fine structure for noise: state it.
 """
@@ -32,6 +34,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from domains.base import Array, BadInputError, ItemRecord, Measurement
+from domains.ct.unmeasured import lying_bins
 from domains.files import MAX_PIXELS, fault_in_words, file_digest, keyed_id, require_file
 
 SUFFIXES = (".npy", ".h5", ".hdf5")
@@ -70,6 +73,7 @@ class ScanGeometry(BaseModel):
     water_per_mm: float = Field(0.02, gt=0, lt=1)
     image: ImageGrid | None = None
     slice_mm: float = Field(1.0, gt=0)
+    find_lying_bins: bool = False
 
     @property
     def magnification(self) -> float:
@@ -106,7 +110,11 @@ def measured(path: Path) -> Measurement:
     geometry = _geometry(path, text)
     z, views, bins = values.shape
     angles = _angles(path, geometry, views)
-    y, noise = _line_integrals(path, values, geometry)
+    known = np.isfinite(values)
+    y, noise = _line_integrals(path, np.where(known, values, np.median(values[known])), geometry)
+    if geometry.find_lying_bins:
+        known &= ~lying_bins(y, known)[:, None]
+    arrays = {} if known.all() else {"mask": known[:, None]}
     height, width, pixel_mm = _grid(geometry, bins)
     digest = file_digest(path)
     params: dict[str, Any] = {
@@ -135,7 +143,8 @@ def measured(path: Path) -> Measurement:
         operator=f"{geometry.beam}-beam",
         params=params,
         noise=noise,
-        y=y[:, None],
+        y=np.where(known, y, 0)[:, None],
+        arrays=arrays,
     )
 
 
@@ -167,9 +176,12 @@ def _checked(path: Path, data: Any) -> Array:
             f"{MAX_PIXELS // 4} values or fewer"
         )
     values = np.asarray(data[...], np.float64)
-    num_bad = values.size - np.count_nonzero(np.isfinite(values))
-    if num_bad:
-        raise BadInputError(f"{path}: {num_bad} of its values are NaN or infinite; replace them")
+    num_bad = np.count_nonzero(np.isinf(values))
+    if num_bad or np.isnan(values).all():
+        raise BadInputError(
+            f"{path}: {num_bad} of its values are infinite, or all are NaN; replace them (NaN is "
+            "for what was not measured)"
+        )
     return values if values.ndim == 3 else values[None]
 
 

@@ -159,6 +159,9 @@ def noise_words(noise: Mapping[str, Any]) -> str:
 
 
 def _ct_title(params: Mapping[str, Any]) -> str:
+    spoilt = {"metal": "Metal in the body", "rings": "Detector elements that lie"}
+    if params.get("pattern") in spoilt:
+        return spoilt[params["pattern"]]
     arc = params.get("arc_degrees", 180.0)
     views = f"{params.get('num_views')} views"
     return f"Tomography from {views}" + ("" if arc == 180.0 else f" over {arc:g}°")

@@ -363,8 +363,9 @@ def test_read_out_noise_is_in_the_counts_and_in_the_likelihood():
     noise = {"kind": "poisson", "counts_per_ray": 1e4, "electronic_counts": 100.0}
     domain, task = CT(), replace(load_task("ct-sparse60"), noise=noise)
     runs = np.stack([domain.simulate(item, task, seed=s).y for s in range(24)])
-    problem = domain.problem(domain.simulate(item, task, seed=0))
-    Ax = problem.operator.A(domain.truth_signal(item, None))
+    measurement = domain.simulate(item, task, seed=0)
+    problem = domain.problem(measurement)
+    Ax = problem.operator.A(domain.truth_signal(item, measurement))
     ratio = runs.var(axis=0, ddof=1) / problem.noise.variance(Ax).numpy()
     assert abs(ratio.mean() - 1) < 0.03
 
@@ -419,8 +420,9 @@ def test_counts_are_poisson_and_the_likelihood_says_how_uncertain_their_logarith
     item = phantom_item(depth=1)
     domain, task = CT(), load_task("ct-sparse60")
     runs = np.stack([domain.simulate(item, task, seed=s).y for s in range(24)])
-    problem = domain.problem(domain.simulate(item, task, seed=0))
-    Ax = problem.operator.A(domain.truth_signal(item, None))
+    measurement = domain.simulate(item, task, seed=0)
+    problem = domain.problem(measurement)
+    Ax = problem.operator.A(domain.truth_signal(item, measurement))
     ratio = runs.var(axis=0, ddof=1) / problem.noise.variance(Ax).numpy()
     assert abs(ratio.mean() - 1) < 0.03
 
@@ -561,7 +563,8 @@ def test_items_that_are_no_ct_slices_are_refused(changes, message):
     [
         ({"operator_params": {"num_views": 0, "arc_degrees": 180.0}}, "no scan has 0 views"),
         ({"noise": {"kind": "gaussian", "sigma_y": 0.1}}, "not for CT"),
-        ({"operator": "mask"}, "has no operator 'mask'"),
+        ({"operator": "blur"}, "has no operator 'blur'"),
+        ({"operator": "mask"}, "mask of a volume needs operator_params {every: 2}"),
         ({"domain": "city"}, "is for the domain 'city'"),
     ],
 )

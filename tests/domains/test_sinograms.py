@@ -150,7 +150,7 @@ def test_what_is_measured_is_the_operator_of_the_measurement(tmp_path):
 OK = {**PARALLEL, "num_views": 10, "arc_degrees": 180.0, "counts_per_ray": 1e5}
 BAD = {
     "angles": (np.zeros((9, 20)), OK, "9 views, and its geometry has 10 angles"),
-    "nan": (np.full((10, 20), np.nan), OK, "200 of its values are NaN"),
+    "nan": (np.full((10, 20), np.nan), OK, "or all are NaN"),
     "text": (np.zeros((10, 20)), "{not json", "its geometry cannot be used"),
     "unknown": (np.zeros((10, 20)), {**OK, "bin_cm": 1}, "bin_cm: extra inputs"),
     "negative": (np.zeros((10, 20)), {**OK, "bin_mm": -1}, "bin_mm: input should be greater"),
