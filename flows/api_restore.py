@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Self
 
 from domains.base import BadInputError
 from domains.files import file_digest
@@ -53,7 +54,7 @@ class NothingRestoredError(CampaignError):
 
 @dataclass(frozen=True)
 class RestoreJob:
-    """A restoration that is planned and has not begun.
+    """A restoration that is planned; a context that keeps its measurements from other runs.
 
     Attributes:
         settings: as given.
@@ -72,6 +73,12 @@ class RestoreJob:
     def windows(self) -> list[Plan]:
         """The plan in windows of `settings.window_items` items."""
         return self.plan.windows(self.settings.window_items)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.given.release()
 
 
 @dataclass(frozen=True)
@@ -128,10 +135,8 @@ def restore(settings: RestoreSettings, on_event: EventHandler | None = None) -> 
         CampaignError: if the run cannot go on; what is done is kept.
     """
     handler = on_event or ignore
-    job = prepare(settings, handler)
-    with make_executor(settings.compute) as executor:
-        result = restore_window(job, job.plan, executor, handler)
-    return collect(job, [result])
+    with prepare(settings, handler) as job, make_executor(settings.compute) as executor:
+        return collect(job, [restore_window(job, job.plan, executor, handler)])
 
 
 def plan(settings: RestoreSettings, on_event: EventHandler | None = None) -> Plan:
@@ -140,8 +145,11 @@ def plan(settings: RestoreSettings, on_event: EventHandler | None = None) -> Pla
     Raises:
         BadInputError: as restore.
     """
-    with TemporaryDirectory(prefix="sashiko-plan-") as scratch:
-        return prepare(settings, on_event or ignore, work=Path(scratch)).plan
+    with (
+        TemporaryDirectory(prefix="sashiko-plan-") as scratch,
+        prepare(settings, on_event or ignore, work=Path(scratch)) as job,
+    ):
+        return job.plan
 
 
 def prepare(
@@ -380,7 +388,11 @@ def _num_workers(settings: RestoreSettings) -> int:
 
 
 def _remove_scratch(job: RestoreJob, published: Sequence[RestoredEntry]) -> None:
-    """Remove the measurements that were made of images, once nothing is left to restore."""
+    """Remove the measurements made of images, once nothing is left to restore and no run of them.
+
+    Who stops with something left, or first of several, leaves them to the others, or to gc.
+    """
+    job.given.release()
     left = {item.key for item in job.plan.items} - {entry.key for entry in published}
     if job.given.scratch is not None and not left:
         remove_scratch(job.given.scratch)

@@ -13,9 +13,9 @@
 Raw measurements (k-space) say themselves what was measured: none of these goes with them.
 
 The store is named by the content of what went into it, so that a run that was stopped finds it,
-and lies in the output's work area until all of it is restored. Files of equal content and equal
-masks are one item. Items are named by keyed hashes; names of files are kept in memory only, for
-the files handed back and for the person who gave them.
+and lies in the output's work area until all of it is restored and no run uses it. Files of equal
+content and equal masks are one item. Items are named by keyed hashes; names of files are kept in
+memory only, for the files handed back and for the person who gave them.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from flows.boxes import boxes_of
 from flows.config import Home, RestoreSettings
 from flows.damage import NAMED, Damage, place_below
 from flows.engine.events import Event, EventHandler
+from flows.engine.in_use import InUse, alone_with
 from flows.roots import Root
 from flows.store import Measurements, MeasurementWriter
 
@@ -90,6 +91,7 @@ class Given:
         scratch: folder of the store, to be removed when all is restored; None if the store is the
             user's own.
         made: folders that were not there before, the innermost first.
+        in_use: keeps other runs from removing the scratch; None if there is none.
     """
 
     path: Root
@@ -99,9 +101,16 @@ class Given:
     num_unknown: int = 0
     scratch: Path | None = None
     made: tuple[Path, ...] = ()
+    in_use: InUse | None = None
+
+    def release(self) -> None:
+        """Let other runs remove the scratch: this one reads it no more."""
+        if self.in_use is not None:
+            self.in_use.end()
 
     def withdraw(self) -> None:
         """Leave nothing of a request that is refused after all; what was there before stays."""
+        self.release()
         if self.scratch in self.made:
             remove_scratch(self.scratch)
         _remove_empty(self.made)
@@ -132,13 +141,36 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
     made = tuple(p for p in path.parents if not p.exists())
-    if not path.exists():
-        try:
-            _write(path, sources, domain, damage, on_event)
-        except BaseException as error:
-            _remove_empty(made)
-            if not (isinstance(error, BadInputError) and path.exists()):
-                raise  # unless another run made the same store meanwhile
+    in_use = InUse(path.parent)  # before it is looked for: who found it unused may be removing it
+    try:
+        _make(path, sources, domain, damage, on_event)
+        given = _given(path, sources, domain)
+    except BaseException:
+        in_use.end()
+        _remove_empty(made)
+        raise
+    return replace(given, num_unknown=len(unknown), made=made, in_use=in_use)
+
+
+def _make(
+    path: Path,
+    sources: Sequence[_Source],
+    domain: Domain,
+    damage: Damage,
+    on_event: EventHandler,
+) -> None:
+    """Make the store unless it is there; another run may make the same one meanwhile."""
+    if path.exists():
+        return
+    try:
+        _write(path, sources, domain, damage, on_event)
+    except BadInputError:
+        if not path.exists():
+            raise
+
+
+def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:
+    """The store, with the files that are and are not in it."""
     reasons = dict(Measurements(path).manifest["rejected"])
     names: dict[str, tuple[str, ...]] = {}
     files: dict[str, Path] = {}
@@ -151,7 +183,7 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
             files.setdefault(item_id, source.path)
-    return Given(path, names, files, tuple(rejected), len(unknown), path.parent, made)
+    return Given(path, names, files, tuple(rejected), scratch=path.parent)
 
 
 def local_images(settings: RestoreSettings) -> Path:
@@ -171,11 +203,18 @@ def local_images(settings: RestoreSettings) -> Path:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove the folder of a store: at once for whoever looks for it, then its bytes."""
-    with suppress(OSError):  # another run may have removed it
-        folder.rename(folder.with_name(f"{_GONE}{uuid4().hex}"))
+    """Remove the folder of a store that no run uses: at once for all who look, then its bytes."""
+    with alone_with(folder) as alone:
+        if alone:
+            set_gone(folder)
     for gone in folder.parent.glob(f"{_GONE}*"):  # those of a killed run too
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def set_gone(folder: Path) -> None:
+    """Take a folder out of sight; another run may have been first."""
+    with suppress(OSError):
+        folder.rename(folder.with_name(f"{_GONE}{uuid4().hex}"))
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

@@ -24,17 +24,17 @@ from flows.watch import finished, flow_events
 def restore_flow(settings: RestoreSettings) -> RestoreResult | State[RestoreResult]:
     """Restore measurements or damaged images; what is restored already is not computed again."""
     on_event = flow_events("restore-progress")
-    job = prepare(settings, on_event)
-    windows = job.windows()
-    hear = as_one_run(windows, on_event)
-    with make_executor(settings.compute) as executor:
+    with prepare(settings, on_event) as job:
+        windows = job.windows()
+        hear = as_one_run(windows, on_event)
+        with make_executor(settings.compute) as executor:
 
-        @task(name="window", task_run_name="window-{number}", cache_policy=NO_CACHE)
-        def window(number: int) -> WindowResult:
-            return restore_window(job, windows[number], executor, hear[number])
+            @task(name="window", task_run_name="window-{number}", cache_policy=NO_CACHE)
+            def window(number: int) -> WindowResult:
+                return restore_window(job, windows[number], executor, hear[number])
 
-        results = [window(number) for number in range(len(windows))]
-    return finished(collect(job, results))
+            results = [window(number) for number in range(len(windows))]
+        return finished(collect(job, results))
 
 
 def as_one_run(windows: list[Plan], on_event: EventHandler) -> list[EventHandler]:

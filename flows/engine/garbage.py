@@ -6,6 +6,7 @@
     .work/KEY/stage/ATTEMPT.*   that no receipt names: its worker died, or came second
     *.corrupt-N  .*.partial     set aside; torn
     .work/files-* .work/.gone-* left by a driver that died
+    .work/given-*               measurements of images, which no run uses: they are made again
     leases, fences, quarantine  of drivers that are gone, of items that are published
 
 Never touched: what a manifest names, receipts and the chunks that they name of an item that is not
@@ -34,6 +35,8 @@ from flows.engine.fencing import (
     living_drivers,
     take_fence,
 )
+from flows.engine.in_use import alone_with
+from flows.engine.objects import LocalObjects
 from flows.engine.publish import load_manifest
 from flows.engine.receipt import Objects, read_receipt
 
@@ -43,6 +46,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"[a-z0-9-]+-(?P<key>[0-9a-f]{12})-(?P<id>[0-9a-f]{8})\.ome\.zarr")
 _ATTEMPT = re.compile(r"(?P<key>[0-9a-f]{12})-(?P<id>[0-9a-f]{8})")
 _MANIFEST = re.compile(r"(?P<key>[0-9a-f]{64})\.json")
+_GIVEN = re.compile(r"given-[0-9a-f]{16}")
 _CORRUPT = re.compile(r".*\.json\.corrupt-\d+")
 _SCRAP = re.compile(r"(\..*\.partial|\.gone-.*)")
 
@@ -150,6 +154,8 @@ class _Collector:
                 yield from self._work(name)
             elif name.startswith("files-"):
                 yield from self._old("draft of a file", f".work/{name}")
+            elif _GIVEN.fullmatch(name):
+                yield from self._measured(f".work/{name}")
         yield from self._scraps()
         yield from self._records()
 
@@ -257,6 +263,14 @@ class _Collector:
         return attempts, unclear
 
     # --- the rest --------------------------------------------------------------------------------
+
+    def _measured(self, key: str) -> Iterator[Garbage]:
+        """Measurements made of images; runs that want them wait until they are removed."""
+        if not isinstance(self._objects, LocalObjects):
+            return  # they are made on a machine's own disk
+        with alone_with(self._objects.path(key)) as alone:
+            if alone is not False:
+                yield from self._old("measurements of images that no run uses", key)
 
     def _scraps(self) -> Iterator[Garbage]:
         for prefix in (".work", "manifests", "campaigns", "quarantine", "files"):

@@ -301,7 +301,7 @@ def test_what_is_not_ours_is_never_garbage(store, tmp_path):
     (foreign / "precious").write_text("x")
     (tmp_path / "items/item-0/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "items/item-0/given/notes.txt").write_text("mine")
-    given = tmp_path / ".work/given-0123456789abcdef/measurements.zarr"
+    given = tmp_path / ".work/given-of-mine"
     given.mkdir(parents=True)
     (given / "zarr.json").write_text("{}")
     before = content_of(tmp_path)

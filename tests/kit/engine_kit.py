@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tiny_domain import tiny_item, tiny_measurement
 
-from flows.config import MethodSettings
+from flows.config import ComputeSettings, MethodSettings, RestoreSettings
 from flows.engine.objects import open_objects
 from flows.engine.plan import Plan, make_plan
 from flows.engine.restored import open_restored
@@ -37,6 +37,32 @@ def method(name: str = "twice", **options: object) -> MethodSettings:
 def tiny_plan(store: Root, output: Root, *ways: MethodSettings, **settings: object) -> Plan:
     """A plan with one slice a block, unless told otherwise."""
     return make_plan(store, output, list(ways) or [method()], **settings)  # type: ignore[arg-type]
+
+
+def put_images(folder: Path, count: int, *, seed: int = 1) -> Path:
+    """A folder of images of the tiny domain: im0.npy, im1.npy ..."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        np.save(folder / f"im{index}.npy", rng.standard_normal((1, 1, 20, 24)).astype(np.float32))
+    return folder
+
+
+def image_settings(images: Path, output: Path, name: str = "twice") -> RestoreSettings:
+    """A request to restore such a folder, computed in this process."""
+    return RestoreSettings(
+        input=images,
+        output=output,
+        domain="tiny",
+        sigma_y=0.1,
+        method=method(name),
+        compute=ComputeSettings(executor="inline"),
+    )
+
+
+def content_free(folder: Path) -> bool:
+    """Whether a folder holds no file, at any depth."""
+    return not any(path.is_file() for path in folder.rglob("*"))
 
 
 def published(output: Root) -> dict[tuple[str, str], np.ndarray]:
