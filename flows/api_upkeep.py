@@ -17,6 +17,7 @@ from pathlib import Path
 from domains.base import BadInputError
 from flows.engine.events import EventHandler
 from flows.engine.garbage import DAY_S, Collection, collect_garbage
+from flows.engine.handed import FILES
 from flows.engine.objects import open_objects
 from flows.engine.publish import manifest_key
 from flows.engine.quarantine import Quarantined, list_quarantine, release
@@ -195,7 +196,8 @@ def _is_output(objects: Objects) -> bool:
 
 def _hide(objects: Objects, found: Verification) -> list[str]:
     """Set the manifests of damaged published items aside."""
-    damaged = dict.fromkeys(d.key for d in found.damages if not d.file.startswith(".work/"))
+    elsewhere = (".work/", f"{FILES}/")
+    damaged = dict.fromkeys(d.key for d in found.damages if not d.file.startswith(elsewhere))
     for key in damaged:
         set_aside(objects, manifest_key(key))
     return list(damaged)

@@ -1,11 +1,12 @@
 """Published items as files of the domain's own formats, for the tools outside.
 
     OUTPUT/files/PLACE.png        the restored image; PLACE is its source's name, or its item's
-    OUTPUT/files/PLACE.json       where its pixels come from
+    OUTPUT/files/PLACE.json       where its pixels come from, and sha256 and size of the image
 
 Files appear whole, provenance first, under names that are free; nothing is ever overwritten.
 Another result for the same place (another model, say) stands beside the first as
-PLACE--METHOD-KEY.
+PLACE--METHOD-KEY. An image that is no longer what its provenance says is written anew, and what
+stood there is kept as NAME.altered-ID.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from domains.base import Array, Item
+from domains.base import Array, BadInputError, Item
 from domains.registry import load_domain
 from flows.engine.cost import LARGE_ITEM_BYTES
+from flows.engine.handed import FILES, file_of, fingerprint, is_as_written, provenance_of
 from flows.engine.objects import LocalObjects
 from flows.engine.restored import RestoredEntry, open_restored
-
-FILES = "files"
 
 
 def hand_over(
@@ -42,7 +43,7 @@ def hand_over(
         The files, old or new.
 
     Raises:
-        BadInputError: if the domain cannot write the item.
+        BadInputError: if the domain cannot write the item, or something else has its names.
     """
     objects = LocalObjects(output)
     return [_hand_over(objects, output, entry, place, source) for place in places]
@@ -56,53 +57,71 @@ def place_of(entry: RestoredEntry) -> str:
 def _hand_over(
     objects: LocalObjects, output: Path, entry: RestoredEntry, place: str, source: Path | None
 ) -> Path:
-    key, owner = f"{FILES}/{place}", _owner(objects, f"{FILES}/{place}.json")
-    if owner not in (None, entry.key):
-        key = f"{key}--{entry.method}-{entry.key[:8]}"
-        owner = _owner(objects, f"{key}.json")
-    if owner is not None:
-        finished = _finished(objects, key)
-        if finished is not None:
-            return finished
-    return _write(objects, output, entry, key, source)
+    """Under the place itself, or beside another result that has it."""
+    own = f"{FILES}/{place}--{entry.method}-{entry.key[:8]}"
+    for key in (f"{FILES}/{place}", own):
+        owner = _owner(objects, key)
+        if owner in (None, entry.key) or (owner == "" and key == own):
+            path = _finished(objects, key, entry) or _write(objects, output, entry, key, source)
+            if path is not None:
+                return path
+    raise BadInputError(f"{objects.path(own)}: something else has this name; move it away")
 
 
 def _owner(objects: LocalObjects, key: str) -> str | None:
-    """Key of the item that a provenance file speaks of; None if there is no such file."""
-    try:
-        return str(json.loads(objects.get(key))["key"])
-    except FileNotFoundError:
+    """Key of the item that has a place; None if nobody has, "" if that cannot be read."""
+    told = provenance_of(objects, f"{key}.json")
+    return None if told is None else str(told.get("key", ""))
+
+
+def _finished(objects: LocalObjects, key: str, entry: RestoredEntry) -> Path | None:
+    """The item's file, if it is there and as its provenance says."""
+    told = provenance_of(objects, f"{key}.json") or {}
+    place = file_of(objects, key, told) if told.get("key") == entry.key else None
+    if place is None or not is_as_written(objects, place, told):
         return None
-    except (ValueError, KeyError):
-        return ""
-
-
-def _finished(objects: LocalObjects, key: str) -> Path | None:
-    """The file that a provenance names, unless its writer died between the two."""
-    file = json.loads(objects.get(f"{key}.json"))["file"]
-    place = str(PurePosixPath(key).with_name(file))
-    return objects.path(place) if objects.exists(place) else None
+    return objects.path(place)
 
 
 def _write(
     objects: LocalObjects, output: Path, entry: RestoredEntry, key: str, source: Path | None
-) -> Path:
-    """Write into a folder of this attempt's own, then let provenance and image appear."""
+) -> Path | None:
+    """Write into a folder of this attempt's own, then let provenance and image appear.
+
+    Returns:
+        The image; None if something else has its place by now.
+    """
     draft = f".work/{FILES}-{uuid.uuid4().hex}"
     folder = objects.path(draft)
     folder.mkdir(parents=True)
     try:
         written = _written(output, entry, folder / PurePosixPath(key).name, source)
         target = str(PurePosixPath(key).with_name(written.name))
-        provenance = {"file": written.name, **entry.facts}
-        objects.create(f"{key}.json", (json.dumps(provenance, indent=1) + "\n").encode())
-        if written.is_dir():
-            objects.adopt(f"{draft}/{written.name}", target)
-        elif not objects.exists(target):
-            objects.link(f"{draft}/{written.name}", target)
+        if _owner(objects, key) is None and objects.exists(target):
+            return None
+        provenance = {**entry.facts, "file": written.name, **fingerprint(written)}
+        note = (json.dumps(provenance, indent=1) + "\n").encode()
+        if not objects.create(f"{key}.json", note):
+            if _owner(objects, key) not in (entry.key, ""):
+                return None
+            objects.put(f"{draft}/provenance", note)
+            objects.rename(f"{draft}/provenance", f"{key}.json")
+        _place(objects, f"{draft}/{written.name}", target, provenance)
     finally:
         objects.remove(draft)
     return objects.path(target)
+
+
+def _place(objects: LocalObjects, draft: str, target: str, provenance: Mapping[str, Any]) -> None:
+    """Let the image appear; what has been altered is moved aside, what is the same stays."""
+    if objects.exists(target):
+        if is_as_written(objects, target, provenance):
+            return
+        objects.rename(target, f"{target}.altered-{uuid.uuid4().hex[:8]}")
+    if objects.path(draft).is_dir():
+        objects.adopt(draft, target)
+    else:
+        objects.link(draft, target)
 
 
 def _written(output: Path, entry: RestoredEntry, stem: Path, source: Path | None) -> Path:

@@ -5,6 +5,7 @@
         -> zarr.json, chunks of every level    by the ledger
     .work/KEY/receipts/*   by their own seals
       -> staged chunks     by the receipts
+    files/*                that are there still, by their provenance
 
 Nothing is changed, and a campaign may be running: what vanishes because its item is published
 meanwhile is no damage.
@@ -22,6 +23,8 @@ from itertools import islice
 from typing import Any, Literal
 
 from flows.engine.events import EventHandler, Progress, ignore
+from flows.engine.handed import handed_over, is_as_written
+from flows.engine.objects import LocalObjects
 from flows.engine.publish import LEDGER, load_manifest, manifest_key
 from flows.engine.receipt import Objects, read_receipt, staged_key, unseal
 
@@ -101,6 +104,7 @@ class _Claim:
 _AGAIN = (
     "hide the item with `sashiko verify --set-aside`, then give the command again that restored it"
 )
+_WRITE_AGAIN = "give the command again that restored it: it writes the file anew"
 _RERUN = "give the command again that restored it: it sees this, and makes the item anew"
 _RECOMPUTE = "nothing is lost: the next run computes the block again"
 
@@ -134,6 +138,7 @@ class _Verifier:
         num_objects, num_bytes = self._check(c for key in keys for c in self._published(key))
         staged = (claim for key in work for claim in self._staged(key))
         num_staged, staged_bytes = self._check(staged)
+        self._check_files()
         return Verification(
             tuple(self._damages),
             len(keys),
@@ -218,6 +223,24 @@ class _Verifier:
                     if fault is not None and not self._excused(claim):
                         self._damaged(claim.file, fault, claim.item, claim.key, claim.next_step)
         return num_objects, num_bytes
+
+    def _check_files(self) -> None:
+        """Files handed over: their names are free to their owner, who may have taken them away."""
+        if not isinstance(self._objects, LocalObjects):
+            return
+        for place, told in handed_over(self._objects):
+            fault: Fault = "altered"
+            try:
+                if is_as_written(self._objects, place, told):
+                    continue
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                fault = "unreadable"
+            key = str(told["key"])
+            self._damaged(place, fault, str(told.get("item_id", key[:12])), key, _WRITE_AGAIN)
 
     def _look_at(self, claim: _Claim) -> tuple[int, Fault | None]:
         try:
