@@ -15,7 +15,6 @@ import zarr
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
 from flows.engine.grid import MAX_CANVAS_PX, MAX_CHUNK_PX
-from flows.engine.objects import StoreError
 from flows.roots import Root
 from flows.store_files import StoreWriter, array_digest, read_manifest, strict_store, write_array
 from flows.store_records import (
@@ -44,6 +43,16 @@ ALL = slice(None)
 
 _MOST_OPEN = 64
 """Arrays whose metadata are kept: reading them anew would be half of a small block's time."""
+
+_DAMAGE = (
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    KeyError,
+    RuntimeError,
+    ValueError,
+)
+"""What a store that lacks or garbles something fails with; another OSError is of the storage."""
 
 
 class DatasetWriter(StoreWriter):
@@ -125,18 +134,19 @@ class Store:
         try:
             array: Any = self._opened(name)
             return tuple(array.shape)
-        except StoreError:
-            raise
-        except (OSError, KeyError, RuntimeError, ValueError):
+        except _DAMAGE:
             return ()
 
     def _array(self, name: str, where: Any) -> Array:
-        """A part of an array; only the chunks it touches are read."""
+        """A part of an array; only the chunks it touches are read.
+
+        Raises:
+            BadInputError: if one is missing, or fails its checksum.
+            OSError: if the storage fails, which says nothing of the data.
+        """
         try:
             return np.asarray(self._opened(name)[where])
-        except StoreError:  # it says nothing of the data
-            raise
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
+        except _DAMAGE as error:
             raise BadInputError(
                 f"{self.path}: a chunk of {name} is damaged or missing; make the store again"
             ) from error
@@ -219,6 +229,11 @@ class Measurements(Store):
         """Sha256 of the content of one measurement."""
         return self.entry(item_id, task).digest
 
+    def find_digest(self, item_id: str, task: str) -> str | None:
+        """The same; None if the store has no such measurement."""
+        entry = self._by_key.get((item_id, task))
+        return None if entry is None else entry.digest
+
     def read(
         self, item_id: str, task: str, z: slice = ALL, plane: tuple[slice, slice] = (ALL, ALL)
     ) -> Measurement:
@@ -232,7 +247,9 @@ class Measurements(Store):
                 record tells of whole planes still.
 
         Raises:
-            BadInputError: if the store has no such measurement, or a chunk is damaged.
+            BadInputError: if the store has no such measurement, a chunk is damaged, or an array
+                that is read whole is not the one of the manifest.
+            OSError: if the storage fails.
         """
         entry = self.entry(item_id, task)
         start, stop = _bounds(z, entry.num_slices)
@@ -242,8 +259,14 @@ class Measurements(Store):
         for name in entry.arrays:
             path = f"measurements/{item_id}/{task}/{name}"
             first = () if name in shared else (slice(start, stop),)
-            window = plane if self._shape(path)[-2:] == size else ()
-            arrays[name] = self._array(path, (*first, ..., *window))
+            shape = self._shape(path)
+            window = plane if shape[-2:] == size else ()
+            array = self._array(path, (*first, ..., *window))
+            if array.shape == shape and array_digest(array) != entry.arrays[name]:
+                raise BadInputError(
+                    f"{self.path}: {path} is not what was written; make the store again"
+                )
+            arrays[name] = array
         return Measurement(
             record=entry.record.slices(start, stop),
             task=task,

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Hashable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -113,6 +114,20 @@ def has_manifest(path: Root) -> bool:
     if isinstance(path, Path):
         return (path / MANIFEST).is_file()
     return open_objects(path).size(MANIFEST) is not None
+
+
+def manifest_stamp(path: Root) -> Hashable:
+    """What tells a store's manifest from another that was put in its place; None if it is gone.
+
+    Stores never change, but a path may be given to another store, under a process that reads.
+    """
+    if not isinstance(path, Path):
+        return open_objects(path).usage(MANIFEST)
+    try:
+        stat = (path / MANIFEST).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def read_manifest(path: Root) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from flows.engine.plan import ItemPlan, ModelRef
 from flows.engine.receipt import Account
 from flows.roots import Root
 from flows.store import Measurements
+from flows.store_files import manifest_stamp
 
 Watch = Callable[[Denoiser], Denoiser]
 """Makes of a denoiser one that says the same, and looks on."""
@@ -57,6 +58,10 @@ class NotFiniteError(ValueError):
 
 class ModelChangedError(RuntimeError):
     """The model's files are not those that the plan was made with."""
+
+
+class InputChangedError(RuntimeError):
+    """The store of measurements is not the one that the plan was made with."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,23 @@ class Restorer:
             block: which.
 
         Raises:
-            BadInputError: if it is not there, or damaged.
+            BadInputError: if it is damaged.
+            InputChangedError: if the store is gone, or its measurement not the plan's.
         """
-        store: Measurements = self._keep(("store", measurements), Measurements)
+        stamp = manifest_stamp(measurements)
+        if stamp is None:
+            raise InputChangedError(f"the input {measurements} is gone; plan again")
+        store: Measurements = self._keep(("store", measurements, stamp), Measurements)
+        if store.find_digest(item.item_id, item.task) != item.input_digest:
+            raise InputChangedError(_input_changed(measurements, item))
         region = block.read
         z = slice(region.z0, region.z1)
-        if not item.grid.tiled:
-            return store.read(item.item_id, item.task, z)
-        plane = slice(region.y0, region.y1), slice(region.x0, region.x1)
-        return window(store.read(item.item_id, item.task, z, plane), region)
+        rows, columns = slice(region.y0, region.y1), slice(region.x0, region.x1)
+        plane = (rows, columns) if item.grid.tiled else (slice(None), slice(None))
+        measurement = store.read(item.item_id, item.task, z, plane)
+        if manifest_stamp(measurements) != stamp:  # what was read may be of either
+            raise InputChangedError(_input_changed(measurements, item))
+        return window(measurement, region) if item.grid.tiled else measurement
 
     def compute(
         self, measurement: Measurement, item: ItemPlan, block: Block
@@ -259,6 +272,13 @@ class Restorer:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             return self._kept[key]
+
+
+def _input_changed(measurements: Root, item: ItemPlan) -> str:
+    return (
+        f"the input {measurements} changed since the plan was made ({item.item_id}, {item.task}); "
+        "plan again"
+    )
 
 
 def window(measurement: Measurement, region: Region) -> Measurement:

@@ -48,7 +48,7 @@ FailureKind = Literal[
     lost       the worker died and this block need not be why (its machine went, or blocks of other
                items were in its hands too): another attempt that is not held against the item
     returned   was in the hands of a worker that died of another block: back into the queue
-    fatal      no block can go well (disk full, store or model gone): the run stops
+    fatal      no block can go well (disk full, store or model gone or another): the run stops
 """
 
 OUT_OF_MEMORY = "out of memory; take fewer workers (--workers), or a larger machine"
@@ -166,14 +166,14 @@ class BlockWorker:
 def failure_of(error: Exception) -> Failure:
     """Sort an error by what it calls for."""
     from diffusion_core.model import BadModelError
-    from flows.engine.block import ModelChangedError, NotFiniteError
+    from flows.engine.block import InputChangedError, ModelChangedError, NotFiniteError
 
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, BadInputError | BadModelError):
         return Failure("input", reason)
     if isinstance(error, NotFiniteError):
         return Failure("result", reason)
-    if isinstance(error, ModelChangedError | StoreError):
+    if isinstance(error, InputChangedError | ModelChangedError | StoreError):
         return Failure("fatal", reason)
     if isinstance(error, OSError) and error.errno in _FATAL_ERRNO:
         return Failure("fatal", reason)
