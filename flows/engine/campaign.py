@@ -26,6 +26,7 @@ from flows.engine.events import Event, EventHandler, Progress, ignore
 from flows.engine.executor import Executor
 from flows.engine.fencing import driving
 from flows.engine.objects import StoreError, open_objects
+from flows.engine.outage import Outage
 from flows.engine.plan import Plan
 from flows.engine.publish import (
     DamagedBlocksError,
@@ -50,9 +51,6 @@ __all__ = ["CampaignError", "CampaignResult", "run_plan"]
 
 _AT_ONCE = {"input", "result"}
 """Failures that another attempt cannot mend."""
-
-MAX_ITEMS_UNREAD = 5
-"""So many items failed by the storage, and not a block done between: it is not the items."""
 
 
 def run_plan(
@@ -119,7 +117,7 @@ class _Campaign:
         self._progress = Progress(plan.num_blocks, weight, on_event, clock)
         self._items = {item.key: ItemState(item) for item in plan.items}
         self._backlog = Backlog(self._in_order(), clock, sleep)
-        self._unread: set[str] = set()
+        self._outage = Outage()
         self._published: dict[str, RestoredEntry] = {}
         self._reused: set[str] = set()
         self._quarantined: list[Quarantined] = []
@@ -209,7 +207,7 @@ class _Campaign:
         elif item.open and outcome.receipt is not None:
             self._num_computed += outcome.fresh
             item.deaths_in_a_row = 0
-            self._unread.clear()
+            self._outage.well()
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
             self._progress.advance(item.plan.cost.seconds, pixels)
@@ -242,24 +240,27 @@ class _Campaign:
         # they are at, is given up like a block that fails again and again.
         item.deaths_in_a_row += failure.kind in ("worker", "memory")
         worst = max(attempts, item.deaths_in_a_row)
-        self._blame_storage(item, failure)
-        if failure.kind in _AT_ONCE or worst >= self._limits.max_attempts:
+        last = worst >= self._limits.max_attempts
+        self._blame_storage(item, failure, last)
+        if failure.kind in _AT_ONCE or last:
             self._quarantine(item, index, failure)
             return
         self._backlog.put((item, index), wait_after(attempts) if failure.kind == "io" else 0.0)
         how = f"attempt {attempts + 1} of {self._limits.max_attempts}"
         self._retry(item, index, failure, how)
 
-    def _blame_storage(self, item: ItemState, failure: Failure) -> None:
-        """Stop where one item after the other cannot be read or written: they are not to blame."""
-        if failure.kind == "io" and item.attempts.total() == 1:  # what fails again tells no more
-            self._unread.add(item.plan.key)
-        if len(self._unread) >= MAX_ITEMS_UNREAD:
-            raise CampaignError(
-                f"the storage fails: {len(self._unread)} items in a row could not be read or "
-                f"written, the last because of {failure.reason}; what is done is kept, run it "
-                "again when the storage is well"
-            )
+    def _blame_storage(self, item: ItemState, failure: Failure, last: bool) -> None:
+        """Stop where one item after the other cannot be read or written: they are not to blame.
+
+        Nor are those of a short run, where none is left that could be.
+        """
+        if failure.kind != "io":
+            return
+        if item.attempts.total() == 1:
+            self._outage.failed(item.plan.key)
+        open_keys = (key for key, other in self._items.items() if other.open)
+        if self._outage.likely or (last and self._outage.is_of_all(open_keys)):
+            raise CampaignError(self._outage.sentence(failure.reason))
 
     def _retry(self, item: ItemState, index: int, failure: Failure, how: str) -> None:
         """Count and tell that a block is tried again."""

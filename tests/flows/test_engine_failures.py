@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from flows.engine.objects import LocalObjects
 from flows.engine.quarantine import list_quarantine, load_quarantine, release
 from flows.engine.receipt import ReadBackError
 from flows.engine.worker import failure_of
+from flows.store_files import StrictStore
 
 
 class Clock:
@@ -139,6 +141,55 @@ def test_storage_that_fails_for_item_after_item_stops_the_run_and_condemns_nobod
     clock = Clock()
     with pytest.raises(CampaignError, match=r"storage fails: 5 items .*Input/output error.*again"):
         run(tiny_plan(many, tmp_path, method("unread")), clock=clock, sleep=clock.sleep)
+    assert list_quarantine(LocalObjects(tmp_path)) == []
+
+
+def test_storage_that_fails_for_all_of_a_few_items_stops_the_run_too(many, tmp_path):
+    clock = Clock()
+    few = [f"item-{i}" for i in range(4)]
+    plan = tiny_plan(many, tmp_path, method("unread"), items=few)
+    with pytest.raises(CampaignError, match=r"storage fails: 4 items .*Input/output error.*again"):
+        run(plan, clock=clock, sleep=clock.sleep)
+    assert list_quarantine(LocalObjects(tmp_path)) == []
+
+
+def input_fails(monkeypatch, code: int, where: str = "") -> None:
+    get = StrictStore.get
+
+    async def fail(self, key, prototype=None, byte_range=None):
+        if "/c/" in key and where in key:
+            raise OSError(code, os.strerror(code), key)
+        return await get(self, key, prototype, byte_range)
+
+    monkeypatch.setattr(StrictStore, "get", fail)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_an_outage_of_the_input_s_storage_condemns_no_item(many, tmp_path, monkeypatch, code):
+    clock = Clock()
+    plan = tiny_plan(many, tmp_path)
+    with monkeypatch.context() as patch:
+        input_fails(patch, code)
+        with pytest.raises(CampaignError, match="storage fails: 5 items"):
+            run(plan, clock=clock, sleep=clock.sleep)
+    assert list_quarantine(LocalObjects(tmp_path)) == []
+    assert len(run(plan).published) == 8
+
+
+def test_a_bad_sector_of_the_input_is_its_item_s_after_the_usual_attempts(
+    many, tmp_path, monkeypatch
+):
+    clock = Clock()
+    input_fails(monkeypatch, errno.EIO, "item-2/")
+    result = run(tiny_plan(many, tmp_path), clock=clock, sleep=clock.sleep)
+    assert [(q.item_id, q.kind, q.attempts) for q in result.quarantined] == [("item-2", "io", 3)]
+    assert len(result.published) == 7
+
+
+def test_an_input_that_may_not_be_read_stops_the_run(many, tmp_path, monkeypatch):
+    input_fails(monkeypatch, errno.EACCES, "item-2/")
+    with pytest.raises(CampaignError, match="Permission denied"):
+        run(tiny_plan(many, tmp_path))
     assert list_quarantine(LocalObjects(tmp_path)) == []
 
 
