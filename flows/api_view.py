@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from domains.base import BadInputError
+from flows.engine.handed import FILES
 from flows.engine.restored import RestoredEntry, open_restored
-from flows.handover import FILES
 from flows.roots import Root
 
 VOLUMES = (".nii", ".nii.gz", ".nrrd")
