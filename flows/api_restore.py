@@ -10,6 +10,7 @@ Nothing that is published already is computed again.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,17 +32,22 @@ from flows.engine.event_log import new_run
 from flows.engine.events import EventHandler, ignore
 from flows.engine.executor import Executor, default_workers, make_executor
 from flows.engine.fencing import driving
+from flows.engine.handed import FILES
 from flows.engine.memory import machine_bytes
 from flows.engine.methods import require_methods
 from flows.engine.objects import open_objects
 from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
 from flows.engine.quarantine import Quarantined, record_quarantine
 from flows.engine.restored import RestoredEntry
+from flows.engine.worker import FailureKind
 from flows.given import Given, local_images, remove_scratch, take_images
 from flows.handover import hand_over, place_of
 from flows.roots import Root, S3Root
 
 INPUT_TASK = "given"
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""No item's file can be written."""
 
 
 class NothingRestoredError(CampaignError):
@@ -245,11 +251,26 @@ def _hand_over(
         try:
             files += hand_over(output, entry, places, job.given.sources.get(entry.item_id))
         except BadInputError as error:
-            reason = f"restored, but not written as a file: {error}"
-            unwritten.append(
-                Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key)
-            )
+            unwritten.append(_unwritten(entry, str(error), "input"))
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            unwritten.append(_unwritten(entry, _told(error), "io"))
     return tuple(files), tuple(unwritten)
+
+
+def _unwritten(entry: RestoredEntry, reason: str, kind: FailureKind) -> Quarantined:
+    reason = f"restored, but not written as a file: {reason}"
+    return Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key, kind=kind)
+
+
+def _told(error: OSError) -> str:
+    """What the system said, without names of files, which may tell of people."""
+    said = error.strerror or type(error).__name__
+    return (
+        f"{said} at its place in {FILES}/; give the source another name, or move away what is "
+        "there, and run it again"
+    )
 
 
 def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
@@ -321,6 +342,7 @@ def check_request(settings: RestoreSettings) -> set[str]:
     """
     from flows.store_files import has_manifest
 
+    _require_apart(settings)
     _require_answers(settings)
     measured = has_manifest(settings.input)
     if not measured:
@@ -336,6 +358,19 @@ def check_request(settings: RestoreSettings) -> set[str]:
     if settings.method is not None and "name" in settings.method.model_fields_set and domains:
         require_methods([settings.method.name], sorted(domains))
     return domains
+
+
+def _require_apart(settings: RestoreSettings) -> None:
+    """Refuse to write results among what they are made of."""
+    given, output = (
+        root.resolve() if isinstance(root, Path) else root
+        for root in (settings.input, settings.output)
+    )
+    if given == output:
+        raise BadInputError(
+            f"{settings.output}: this is the input too, and results would be restored again with "
+            "it; choose another --output"
+        )
 
 
 def _require_answers(settings: RestoreSettings) -> None:

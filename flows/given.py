@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -300,22 +301,35 @@ def _images(
 ) -> tuple[list[Path], list[Path]]:
     """The images of the input, and the files of unknown kind.
 
-    Masks and kernels that lie below the input are neither, and no more is what was restored.
+    Masks and kernels that lie below the input are neither, and no more is what was restored, now
+    or by another run.
     """
     files = find_files(folder, domain)
+    is_output = cache(_is_output)
     tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p not in NAMED]
     output = settings.output
-    if isinstance(output, Path) and output.resolve() != folder.resolve():
+    if isinstance(output, Path):
         tools.append(output.resolve())
 
+    def is_result(path: Path) -> bool:
+        return any(is_output(p) for p in path.parents if p != folder and _within(p, folder))
+
     def own(paths: Sequence[Path]) -> list[Path]:
-        return [p for p in paths if not any(_within(p.resolve(), tool) for tool in tools)]
+        left = [p for p in paths if not any(_within(p.resolve(), tool) for tool in tools)]
+        return [p for p in left if not is_result(p)]
 
     images = own(files)
     if not images:
-        raise BadInputError(f"{folder}: holds masks and no images; check the paths")
+        raise BadInputError(f"{folder}: holds masks or results and no images; check the paths")
     beside = {file for path in images for file in domain.companions(path)}
     return images, [p for p in own(unknown_files(folder, domain)) if p not in beside]
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder holds results of ours: its campaigns, and what became of them."""
+    return (folder / "campaigns").is_dir() and (
+        (folder / "manifests").is_dir() or (folder / ".work").is_dir()
+    )
 
 
 def _within(path: Path, folder: Path) -> bool:

@@ -65,7 +65,7 @@ def _hand_over(
             path = _finished(objects, key, entry) or _write(objects, output, entry, key, source)
             if path is not None:
                 return path
-    raise BadInputError(f"{objects.path(own)}: something else has this name; move it away")
+    raise BadInputError(f"something else stands at its place in {FILES}/; move it away")
 
 
 def _owner(objects: LocalObjects, key: str) -> str | None:

@@ -112,7 +112,7 @@ class LocalObjects:
         """
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        draft = path.with_name(f".{uuid.uuid4().hex}.partial")  # short: a name may be at its limit
         try:
             with draft.open("xb") as file:
                 file.write(data)

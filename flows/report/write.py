@@ -163,7 +163,7 @@ def write_json(path: Path, rows: Sequence[Row]) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    draft = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with draft.open("xb") as file:
             file.write(data)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_kit import content_free, image_settings, put_images
 
 from domains.base import BadInputError
-from flows import api_restore
+from flows import api_restore, cli, quiet
 from flows.api_restore import collect, prepare, restore, restore_window
 from flows.api_upkeep import gc
 from flows.engine.events import ignore
@@ -100,3 +101,57 @@ def test_where_there_are_no_locks_nobody_is_told_to_be_alone(tmp_path, monkeypat
     with alone_with(tmp_path / "store") as alone:
         assert alone is None
     user.end()
+
+
+# --- inputs that lie among results, and names that files cannot have -----------------------------
+
+
+def test_an_output_that_is_the_input_is_refused(images, capsys, monkeypatch):
+    monkeypatch.setattr(quiet, "hush", lambda: None)
+    before = sorted(images.rglob("*"))
+    with pytest.raises(BadInputError, match="this is the input too"):
+        restore(image_settings(images, images / "../in"))
+    told = ["--domain", "tiny", "--sigma-y", "0.1"]
+    assert cli.run(["restore", "--input", str(images), "--output", str(images), *told]) == 2
+    assert "this is the input too" in capsys.readouterr().err
+    assert sorted(images.rglob("*")) == before
+
+
+def test_results_below_the_input_are_not_restored_again(images):
+    (images / "night/campaigns").mkdir(parents=True)
+    np.save(images / "night/campaigns/im9.npy", np.ones((1, 1, 8, 8), np.float32))
+    for name in ("twice", "box-blur", "twice"):
+        result = restore(image_settings(images, images / f"outputs/{name}", name))
+        places = [path.relative_to(images / f"outputs/{name}/files") for path in result.files]
+        assert sorted(map(str, places)) == ["im0.npy", "im1.npy", "night/campaigns/im9.npy"]
+        assert result.num_unknown == 0
+
+
+def test_a_name_as_long_as_names_can_be_is_handed_over(images, tmp_path):
+    name = "名" * 83  # of 249 bytes
+    (images / "im0.npy").rename(images / f"{name}.npy")
+    result = restore(image_settings(images, tmp_path / "out"))
+    assert result.quarantined == ()
+    assert {path.stem for path in result.files} == {name, "im1"}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_place_that_is_taken_costs_one_file_and_no_other(images, tmp_path, before):
+    put_images(images / "im0.json", 1, seed=4)  # where the provenance of im0 would be
+    if before:
+        np.save(images / "a.npy", np.load(images / "im1.npy") + 1)
+    result = restore(image_settings(images, tmp_path / "out"))
+    (bad,) = result.quarantined
+    assert len(result.published) == len(result.files) + 1 == 3 + before
+    assert (bad.kind, "im0" in bad.reason) == ("io", False)
+    assert bad.reason.startswith("restored, but not written as a file: ")
+    assert restore(image_settings(images, tmp_path / "out")).num_computed == 0
+
+
+def test_a_full_disk_stops_the_handing_over(images, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flows.handover._written", full)
+    with pytest.raises(OSError, match="No space left"):
+        restore(image_settings(images, tmp_path / "out"))

@@ -8,6 +8,7 @@ With objects on S3 it is a fork of a server instead: obstore's threads do not su
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class _Interrupter:
             return
         path = objects.path(key)
         if name == "create":
-            path = path.with_name(f".{path.name}.torn.partial")
+            path = path.with_name(f".{uuid.uuid4().hex}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data[: len(data) // 2])
         self._strike()
