@@ -198,7 +198,7 @@ class ExplainSettings(RestoreSettings):
 
     output: Path = Field(description="folder of the page, the pictures and explain.json")
     items: list[str] | None = Field(None, description="default: the first `num`")
-    num: int = Field(1, ge=1, le=1000, description="items, where none is named")
+    num: int = Field(1, ge=1, le=100, description="items, where none is named")
     slices: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="slices or frames, from 0; default: the middle one"
     )
@@ -222,9 +222,7 @@ class EvaluateSettings(Settings):
     methods: list[str] | None = Field(None, description="default: all that the task names")
     items: list[str] | None = None
     num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
-    explain: int = Field(
-        0, ge=0, description="the first items of each task whose restoration is explained"
-    )
+    explain: int = Field(0, ge=0, le=100, description="first items of each task that are explained")
     json_path: Path | None = None
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from flows.roots import Root
 
 MAX_FRAMES = 12
-MAX_FRAME_PX = 512
+MAX_FRAME_PX = 420
 """Longest side of a frame of the film; larger ones are averaged down."""
 NOISE_SHARE = 0.01
 """The change of the data that is tried first, of their own noise."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array
-from flows.report.describe import method_label
+from flows.report.describe import MINUS, method_label
 from flows.report.pictures import encode, figure_strip, inferno, round_up, windows_for
 
 if TYPE_CHECKING:
@@ -36,9 +36,10 @@ def film(one: Explained) -> Array | None:
         (f"sigma {frame.sigma:.3g}", _under(told[frame.sigma]), window.show(frame.pixels))
         for frame in one.film
     ]
-    tiles.append(("Restored", window.label[:26], window.show(one.restored)))
+    tiles.append(("Restored", f"residual {one.residual:.3g}", window.show(one.restored)))
+    title = f"{_heading(one)}; {_printable(window.label)}"
     rows = [
-        figure_strip(tiles[i : i + _COLUMNS], title=_heading(one) if i == 0 else "",
+        figure_strip(tiles[i : i + _COLUMNS], title=title if i == 0 else "",
                      tile_width=_FRAME_WIDTH)
         for i in range(0, len(tiles), _COLUMNS)
     ]  # fmt: skip
@@ -53,13 +54,18 @@ def map_picture(one: Explained) -> Array | None:
         return None
     window = windows_for(one.restored, one.record, one.scale)[0]
     tiles = [
-        ("Restored", window.label, window.show(one.restored)),
+        ("Restored", _printable(window.label), window.show(one.restored)),
         ("Determined by the data", "with the gain of a white prior", window.show(found.determined)),
         _map(f"Invented by the prior: {found.share:.1%}", found.amplitude),
     ]
     if found.beyond is not None and found.beyond_amplitude is not None:
         tiles.append(_map(f"Beyond kriging: {found.beyond:.1%}", found.beyond_amplitude))
     return figure_strip(tiles, title=_heading(one), tile_width=_MAP_WIDTH)
+
+
+def _printable(text: str) -> str:
+    """Text in the letters of the pictures' font, which has no minus but the hyphen."""
+    return text.replace(MINUS, "-")
 
 
 def _map(name: str, amplitude: Array) -> tuple[str, str, Array]:

@@ -13,6 +13,7 @@ from evaluation_kit import INLINE, make_dataset, make_model, picture, settings, 
 from PIL import Image
 
 import flows.engine.grid
+import flows.report.explained as pictures_of
 from diffusion_core.operators import Saturation
 from domains.base import BadInputError
 from domains.city.domain import City
@@ -189,6 +190,25 @@ def test_the_page_the_pictures_and_the_numbers_say_the_same(site, noisy):
         assert f"inpaint-random70-frames-{z}-invented.png" in names
     strip = np.asarray(Image.open(site / "noisy/pictures/inpaint-random70-frames-1-film.png"))
     assert strip.shape[1] > 4 * 200
+
+
+def test_pictures_are_lettered_in_what_their_font_has(noisy, monkeypatch):
+    drawn = []
+
+    def listen(tiles, title="", **_):
+        drawn.extend([title, *(text for tile in tiles for text in tile[:2])])
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(pictures_of, "figure_strip", listen)
+    one = noisy.explained[0]
+    grey = tuple(replace(frame, pixels=frame.pixels[:1]) for frame in one.film)
+    shown = replace(one.invented, determined=one.invented.determined[:1])
+    scan = replace(one, record=replace(one.record, units="HU"), restored=one.restored[:1],
+                   film=grey, invented=shown)  # fmt: skip
+    pictures_of.film(scan)
+    pictures_of.map_picture(scan)
+    assert any("(-600 \N{PLUS-MINUS SIGN} 750 HU)" in text for text in drawn)
+    assert all(text.encode("latin-1") is not None for text in drawn)
 
 
 def test_images_of_a_folder_are_told_by_id_and_never_by_name(site, tmp_path):
