@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -51,6 +52,7 @@ from flows.engine.events import Event, EventHandler
 from flows.engine.in_use import InUse, alone_with
 from flows.roots import Root
 from flows.store import Measurements, MeasurementWriter
+from flows.store_check import verify_store
 
 FORMAT = 3
 """Of the stores made here; another format has another name."""
@@ -160,14 +162,29 @@ def _make(
     damage: Damage,
     on_event: EventHandler,
 ) -> None:
-    """Make the store unless it is there; another run may make the same one meanwhile."""
+    """Make the store unless it is there and whole; another run may make it meanwhile."""
     if path.exists():
-        return
+        found = path.stat()
+        if _is_whole(path):
+            return
+        if path.exists() and os.path.samestat(found, path.stat()):  # it is still that one
+            set_gone(path.parent)
+            message = "the measurements of an earlier run are damaged: made again from the images"
+            on_event(Event("corrupt", 0, 0, message))
     try:
         _write(path, sources, domain, damage, on_event)
     except BadInputError:
         if not path.exists():
             raise
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a store that was found is what was written, every chunk of it."""
+    try:
+        store = Measurements(path)
+        return isinstance(store.manifest.get("rejected"), dict) and verify_store(store).intact
+    except (BadInputError, OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:

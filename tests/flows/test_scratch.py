@@ -1,10 +1,12 @@
 """Measurements made of images, in the work area: who reads them keeps them, else they go."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_kit import content_free, image_settings, put_images
+from damage_kit import flip_a_bit
+from engine_kit import content_free, image_settings, kinds, put_images, recorder
 
 from domains.base import BadInputError
 from flows import api_restore, cli, quiet
@@ -155,3 +157,45 @@ def test_a_full_disk_stops_the_handing_over(images, tmp_path, monkeypatch):
     monkeypatch.setattr("flows.handover._written", full)
     with pytest.raises(OSError, match="No space left"):
         restore(image_settings(images, tmp_path / "out"))
+
+
+# --- what a stopped run left is damaged ----------------------------------------------------------
+
+
+def _flip_a_chunk(store: Path) -> None:
+    flip_a_bit(next(p for p in sorted(store.rglob("*")) if "/y/c/" in str(p) and p.is_file()))
+
+
+def _tear_the_manifest(store: Path) -> None:
+    text = (store / "manifest.json").read_text()
+    (store / "manifest.json").write_text(text[:-40])
+
+
+def _forget_the_rejected(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["rejected"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _lose_an_array(store: Path) -> None:
+    next(store.rglob("y/zarr.json")).unlink()
+
+
+def _lose_the_group(store: Path) -> None:
+    (store / "zarr.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_flip_a_chunk, _tear_the_manifest, _forget_the_rejected, _lose_an_array, _lose_the_group],
+)
+def test_measurements_that_are_damaged_are_made_again_from_the_images(images, tmp_path, damage):
+    asked = image_settings(images, tmp_path / "out")
+    job = prepare(asked, ignore)
+    job.given.release()  # as if killed here
+    damage(job.given.path)
+    events, handler = recorder()
+    result = restore(asked, handler)
+    assert (len(result.published), result.quarantined) == (2, ())
+    assert {"corrupt", "file"} <= set(kinds(events))
+    assert content_free(tmp_path / "out/.work")
