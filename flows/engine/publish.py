@@ -30,12 +30,28 @@ from flows import ome
 from flows.engine.fencing import Attempt, holder_of, take_fence
 from flows.engine.many import each
 from flows.engine.plan import ItemPlan, Plan, content_of
-from flows.engine.receipt import Chunk, Objects, Receipt, damaged_blocks, seal, set_aside, unseal
+from flows.engine.receipt import (
+    Chunk,
+    Objects,
+    Receipt,
+    damaged_blocks,
+    get_sound,
+    require_known,
+    seal,
+    set_aside,
+    unseal,
+)
 from flows.engine.seams import measure_seams
 
 MANIFEST_FORMAT = 1
 LEDGER = "ledger.json"
 LIBRARIES = ("sashiko", "torch", "numpy", "scipy")
+
+_FACTS = {
+    "item_id", "task", "campaign", "path", "ledger_sha256", "seconds", "nfe", "num_operator_calls",
+    "peak_bytes", "model_digest", "residual", "exact_data",
+}  # fmt: skip
+"""What readers of a manifest ask for, beside the record and the method's name."""
 
 
 class DamagedBlocksError(Exception):
@@ -65,12 +81,29 @@ def manifest_key(key: str) -> str:
 
 
 def load_manifest(objects: Objects, key: str) -> dict[str, Any] | None:
-    """The manifest of an item, or None if there is none that is true: the item is not visible."""
-    try:
-        manifest = unseal(objects.get(manifest_key(key)))
-    except FileNotFoundError:
+    """The manifest of an item, or None if there is none that is true: the item is not visible.
+
+    Raises:
+        NewerFormatError: if a newer version wrote it.
+    """
+    name = manifest_key(key)
+    data = get_sound(objects, name)
+    manifest = None if data is None else unseal(data)
+    if manifest is None:
         return None
-    return manifest if manifest is not None and manifest.get("key") == key else None
+    require_known(manifest, MANIFEST_FORMAT, name)
+    return manifest if manifest.get("key") == key and _is_complete(manifest) else None
+
+
+def _is_complete(manifest: Mapping[str, Any]) -> bool:
+    """Whether it tells all that readers ask a manifest of this version for."""
+    from flows.store import record_from_json
+
+    try:
+        record_from_json(manifest["record"])
+        return manifest.keys() >= _FACTS and "name" in manifest["method"]
+    except (KeyError, TypeError):
+        return False
 
 
 def reject_manifest(objects: Objects, key: str) -> bool:
@@ -79,6 +112,19 @@ def reject_manifest(objects: Objects, key: str) -> bool:
     if not objects.exists(name) or load_manifest(objects, key) is not None:
         return False
     set_aside(objects, name)
+    return True
+
+
+def reject_hollow(objects: Objects, manifest: Mapping[str, Any]) -> bool:
+    """Move a manifest aside whose item is gone: the ledger of it is not there, or another.
+
+    Returns:
+        Whether it was so. What else is damaged, `verify` finds.
+    """
+    ledger = get_sound(objects, f"{manifest['path']}/{LEDGER}")
+    if ledger is not None and hashlib.sha256(ledger).hexdigest() == manifest["ledger_sha256"]:
+        return False
+    set_aside(objects, manifest_key(manifest["key"]))
     return True
 
 
@@ -136,6 +182,9 @@ def publish(
     objects.remove(attempt.fence)  # from here on the manifest decides
     if winner is None:
         reject_manifest(objects, item.key)
+        return publish(objects, plan, item, receipts, facts)
+    # Stopped for long after the fence, we may have found the item published and gone again.
+    if won and reject_hollow(objects, winner):
         return publish(objects, plan, item, receipts, facts)
     return Published(winner, won)
 

@@ -13,6 +13,7 @@ their sha256 before they are published.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import uuid
@@ -24,7 +25,7 @@ from domains.base import Array
 from flows import ome
 from flows.engine.grid import Block
 from flows.engine.many import each
-from flows.engine.objects import Usage
+from flows.engine.objects import StoreError, Usage
 from flows.engine.plan import ItemPlan
 
 RECEIPT_FORMAT = 1
@@ -94,6 +95,10 @@ class Objects(Protocol):
     def remove(self, key: str) -> None:
         """Remove an object or a folder; it may be gone already."""
         ...
+
+
+class NewerFormatError(StoreError):
+    """An object that a newer version of sashiko wrote: what it means is not known here."""
 
 
 class ReadBackError(OSError):
@@ -221,12 +226,15 @@ def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None
 
     Checked are its seal, that it is of this block, that it names all of the block's chunks and no
     others, and that these are there with their sizes.
+
+    Raises:
+        NewerFormatError: if a newer version wrote it.
     """
-    try:
-        data = objects.get(_receipt_key(item, block))
-    except FileNotFoundError:
+    key = _receipt_key(item, block)
+    data = get_sound(objects, key)
+    if data is None and not objects.exists(key):
         return None
-    receipt = _parse(data)
+    receipt = None if data is None else _parse(data, key)
     if receipt is None or (receipt.key, receipt.block) != (item.key, block):
         reject_receipt(objects, item, block)
         return None
@@ -239,10 +247,24 @@ def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None
 
 
 def read_receipt(objects: Objects, key: str) -> Receipt | None:
-    """The receipt under an object key, or None if it is gone or not true; nothing is moved."""
+    """The receipt under an object key, or None if it is gone or not true; nothing is moved.
+
+    Raises:
+        NewerFormatError: if a newer version wrote it.
+    """
+    data = get_sound(objects, key)
+    return None if data is None else _parse(data, key)
+
+
+def get_sound(objects: Objects, key: str) -> bytes | None:
+    """An object; None if there is none, or the disk cannot read it (a bad sector)."""
     try:
-        return _parse(objects.get(key))
+        return objects.get(key)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
         return None
 
 
@@ -301,24 +323,43 @@ def unseal(data: bytes) -> dict[str, Any] | None:
             return None
     except (ValueError, KeyError, TypeError):
         return None
-    return dict(body)
+    return body if isinstance(body, dict) else None
 
 
-def _parse(data: bytes) -> Receipt | None:
+def require_known(body: Mapping[str, Any], known: int, key: str) -> None:
+    """Refuse an object of a newer format.
+
+    Raises:
+        NewerFormatError: if it is of one.
+    """
+    number = body.get("format")
+    if isinstance(number, int) and number > known:
+        raise NewerFormatError(
+            f"{key}: a newer sashiko wrote it (format {number}, known here is {known}); update "
+            "sashiko"
+        )
+
+
+def _parse(data: bytes, key: str) -> Receipt | None:
+    """A receipt; None if it is not true, or not of this version's making."""
     body = unseal(data)
-    if body is None or body.pop("format", None) != RECEIPT_FORMAT:
+    if body is None:
         return None
-    account = Account(**body.pop("account"))
-    account = replace(account, residual=tuple(account.residual))
-    chunks = tuple(Chunk(**chunk) for chunk in body.pop("chunks"))
-    return Receipt(**body, chunks=chunks, account=account)
+    require_known(body, RECEIPT_FORMAT, key)
+    try:
+        if body.pop("format") != RECEIPT_FORMAT:
+            return None
+        account = Account(**body.pop("account"))
+        account = replace(account, residual=tuple(account.residual))
+        chunks = tuple(Chunk(**chunk) for chunk in body.pop("chunks"))
+        return Receipt(**body, chunks=chunks, account=account)
+    except (KeyError, TypeError):
+        return None
 
 
 def _intact(objects: Objects, key: str, chunk: Chunk) -> bool:
-    try:
-        return hashlib.sha256(objects.get(key)).hexdigest() == chunk.sha256
-    except FileNotFoundError:
-        return False
+    data = get_sound(objects, key)
+    return data is not None and hashlib.sha256(data).hexdigest() == chunk.sha256
 
 
 def _receipt_key(item: ItemPlan, block: int) -> str:
