@@ -6,7 +6,6 @@ again with the same plan, and two drivers at once do some work twice and publish
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,11 +14,15 @@ from typing import Any
 from flows.engine.account import Book
 from flows.engine.backlog import Backlog, wait_after
 from flows.engine.campaign_parts import (
+    PUBLISHING,
     CampaignError,
     CampaignResult,
     ItemState,
     Limits,
     figures_of,
+    record_plan,
+    stops_all,
+    told,
 )
 from flows.engine.event_log import EventLog, log_path, new_run
 from flows.engine.events import Event, EventHandler, Progress, ignore
@@ -34,6 +37,7 @@ from flows.engine.publish import (
     load_manifest,
     manifest_key,
     publish,
+    reject_hollow,
     reject_manifest,
 )
 from flows.engine.quarantine import (
@@ -129,7 +133,7 @@ class _Campaign:
             return self._run()
 
     def _run(self) -> CampaignResult:
-        self._record_plan()
+        record_plan(self._objects, self._plan)
         for item in self._items.values():
             self._take_stock(item)
         left = sum(i.plan.num_blocks - len(i.receipts) for i in self._items.values() if i.open)
@@ -149,20 +153,15 @@ class _Campaign:
                 self._settle(outcome)
         return self._result()
 
-    def _record_plan(self) -> None:
-        """Keep the immutable plan beside its results; the first driver's record stands."""
-        key = f"campaigns/{self._plan.campaign}.json"
-        if not self._objects.exists(key):
-            text = json.dumps(self._plan.to_json(), indent=1) + "\n"
-            self._objects.create(key, text.encode())
-
     def _take_stock(self, item: ItemState) -> None:
         """See what of an item is done already, and queue the rest."""
         plan = item.plan
         if reject_manifest(self._objects, plan.key):
             self._progress.tell("corrupt", f"{item.label}: its manifest was damaged; made again")
         manifest = load_manifest(self._objects, plan.key)
-        if manifest is not None:
+        if manifest is not None and reject_hollow(self._objects, manifest):
+            self._progress.tell("corrupt", f"{item.label}: its pixels are gone; made again")
+        elif manifest is not None:
             self._reused.add(plan.key)
             self._close_published(item, manifest)
             self._tell_of("reused", item, "published before", manifest)
@@ -171,8 +170,13 @@ class _Campaign:
         if record is not None and record.num_runs >= self._limits.max_runs:
             self._leave_alone(item, record)
             return
-        for receipt in each_receipt(self._objects, plan):
-            item.receipts[receipt.block] = receipt
+        try:
+            for receipt in each_receipt(self._objects, plan):
+                item.receipts[receipt.block] = receipt
+        except OSError as error:
+            if stops_all(error):
+                raise
+            # Whoever is given one of its blocks looks for the receipt again.
         known = len(item.receipts)
         self._progress.skip(known, known * plan.cost.seconds)
 
@@ -191,6 +195,9 @@ class _Campaign:
             item, index = block
             if not item.open or index in item.receipts:
                 continue
+            if index == PUBLISHING:
+                self._publish(item)
+                continue
             # Another driver may have published meanwhile: its work area is gone then, and so is
             # the need for ours.
             there = self._objects.size(manifest_key(item.plan.key)) is not None
@@ -207,7 +214,7 @@ class _Campaign:
         elif item.open and outcome.receipt is not None:
             self._num_computed += outcome.fresh
             item.deaths_in_a_row = 0
-            self._outage.well()
+            self._outage.well(index)
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
             self._progress.advance(item.plan.cost.seconds, pixels)
@@ -241,7 +248,9 @@ class _Campaign:
         item.deaths_in_a_row += failure.kind in ("worker", "memory")
         worst = max(attempts, item.deaths_in_a_row)
         last = worst >= self._limits.max_attempts
-        self._blame_storage(item, failure, last)
+        if failure.kind == "io":
+            others = (other for other in self._items.values() if other.open)
+            self._outage.blame(item, index, failure, others if last else ())
         if failure.kind in _AT_ONCE or last:
             self._quarantine(item, index, failure)
             return
@@ -249,25 +258,12 @@ class _Campaign:
         how = f"attempt {attempts + 1} of {self._limits.max_attempts}"
         self._retry(item, index, failure, how)
 
-    def _blame_storage(self, item: ItemState, failure: Failure, last: bool) -> None:
-        """Stop where one item after the other cannot be read or written: they are not to blame.
-
-        Nor are those of a short run, where none is left that could be.
-        """
-        if failure.kind != "io":
-            return
-        if item.attempts.total() == 1:
-            self._outage.failed(item.plan.key)
-        open_keys = (key for key, other in self._items.items() if other.open)
-        if self._outage.likely or (last and self._outage.is_of_all(open_keys)):
-            raise CampaignError(self._outage.sentence(failure.reason))
-
     def _retry(self, item: ItemState, index: int, failure: Failure, how: str) -> None:
         """Count and tell that a block is tried again."""
         self._num_retries += 1
         self._progress.tell(
             "retry",
-            f"{item.label}: block {index} failed ({failure.reason}); {how}",
+            f"{item.label}: {told(index)} failed ({failure.reason}); {how}",
             **item.facts(index),
             failure=failure.kind,
         )
@@ -281,12 +277,15 @@ class _Campaign:
             self._recompute(item, error.blocks)
             return
         except OSError as error:
-            if self._was_overtaken(item):
-                return
-            raise CampaignError(
-                f"{item.label} cannot be published: {error}; what is done is kept, "
-                "run it again to go on"
-            ) from error
+            if stops_all(error):
+                raise CampaignError(
+                    f"{item.label} cannot be published: {error}; what is done is kept, "
+                    "run it again to go on"
+                ) from error
+            reason = f"it cannot be published: {type(error).__name__}: {error}"
+            self._fail(item, PUBLISHING, Failure("io", reason))
+            return
+        self._outage.well(PUBLISHING)
         self._tell_published(item, done)
 
     def _tell_published(self, item: ItemState, done: Published) -> None:

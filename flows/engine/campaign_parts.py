@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flows.engine.account import RunAccount
-from flows.engine.plan import ItemPlan
+from flows.engine.objects import StoreError
+from flows.engine.plan import ItemPlan, Plan
 from flows.engine.quarantine import Quarantined
-from flows.engine.receipt import Receipt
+from flows.engine.receipt import Objects, Receipt
 from flows.engine.receipt_book import ReceiptBook
 from flows.engine.restored import RestoredEntry
 from flows.engine.worker import Failure
+
+PUBLISHING = -1
+"""In place of a block's index: not a block of the item failed, but publishing it."""
+
+_ENDS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+def stops_all(error: OSError) -> bool:
+    """Whether a failure of publishing one item would be that of any other too."""
+    return isinstance(error, StoreError) or error.errno in _ENDS
+
+
+def told(block: int) -> str:
+    """What people call a block, or what is done after the last."""
+    return "publishing" if block == PUBLISHING else f"block {block}"
 
 
 class CampaignError(RuntimeError):
@@ -89,7 +107,7 @@ class ItemState:
             "method": self.plan.method.name,
             "key": self.plan.key,
         }
-        return facts if block is None else {**facts, "block": block}
+        return facts if block in (None, PUBLISHING) else {**facts, "block": block}
 
     def given_up(self, block: int, failure: Failure) -> Quarantined:
         """What quarantine says of it."""
@@ -116,3 +134,10 @@ def figures_of(receipt: Receipt, num_pixels: int) -> dict[str, Any]:
         "num_bytes": sum(chunk.size for chunk in receipt.chunks),
         "peak_bytes": account.peak_bytes,
     }
+
+
+def record_plan(objects: Objects, plan: Plan) -> None:
+    """Keep the immutable plan beside its results; the first driver's record stands."""
+    key = f"campaigns/{plan.campaign}.json"
+    if not objects.exists(key):
+        objects.create(key, (json.dumps(plan.to_json(), indent=1) + "\n").encode())

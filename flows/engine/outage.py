@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from flows.engine.campaign_parts import PUBLISHING, CampaignError, ItemState
+from flows.engine.worker import Failure
+
 MAX_ITEMS_FAILED = 5
 """So many items failed by the storage, and nothing done between: it is not the items."""
 
@@ -12,34 +15,43 @@ class Outage:
     """The items that the storage failed, since it last did what it should.
 
     An item counts by its first failure alone: the retries of a few items with bad sectors come one
-    after the other at the end of a run, and tell no more.
+    after the other at the end of a run, and tell no more. Blocks and publishing are told apart:
+    where items are put may fail while where work is staged does not.
     """
 
     def __init__(self) -> None:
-        self._failed: set[str] = set()
+        self._blocks: set[str] = set()
+        self._publishing: set[str] = set()
 
-    def well(self) -> None:
-        """The storage did what it should."""
-        self._failed.clear()
+    def well(self, index: int) -> None:
+        """A block was done, or an item published."""
+        self._of(index).clear()
 
-    def failed(self, key: str) -> None:
-        """The storage failed an item, for the first time."""
-        self._failed.add(key)
+    def blame(
+        self, item: ItemState, index: int, failure: Failure, left: Iterable[ItemState]
+    ) -> None:
+        """Take a failure of the storage into account.
 
-    @property
-    def likely(self) -> bool:
-        """Whether so many failed in a row that it is not the items."""
-        return len(self._failed) >= MAX_ITEMS_FAILED
+        Args:
+            item: that failed.
+            index: of the block, or PUBLISHING.
+            failure: how.
+            left: all items that are open, where this one is about to be given up.
 
-    def is_of_all(self, keys: Iterable[str]) -> bool:
-        """Whether it failed all of these, and two at the least: of one alone nothing is told."""
-        wanted = set(keys)
-        return len(wanted) > 1 and wanted <= self._failed
+        Raises:
+            CampaignError: if too many failed in a row; or all of those left, where there are two or
+                more (of one alone nothing is told).
+        """
+        failed, attempts = self._of(index), item.attempts
+        if (attempts[index] if index == PUBLISHING else attempts.total()) == 1:
+            failed.add(item.plan.key)
+        wanted = {other.plan.key for other in left}
+        if len(failed) >= MAX_ITEMS_FAILED or (len(wanted) > 1 and wanted <= failed):
+            raise CampaignError(
+                f"the storage fails: {len(failed)} items in a row could not be read or written, "
+                f"the last because of {failure.reason}; what is done is kept, run it again when "
+                "the storage is well"
+            )
 
-    def sentence(self, reason: str) -> str:
-        """What to tell when it stops a run."""
-        return (
-            f"the storage fails: {len(self._failed)} items in a row could not be read or "
-            f"written, the last because of {reason}; what is done is kept, run it again when the "
-            "storage is well"
-        )
+    def _of(self, index: int) -> set[str]:
+        return self._publishing if index == PUBLISHING else self._blocks

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.engine.receipt import Objects
+from flows.engine.receipt import Objects, get_sound
 from flows.engine.worker import FailureKind
 
 MAX_RUNS = 3
@@ -84,9 +84,10 @@ def record_quarantine(objects: Objects, entry: Quarantined) -> Quarantined:
 
 def load_quarantine(objects: Objects, name: str) -> Quarantined | None:
     """The record of a name; None if there is none that can be read."""
+    data = get_sound(objects, _key(name))
     try:
-        return _parse(json.loads(objects.get(_key(name))))
-    except (FileNotFoundError, ValueError, TypeError):
+        return None if data is None else _parse(json.loads(data))
+    except (ValueError, TypeError, AttributeError):
         return None
 
 
