@@ -84,6 +84,16 @@ def parse_root(given: str | Path | S3Root) -> Root:
     return require_local(given)
 
 
+def absolute_root(given: str | Path | S3Root) -> Root:
+    """The same root, wherever the process that uses it was started.
+
+    Raises:
+        BadInputError: as parse_root.
+    """
+    root = parse_root(given)
+    return root.absolute() if isinstance(root, Path) else root
+
+
 def require_local(given: str | Path | S3Root) -> Path:
     """A folder of this machine from what a user wrote.
 

@@ -29,7 +29,7 @@ from flows.config import MethodSettings
 from flows.engine.cost import Cost, driver_bytes, predict
 from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
 from flows.engine.methods import converged, resolve_method
-from flows.roots import Root, parse_root
+from flows.roots import Root, absolute_root
 
 if TYPE_CHECKING:
     from flows.store import MeasurementEntry
@@ -275,7 +275,7 @@ def make_plan(
     # Longest blocks first: what is left at the end is small, and no worker waits long for another.
     ordered = tuple(sorted(planned.values(), key=lambda item: -item.cost.seconds))
     keys = sorted(item.key for item in ordered)
-    places = parse_root(measurements), parse_root(output)
+    places = absolute_root(measurements), absolute_root(output)  # workers may be elsewhere
     plan = Plan(_digest(keys), *places, ordered, num_workers, num_lanes)
     if memory_limit_bytes is not None:
         require_memory(plan, memory_limit_bytes)
@@ -412,11 +412,13 @@ def _require_domains(entries: Sequence[MeasurementEntry]) -> None:
 
 
 def _model_ref(model: ModelRef | Path | None) -> ModelRef | None:
-    if model is None or isinstance(model, ModelRef):
-        return model
+    if model is None:
+        return None
+    if isinstance(model, ModelRef):
+        return replace(model, path=str(Path(model.path).absolute()))
     from diffusion_core.model import model_digest
 
-    return ModelRef(str(model), model_digest(Path(model)), Path(model).name)
+    return ModelRef(str(Path(model).absolute()), model_digest(Path(model)), Path(model).name)
 
 
 def _model_bytes(model: ModelRef | None) -> int:

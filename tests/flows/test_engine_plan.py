@@ -1,6 +1,8 @@
 """The plan: what names a campaign, how items are cut, what is refused, and how quick it is."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +22,13 @@ from domains.ct.geometry import Geometry
 from flows.config import MethodSettings, config_path, load_method
 from flows.engine import cost
 from flows.engine import grid as grids
+from flows.engine.campaign import run_plan
 from flows.engine.cost import predict
+from flows.engine.executor import InlineExecutor
 from flows.engine.grid import make_grid
 from flows.engine.methods import HOLES, converged, resolve_method
 from flows.engine.plan import ModelRef, PlanRefusedError, content_of, make_plan
+from flows.engine.worker import BlockWorker
 from flows.store import MeasurementEntry, MeasurementWriter
 
 MODEL = ModelRef("/nowhere", "d" * 64, "sashiko-tiny", "3")
@@ -445,3 +450,25 @@ def test_blocks_are_arithmetic_and_none_is_made_in_advance():
     assert huge.block(huge.num_blocks - 1).write.x1 == 10**5
     with pytest.raises(IndexError):
         huge.block(huge.num_blocks)
+
+
+def test_places_are_absolute_since_workers_were_started_elsewhere(store, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "node").mkdir()
+    monkeypatch.chdir(tmp_path)
+    attempt = BlockWorker.attempt
+
+    def elsewhere(worker, job):
+        with contextlib.chdir(tmp_path / "node"):
+            return attempt(worker, job)
+
+    monkeypatch.setattr(BlockWorker, "attempt", elsewhere)
+    near = Path(os.path.relpath(store))
+    plan = tiny_plan(near, Path("out"))
+    assert (plan.measurements, plan.output) == (tmp_path / near, tmp_path / "out")
+    solved = make_plan(near, Path("out"), SOLVER, replace(MODEL, path="model"))
+    assert {item.model.path for item in solved.items} == {str(tmp_path / "model")}
+    assert plan.campaign == tiny_plan(store, tmp_path / "out").campaign
+    result = run_plan(plan, InlineExecutor())
+    assert (len(result.published), result.quarantined) == (len(plan.items), ())
+    assert not list((tmp_path / "node").iterdir())
