@@ -22,6 +22,7 @@ from domains.ct.geometry import Geometry
 from flows.config import MethodSettings, config_path, load_method
 from flows.engine import cost
 from flows.engine import grid as grids
+from flows.engine import plan as planning
 from flows.engine.campaign import run_plan
 from flows.engine.cost import predict
 from flows.engine.executor import InlineExecutor
@@ -67,6 +68,17 @@ def test_whatever_changes_pixels_changes_the_campaign(store, changes):
     assert other.campaign != base.campaign
     if "items" not in changes:
         assert not {item.key for item in base.items} & {item.key for item in other.items}
+
+
+def test_a_version_that_computes_otherwise_makes_other_keys(store, monkeypatch):
+    base = plan_of(store)
+    monkeypatch.setattr(planning, "ALGORITHM_VERSION", planning.ALGORITHM_VERSION + 1)
+    assert not {item.key for item in base.items} & {item.key for item in plan_of(store).items}
+
+
+def test_the_device_is_in_the_key_itself_not_by_its_batches_alone(store):
+    item = plan_of(store).items[0]
+    assert content_of(replace(item, device_class="cuda")) != content_of(item)
 
 
 def test_workers_paths_names_and_limits_do_not_change_the_campaign(store, tmp_path):

@@ -264,3 +264,72 @@ def test_what_a_newer_version_wrote_is_refused_in_a_sentence_and_left_alone(stor
             look(LocalObjects(tmp_path))
     assert path.read_bytes() == before
     assert json.loads(before)["body"]["format"] == 2
+
+
+# --- a disk that lies ----------------------------------------------------------------------------
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_a_chunk_that_was_not_stored_as_written_is_noticed_when_it_is_staged(
+    store, tmp_path, undisturbed, monkeypatch
+):
+    put, torn = LocalObjects.put, []
+
+    def tear(self, key, data):
+        if "/stage/" in key and not torn:
+            torn.append(key)
+            data = flipped(data)
+        put(self, key, data)
+
+    monkeypatch.setattr(LocalObjects, "put", tear)
+    events, handler = recorder()
+    assert len(run(three(store, tmp_path), handler).published) == 3
+    assert [e.facts["failure"] for e in events if e.kind == "retry"] == ["io"]
+    assert "corrupt" not in kinds(events)  # before there was a receipt
+    assert same(published(tmp_path), undisturbed)
+
+
+def test_blocks_that_change_whenever_they_are_staged_are_not_computed_for_ever(
+    store, tmp_path, monkeypatch
+):
+    create = LocalObjects.create
+
+    def rot(self, key, data, *, durable=True):
+        made = create(self, key, data, durable=durable)
+        if "/receipts/" in key:  # what it vouches for changes as soon as it is there
+            for path in (tmp_path / key).parents[1].glob("stage/*"):
+                path.write_bytes(flipped(path.read_bytes()))
+            computed.append(key)
+            assert len(computed) < 20
+        return made
+
+    computed: list[str] = []
+    monkeypatch.setattr(LocalObjects, "create", rot)
+    plan = tiny_plan(store, tmp_path, items=["item-0"])
+    (given_up,) = run(plan).quarantined
+    assert (given_up.kind, given_up.attempts) == ("io", 3)
+    assert "check the disk" in given_up.reason
+    assert published(tmp_path) == {}
+
+
+def test_a_driver_that_dies_at_the_manifest_leaves_all_its_work(
+    store, tmp_path, undisturbed, monkeypatch
+):
+    class DeadError(BaseException):
+        pass
+
+    def die(self, key, data, *, durable=True):
+        if key.startswith("manifests/"):
+            raise DeadError
+        return create(self, key, data, durable=durable)
+
+    plan, create = three(store, tmp_path), LocalObjects.create
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "create", die)
+        with pytest.raises(DeadError):
+            run(plan)
+    assert run(plan).num_computed == 6 - 2
+    assert same(published(tmp_path), undisturbed)
