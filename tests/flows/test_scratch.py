@@ -71,6 +71,13 @@ def test_gc_takes_the_measurements_of_a_run_that_stopped_and_of_no_other(images,
     assert content_free(output / ".work")
 
 
+def test_a_run_that_fails_holds_the_measurements_no_longer(images, tmp_path):
+    with prepare(image_settings(images, tmp_path / "out"), ignore) as job:
+        pass
+    with alone_with(job.given.scratch) as alone:
+        assert alone is True
+
+
 def test_a_request_that_is_refused_gives_up_its_hold(images, tmp_path, monkeypatch):
     def refuse(*given):
         raise BadInputError("no")
