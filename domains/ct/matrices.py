@@ -2,10 +2,13 @@
 
 A matrix is kept as plain .npy arrays, so that the processes of a node share one copy in the page
 cache. It is written view by view: building takes one view's memory, and the transpose's own size.
+Beside the arrays stand their hashes, which every process checks once: a bit that flipped would be
+in every image, under keys that know of no cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,11 +24,13 @@ import numpy as np
 from platformdirs import user_cache_path
 from scipy.sparse import csr_array
 
+from diffusion_core.disk import sync
 from domains.base import Array, BadInputError
 from domains.ct.footprints import view_columns
 from domains.ct.geometry import Geometry
 
 STALE_S = 3600.0
+SUMS = "sha256.json"
 _PARTS = ("data", "indices", "indptr")
 _LARGEST = int(np.iinfo(np.int32).max)
 _cache_dir: Path | None = None
@@ -65,7 +70,7 @@ def _mapped(geometry: Geometry, views: tuple[int, ...], root: Path) -> tuple[csr
         _store(geometry, views, folder)
     try:
         return _load(geometry, views, folder)
-    except (OSError, ValueError, EOFError):  # cut short by a full disk, or damaged since
+    except (OSError, ValueError, EOFError):  # of an older version, cut short, or damaged since
         shutil.rmtree(folder, ignore_errors=True)
         _store(geometry, views, folder)
         return _load(geometry, views, folder)
@@ -73,8 +78,10 @@ def _mapped(geometry: Geometry, views: tuple[int, ...], root: Path) -> tuple[csr
 
 def folder_of(geometry: Geometry, views: Sequence[int], root: Path) -> Path:
     """The folder of a matrix; one of all views has the geometry's own name."""
-    whole = list(views) == list(range(geometry.num_views))
-    return root / (geometry.digest if whole else f"{geometry.digest}-{len(views)}")
+    if list(views) == list(range(geometry.num_views)):
+        return root / geometry.digest
+    chosen = hashlib.sha256(json.dumps(list(views)).encode()).hexdigest()
+    return root / f"{geometry.digest}-{chosen[:12]}"
 
 
 def _store(geometry: Geometry, views: Sequence[int], folder: Path) -> None:
@@ -95,6 +102,10 @@ def _store(geometry: Geometry, views: Sequence[int], folder: Path) -> None:
         for part in _PARTS:
             np.save(staging / f"transpose-{part}.npy", getattr(transpose, part))
         (staging / "geometry.json").write_text(json.dumps(asdict(geometry), indent=1))
+        sums = {name: _sha256(staging / name) for name in _names()}
+        (staging / SUMS).write_text(json.dumps(sums, indent=1))
+        for path in [*staging.iterdir(), staging]:
+            sync(path)
         _publish(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -153,7 +164,25 @@ def _publish(staging: Path, folder: Path) -> None:
             raise
 
 
+def _names() -> list[str]:
+    return [f"{side}-{part}.npy" for side in ("forward", "transpose") for part in _PARTS]
+
+
+def _sha256(path: Path) -> str:
+    """Read part by part: what is mapped would count as this process's memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(folder: Path) -> None:
+    """Raise ValueError if the arrays are not those that were built."""
+    sums = json.loads((folder / SUMS).read_text())
+    if sums != {name: _sha256(folder / name) for name in _names()}:
+        raise ValueError(f"{folder}: a projector is damaged")
+
+
 def _load(geometry: Geometry, views: Sequence[int], folder: Path) -> tuple[csr_array, csr_array]:
+    _check(folder)
     rows, columns = _shape(geometry, views)
     return _side(folder, "forward", (rows, columns)), _side(folder, "transpose", (columns, rows))
 

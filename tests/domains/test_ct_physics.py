@@ -465,16 +465,48 @@ def test_a_built_projector_is_mapped_not_built_again(tmp_path, monkeypatch):
         matrices.set_cache_dir(None)
 
 
-def test_a_damaged_projector_is_built_again(tmp_path):
+def cut_short(data: bytes) -> bytes:
+    return data[:200]
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit of the last value's exponent."""
+    return data[:-1] + bytes([data[-1] ^ 0x40])
+
+
+def zeroed(data: bytes) -> bytes:
+    """The header is there and the rest never reached the disk."""
+    return data[:128] + bytes(len(data) - 128)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flipped, zeroed])
+@pytest.mark.parametrize("part", ["forward-data", "transpose-data", "forward-indptr"])
+def test_a_damaged_projector_is_built_again(tmp_path, part, damage):
     geometry = ParallelGeometry.covering(9, 9, (1.0, 1.0), 3, 180.0)
     matrices.set_cache_dir(tmp_path)
     try:
-        folder = tmp_path / geometry.digest
-        whole = whole_matrix(geometry).copy()
+        whole, transpose = (m.copy() for m in matrices.matrix_pair(geometry, range(3)))
         matrices._mapped.cache_clear()
-        data = folder / "forward-data.npy"
-        data.write_bytes(data.read_bytes()[:200])
-        assert (whole_matrix(geometry) != whole).nnz == 0
+        file = tmp_path / geometry.digest / f"{part}.npy"
+        file.write_bytes(damage(file.read_bytes()))
+        again = matrices.matrix_pair(geometry, range(3))
+        assert (again[0] != whole).nnz == 0
+        assert (again[1] != transpose).nnz == 0
+    finally:
+        matrices.set_cache_dir(None)
+
+
+def test_a_projector_of_an_older_version_is_built_again_and_other_views_are_another(tmp_path):
+    geometry = ParallelGeometry.covering(9, 9, (1.0, 1.0), 6, 180.0)
+    matrices.set_cache_dir(tmp_path)
+    try:
+        even, odd = (matrices.matrix_pair(geometry, range(k, 6, 2))[0] for k in (0, 1))
+        assert (even != odd).nnz > 0
+        folder = matrices.folder_of(geometry, range(0, 6, 2), tmp_path)
+        (folder / matrices.SUMS).unlink()
+        matrices._mapped.cache_clear()
+        assert (matrices.matrix_pair(geometry, range(0, 6, 2))[0] != even).nnz == 0
+        assert (folder / matrices.SUMS).exists()
     finally:
         matrices.set_cache_dir(None)
 
