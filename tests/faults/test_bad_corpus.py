@@ -25,11 +25,12 @@ import contextlib, io, json, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[2]),) * 2)
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[3]),) * 2)
 from flows import cli
+from flows.engine.memory import peak_bytes  # not getrusage's: that begins as the parent's
 for line in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = cli.run(line)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"code": code, "answer": json.loads(out.getvalue()), "peak": peak}))
+    answer = json.loads(out.getvalue())
+    print(json.dumps({"code": code, "answer": answer, "peak": peak_bytes()}))
 """
 
 
