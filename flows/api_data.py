@@ -339,6 +339,7 @@ def ingest_samples(
     *,
     splits: Sequence[str] | None = None,
     demo_only: bool = False,
+    items: Sequence[DemoItem] | None = None,
     extra: Path | None = None,
     on_event: EventHandler = ignore,
 ) -> IngestResult:
@@ -348,17 +349,19 @@ def ingest_samples(
         output: the dataset.
         splits: which splits; None takes all.
         demo_only: the demo's items, cut as configs/demo.yaml says, and nothing else.
+        items: these of the demo's packages, so cut, instead.
         extra: folder of the catalogue's local files.
         on_event: told of each step.
 
     Raises:
         BadInputError: offline, a file is not the one in the catalogue, or the output exists.
     """
-    found = samples(SamplesSettings(extra=extra, demo_only=demo_only), on_event)
+    asked = demo_items() if demo_only and items is None else items
+    found = samples(SamplesSettings(extra=extra, demo_only=asked is not None), on_event)
     wanted = [
         s for s in found if s.meta["kind"] == "image" and (splits is None or s.split in splits)
     ]
-    cuts = {item.label: item for item in demo_items()} if demo_only else None
+    cuts = None if asked is None else {item.label: item for item in asked}
     if cuts is not None:
         wanted = [s for s in wanted if s.label in cuts]
     if not wanted:

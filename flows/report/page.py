@@ -33,6 +33,7 @@ from flows.report.pictures import (
     ErrorScale,
     Window,
     absolute_error,
+    as_it_lies,
     encode,
     error_scale,
     inferno,
@@ -243,7 +244,7 @@ def _case(
 ) -> dict[str, Any]:
     """A slice for the template, its pictures encoded."""
     windows = windows_for(case.truth, case.record, case.scale)
-    height, width = case.truth.shape[-2:]
+    height, width = as_it_lies(case.truth[0], case.record).shape
     return {
         "label": case_label(case),
         "why": case.why,
@@ -254,7 +255,9 @@ def _case(
                 "role": role,
                 "name": name,
                 "figures": figures,
-                "sources": [encode(p, quality[p.ndim == 3]) for p in shown],
+                "sources": [
+                    encode(as_it_lies(p, case.record), quality[p.ndim == 3]) for p in shown
+                ],
             }
             for role, name, figures, shown in _shown(case, windows, errors)
         ],

@@ -157,6 +157,23 @@ def encode(picture: Array, quality: int | None) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def as_it_lies(picture: Array, record: ItemRecord) -> Array:
+    """A picture (h, w) or (h, w, 3) with square pixels, whole ones repeated, as a body stands.
+
+    Slices are often farther apart than their pixels: seen from the side a scan would be a few
+    flat lines, and, counted from the feet, upside down.
+
+    Args:
+        picture: of a slice of the item.
+        record: spacing (z, y, x) in mm, affine to RAS, and whether the item was turned.
+    """
+    _, row_mm, column_mm = record.spacing_mm or (1.0, 1.0, 1.0)
+    rows, columns = max(1, round(row_mm / column_mm)), max(1, round(column_mm / row_mm))
+    if record.meta.get("turned") and record.affine and record.affine[2][1] > 0:
+        picture = picture[::-1]
+    return picture.repeat(rows, axis=0).repeat(columns, axis=1)
+
+
 def figure_strip(
     tiles: Sequence[tuple[str, str, Array]],
     *,

@@ -24,7 +24,7 @@ from flows.report.page import (
     render,
     show_view,
 )
-from flows.report.pictures import busiest_window, figure_strip, windows_for
+from flows.report.pictures import as_it_lies, busiest_window, figure_strip, windows_for
 from flows.report.rows import Row, TaskSummary, summarise
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def case_strip(case: Case) -> Array:
     ]
     for method, pixels in case.restored.items():
         tiles.append((picture_name(method), picture_figures(case, method), window.show(pixels)))
-    return figure_strip(tiles, detail=busiest_window(truth))
+    lying = [(name, line, as_it_lies(picture, case.record)) for name, line, picture in tiles]
+    return figure_strip(lying, detail=busiest_window(lying[0][2]))
 
 
 def _models(results: Sequence[EvaluateResult]) -> list[ModelFacts]:

@@ -30,6 +30,7 @@ import torch
 import yaml
 
 from diffusion_core.networks.precond import Preconditioned
+from diffusion_core.noise.streams import seeded_initialisation
 from diffusion_core.training import loop
 from diffusion_core.training.loop import Callbacks, Recipe, train
 from diffusion_core.training.patches import PatchSource
@@ -38,6 +39,7 @@ from flows.api_train import new_network, recipe_of
 from flows.config import TrainSettings, config_path, read_settings
 from flows.training.data import patch_source
 from flows.training.validation import denoising_psnr, validation_images
+from tests.benchmarks.recipe_networks import NETWORKS
 from tests.benchmarks.unet_vs_monai import megapixels_per_s, optimisers_of
 
 HERE = Path(__file__).parent
@@ -47,7 +49,7 @@ SIGMAS = (0.05, 0.1, 0.2, 0.5)
 NUM_IMAGES, SIDE_PX = 12, 192
 NUM_STEPS = 800
 NUM_TIMED_STEPS, NUM_TIMINGS = 8, 2
-OWN_KEYS = {"optimiser": "muon", "time_share": 1.0}
+OWN_KEYS = {"optimiser": "muon", "time_share": 1.0, "kind": "local-unet"}
 """What a variant may set beside TrainSettings."""
 
 Row = dict[str, Any]
@@ -60,21 +62,30 @@ def settings_of(variant: Mapping[str, Any], base: Mapping[str, Any], data: Path)
     return TrainSettings(**{**starter.model_dump(), **changes, "data": [data]})
 
 
-def trained(settings: TrainSettings, num_steps: int, optimiser: str) -> Preconditioned:
+def network_of(settings: TrainSettings, kind: str) -> Preconditioned:
+    """The seeded network of the settings, or one of another kind with the same widths."""
+    if kind == "local-unet":
+        return new_network(settings)
+    with seeded_initialisation(settings.seed):
+        return Preconditioned(NETWORKS[kind](len(settings.conditions), **settings.network))
+
+
+def trained(settings: TrainSettings, num_steps: int, optimiser: str, kind: str) -> Preconditioned:
     """The averaged network after so many steps of the product's loop, from nothing."""
     recipe = replace(_bare(settings), num_steps=num_steps)
     with tempfile.TemporaryDirectory() as folder, _optimisers(optimiser):
-        state = train(new_network(settings), patch_source(settings), recipe, Path(folder))
+        network = network_of(settings, kind)
+        state = train(network, patch_source(settings), recipe, Path(folder))
     return state.ema.module.eval()
 
 
-def step_seconds(settings: TrainSettings, patches: PatchSource, optimiser: str) -> float:
+def step_seconds(settings: TrainSettings, patches: PatchSource, optimiser: str, kind: str) -> float:
     """CPU time of a training step, the least of some."""
     clock: list[float] = []
     recipe = replace(_bare(settings), num_steps=NUM_TIMED_STEPS, log_every_steps=1)
     told = Callbacks(on_log=lambda *_: clock.append(time.process_time()))
     with tempfile.TemporaryDirectory() as folder, _optimisers(optimiser):
-        train(new_network(settings), patches, recipe, Path(folder), told)
+        train(network_of(settings, kind), patches, recipe, Path(folder), told)
     return min(after - before for before, after in pairwise(clock))
 
 
@@ -92,18 +103,20 @@ def _optimisers(kind: str) -> AbstractContextManager[Any]:
     )
 
 
-def steps_of(settings: TrainSettings, reference: TrainSettings, optimiser: str, steps: int) -> int:
+def steps_of(
+    settings: TrainSettings, reference: TrainSettings, own: Mapping[str, Any], steps: int
+) -> int:
     """Steps that take as long as so many of the reference: timed in turn, for the load varies."""
     costs = {"network", "patch_size", "batch_size"}
-    if optimiser == "muon" and settings.model_dump(include=costs) == reference.model_dump(
-        include=costs
-    ):
+    optimiser, kind = str(own["optimiser"]), str(own["kind"])
+    same_costs = settings.model_dump(include=costs) == reference.model_dump(include=costs)
+    if same_costs and (optimiser, kind) == ("muon", "local-unet"):
         return steps
     sources = patch_source(settings), patch_source(reference)
     ours, theirs = [], []
     for _ in range(NUM_TIMINGS):
-        ours.append(step_seconds(settings, sources[0], optimiser))
-        theirs.append(step_seconds(reference, sources[1], "muon"))
+        ours.append(step_seconds(settings, sources[0], optimiser, kind))
+        theirs.append(step_seconds(reference, sources[1], "muon", "local-unet"))
     return round(steps * min(theirs) / min(ours))
 
 
@@ -111,12 +124,11 @@ def measured(name: str, table: Mapping[str, Any], data: Path, reference_steps: i
     """Train a variant and measure it."""
     variant = table["variants"][name]
     own = {key: variant.get(key, value) for key, value in OWN_KEYS.items()}
-    optimiser, time_share = str(own["optimiser"]), float(own["time_share"])
     settings = settings_of(variant, table["base"], data)
     reference = settings_of({}, table["base"], data)
-    steps = round(time_share * steps_of(settings, reference, optimiser, reference_steps))
+    steps = round(own["time_share"] * steps_of(settings, reference, own, reference_steps))
     start = time.process_time()
-    model = trained(settings, steps, optimiser)
+    model = trained(settings, steps, str(own["optimiser"]), str(own["kind"]))
     seconds = time.process_time() - start
     images = validation_images(reference, NUM_IMAGES, SIDE_PX)
     psnr = denoising_psnr(model, {c: images[c] for c in settings.conditions}, SIGMAS)

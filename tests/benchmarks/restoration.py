@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.restoration --model MODEL --work FOLDER [--task T ...]
 
-FOLDER keeps the images (fetched by `sashiko samples`' catalogue, the demo's slices and windows) and
+FOLDER keeps the images (fetched by `sashiko samples`' catalogue: the demo's slices and windows, and
+for tasks between slices or frames 31 slices of lung2 and 8 frames of bikes) and
 what was restored; a command that was stopped goes on there. Every task is evaluated as
 `sashiko evaluate` does it: CovProx with the model's settings and its task's evaluations, kriging,
 and the task's classical methods with parameters frozen on validation images. With
@@ -29,9 +30,15 @@ import numpy as np
 from diffusion_core.model import store_card_section, weights_digest
 from domains.metrics import score
 from domains.registry import load_domain
-from flows.api_data import ingest_samples
+from flows.api_data import DemoItem, demo_items, ingest_samples
 from flows.api_evaluate import EvaluateResult, evaluate
-from flows.config import ComputeSettings, EvaluateSettings, config_path, load_task, task_names
+from flows.config import (
+    ComputeSettings,
+    EvaluateSettings,
+    config_path,
+    load_task,
+    task_names,
+)
 from flows.report.rows import summarise
 from flows.report.write import stories_of, strips
 from flows.store import Dataset, Measurements
@@ -54,6 +61,12 @@ ASKED: Mapping[str, float] = {
     "ct-lowdose": 1.5,
 }
 """Gain over the best classical method that the starter aims at, in dB; of other tasks none."""
+STACKED = frozenset({"ct-sr-z3", "slices-missing", "video-strokes"})
+"""Tasks that go on from slice to slice, or from frame to frame: they need neighbours."""
+STACKS = (
+    DemoItem("lung2", slices=tuple(range(15, 46)), crop=(128, 128, 256, 256)),
+    DemoItem("bikes-3", slices=tuple(range(200, 208)), crop=(8, 64, 256, 512)),
+)
 KEPT = ("domain", "region", "group", "psnr", "psnr_hole", "ssim", "nfe", "seconds")
 BM3D_SIGMA = 25 / 255
 """Of denoise-25, on the [0, 1] that BM3D sees."""
@@ -62,6 +75,15 @@ BM3D_SIGMA = 25 / 255
 def task_order() -> list[str]:
     """Those for which a gain is asked, then the others by name."""
     return [*ASKED, *(name for name in task_names() if name not in ASKED)]
+
+
+def images_of(task: str, work: Path) -> Path:
+    """The dataset that a task is measured on, made where it is not there: the demo's, or stacks."""
+    stacked = task in STACKED
+    dataset = work / ("stacks.zarr" if stacked else "items.zarr")
+    if not dataset.exists():
+        ingest_samples(dataset, items=STACKS if stacked else demo_items())
+    return dataset
 
 
 def evaluated(task: str, dataset: Path, model: Path, folder: Path) -> EvaluateResult:
@@ -188,11 +210,9 @@ def main(
     """Measure, print, and tell the card."""
     path = model or config_path("models", "starter")
     weights = weights_digest(path)[:12]
-    dataset, rows = work / "items.zarr", Rows(output)
-    if not dataset.exists():
-        ingest_samples(dataset, demo_only=True)
+    rows = Rows(output)
     for task in tasks or task_order():
-        made = evaluated(task, dataset, path, work / weights)
+        made = evaluated(task, images_of(task, work), path, work / weights)
         for row in rows_of(made, task, bm3d_python):
             rows.put({**row, "weights": weights})
         if pictures is not None:

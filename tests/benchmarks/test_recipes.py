@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from diffusion_core.networks.local_unet import LocalUNet
-from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.training.throughput import flop_per_pixel
 from tests.benchmarks import peer_call
-from tests.benchmarks.recipes import VARIANTS, settings_of, table_of
+from tests.benchmarks.recipes import VARIANTS, network_of, settings_of, table_of
 
 TABLE = yaml.safe_load(VARIANTS.read_text())
 
@@ -21,8 +19,8 @@ TABLE = yaml.safe_load(VARIANTS.read_text())
 @pytest.mark.parametrize("name", TABLE["variants"])
 def test_a_variant_is_a_setting_of_the_product_and_within_a_quarter_of_the_limit(name):
     settings = settings_of(TABLE["variants"][name], TABLE["base"], Path("data.zarr"))
-    network = LocalUNet(len(settings.conditions), **settings.network)
-    assert flop_per_pixel(Preconditioned(network)) < 101e3
+    kind = TABLE["variants"][name].get("kind", "local-unet")
+    assert flop_per_pixel(network_of(settings, kind)) < 101e3
     assert settings.init_from is None
 
 

@@ -311,6 +311,10 @@ def test_a_demo_item_counts_slices_and_pixels_as_its_file_does(tmp_path, monkeyp
     np.testing.assert_array_equal(item.pixels, CT().read(path).pixels[:, [3, 5], 4:21, 6:24])
     assert item.record.meta["slices"] == [3, 5]
     assert item.record.meta["crop"] == [4, 6, 17, 18]
+    other = api_data.DemoItem("scan", slices=(4,))
+    result = ingest_samples(tmp_path / "other.zarr", items=[other])
+    item = Dataset(result.path).read("scan")
+    np.testing.assert_array_equal(item.pixels, CT().read(path).pixels[:, [4]])
 
 
 def test_the_demo_cuts_the_test_part_of_its_samples():

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from report_kit import HARM, photo, scan, synthetic_page
 
 from domains.base import Item, ItemRecord, Measurement
+from domains.between_slices import turned_record
 from domains.city.domain import City
 from flows.api_evaluate import evaluate
 from flows.config import load_task, task_names
@@ -32,6 +34,7 @@ from flows.report.page import MISSING, render
 from flows.report.pictures import (
     ErrorScale,
     absolute_error,
+    as_it_lies,
     busiest_window,
     encode,
     error_scale,
@@ -228,6 +231,31 @@ def test_a_strip_has_names_pictures_and_a_detail():
     assert strip.shape == (12 + 44 + 100 + 12 + 160 + 12, 12 + 2 * 172, 3)
     assert strip[12 + 44 + 5, 12 + 5].tolist() == [90, 90, 90]
     assert strip[:50].min() < 100
+
+
+def test_a_scan_seen_from_the_side_has_square_pixels_and_stands_on_its_feet():
+    picture = np.arange(6, dtype=np.uint8).reshape(3, 2)
+    affine = np.diag([-1.0, -1.0, 5.0, 1.0])
+    volume = ItemRecord(
+        "scan",
+        "ct",
+        (1, 3, 4, 2),
+        "int16",
+        "HU",
+        "00",
+        "nrrd",
+        spacing_mm=(5.0, 1.2, 1.2),
+        affine=affine.tolist(),
+    )
+    side = as_it_lies(picture, turned_record(volume))
+    assert side.shape == (12, 2)
+    assert side[:, 0].tolist() == [4] * 4 + [2] * 4 + [0] * 4
+    hanging = replace(volume, affine=(affine * [1, 1, -1, 1]).tolist())
+    assert as_it_lies(picture, turned_record(hanging))[0].tolist() == [0, 1]
+    wide = replace(volume, spacing_mm=(5.0, 1.0, 2.1))
+    assert as_it_lies(picture, wide).tolist() == picture.repeat(2, axis=1).tolist()
+    still = replace(volume, spacing_mm=None, affine=None)
+    assert as_it_lies(picture, still).tolist() == picture.tolist()
 
 
 def test_a_sinogram_is_no_picture_though_it_has_two_axes():
