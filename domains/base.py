@@ -40,7 +40,7 @@ class ItemRecord:
         units: of the pixel values: "HU", "intensity", "counts" ...
         spacing_mm: (z, y, x), or None where there is no physical size.
         affine: 4x4 voxel-to-world (RAS, mm) of array axes (x, y, z) as NIfTI has it, or None.
-        source_digest: sha256 of the source file's bytes.
+        source_digest: sha256 of the source file's bytes; of several files, as files_digest has it.
         source_format: "nrrd", "nifti", "png", "jpeg", "tiff", "video" ...
         group: patient or scene; splits never divide one.
         split: which part of a study it serves.
@@ -218,6 +218,13 @@ class Domain(ABC):
     def companions(self, path: Path) -> Sequence[Path]:
         """Further files that are read with a file: their content counts as its own."""
         return ()
+
+    def awaited(self, path: Path) -> Sequence[Path]:
+        """The files that must lie still before a file is read, besides it: those it is read with.
+
+        A domain whose files gather in series names what may still become one of them.
+        """
+        return self.companions(path)
 
     def measured(self, path: Path) -> Measurement:
         """Read the measurement that a file of `raw_suffixes` holds; task "given", no truth.

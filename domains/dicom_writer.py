@@ -28,7 +28,8 @@ from domains.dicom_derived import (
     set_pixels,
 )
 from domains.dicom_grid import Grid
-from domains.dicom_series import Series, series_digest, series_of, stored_frames
+from domains.dicom_series import Series, series_of, stored_frames
+from domains.files import files_digest
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -56,7 +57,7 @@ def write_series(
         BadInputError: if the source is gone or was changed.
     """
     series = series_of(source, None)
-    if series_digest(series.files) != record.source_digest:
+    if files_digest(series.files) != record.source_digest:
         raise BadInputError(f"{source}: the series was changed since it was read; restore it again")
     volume = _Volume(record, read)
     affine = volume.affine
@@ -130,7 +131,7 @@ def _uid(*parts: object) -> str:
 
 
 def _series_uid(volume: _Volume, series: Series, provenance: Provenance) -> str:
-    return _uid("series", series_digest(series.files), volume.digest, provenance)
+    return _uid("series", files_digest(series.files), volume.digest, provenance)
 
 
 # --- one file a slice ------------------------------------------------------------------------

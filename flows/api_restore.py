@@ -183,7 +183,13 @@ def prepare(
         raise
     rejected = tuple(
         Quarantined(
-            r.code, INPUT_TASK, "", r.reason, input_digest=file_digest(r.source), source=r.source
+            r.code,
+            INPUT_TASK,
+            "",
+            r.reason,
+            input_digest=file_digest(r.source),
+            source_digest=r.digest,
+            source=r.source,
         )
         for r in given.rejected
     )
@@ -261,7 +267,16 @@ def _hand_over(
 
 def _unwritten(entry: RestoredEntry, reason: str, kind: FailureKind) -> Quarantined:
     reason = f"restored, but not written as a file: {reason}"
-    return Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key, kind=kind)
+    digest = entry.record.source_digest
+    return Quarantined(
+        entry.item_id,
+        entry.task,
+        entry.method,
+        reason,
+        key=entry.key,
+        source_digest=digest,
+        kind=kind,
+    )
 
 
 def _told(error: OSError) -> str:

@@ -34,7 +34,7 @@ from typing import Any
 from uuid import uuid4
 
 from domains.base import BadInputError, Domain, Item
-from domains.files import file_digest, keyed_id
+from domains.files import file_digest, files_digest, keyed_id
 from domains.registry import load_domain
 from flows.api_data import (
     find_files,
@@ -73,11 +73,13 @@ class Rejected:
     Attributes:
         code: keyed hash of its place below the input: names of files may tell of people.
         source: the file, for the person who gave it.
+        digest: of its content, with its companions.
         reason: what is wrong, without the file's name.
     """
 
     code: str
     source: Path
+    digest: str
     reason: str
 
 
@@ -196,7 +198,7 @@ def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:
     for source in sources:
         if source.content in reasons:
             reason = reasons[source.content]
-            rejected.append(Rejected(_code(source.place), source.path, reason))
+            rejected.append(Rejected(_code(source.place), source.path, source.digest, reason))
         else:
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
@@ -248,7 +250,7 @@ class _Source:
     Attributes:
         path: of the file.
         place: its name below the input, without suffixes.
-        digest: sha256 of its bytes.
+        digest: of its bytes, and of its companions'.
         mask: the file that says what is missing in this image alone, if one does.
         mask_digest: of its bytes, or of the boxes that are its own.
         fault: why it has no mask, "" where it needs none or has one.
@@ -263,7 +265,7 @@ class _Source:
 
     @classmethod
     def of(cls, path: Path, folder: Path, damage: Damage, domain: Domain) -> _Source:
-        place, digest = place_below(path, folder), _content_digest(path, domain)
+        place, digest = place_below(path, folder), files_digest(files_of(path, domain))
         if domain.is_raw(path):
             return cls(path, place, digest, fault=SAYS_ITSELF if damage.stated else "")
         try:
@@ -306,11 +308,9 @@ def _unstated(images: Sequence[Path], domain: Domain) -> str:
     return f"not a kind of file that '{domain.name}' reads: {', '.join(domain.suffixes)}"
 
 
-def _content_digest(path: Path, domain: Domain) -> str:
-    """Sha256 of a file's bytes, and of those of its companions where it has any."""
-    files = [path, *(p for p in domain.companions(path) if p.is_file())]
-    digests = [file_digest(file) for file in files]
-    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def files_of(path: Path, domain: Domain) -> list[Path]:
+    """A file and its companions, as far as they are there: what counts as one image."""
+    return [path, *(p for p in domain.companions(path) if p.is_file())]
 
 
 def _images(

@@ -51,7 +51,7 @@ class CT(MedicalDomain):
     """Network units: HU -1000..2000 to [-1, 1]; A x in line integrals of mu, no dimension."""
 
     name = "ct"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
+    suffixes = (".nii", ".nii.gz", ".img", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
     raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"ct": 1})
 

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from domains.base import Array, BadInputError, ItemRecord, Measurement
 from domains.ct.unmeasured import lying_bins
-from domains.files import MAX_PIXELS, fault_in_words, file_digest, keyed_id, require_file
+from domains.files import MAX_PIXELS, fault_in_words, files_digest, keyed_id, require_file
 
 SUFFIXES = (".npy", ".h5", ".hdf5")
 DATASET = "sinogram"
@@ -116,7 +116,7 @@ def measured(path: Path) -> Measurement:
         known &= ~lying_bins(y, known)[:, None]
     arrays = {} if known.all() else {"mask": known[:, None]}
     height, width, pixel_mm = _grid(geometry, bins)
-    digest = file_digest(path)
+    digest = files_digest([path, *companions(path)])
     params: dict[str, Any] = {
         "num_views": views,
         "arc_degrees": _arc(angles),

@@ -53,7 +53,7 @@ class MRI(MedicalDomain):
     """
 
     name = "mri"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
+    suffixes = (".nii", ".nii.gz", ".img", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
     raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"mri": 1, "mri-complex": 2})
     drawn_from = MappingProxyType({"mri-complex": "mri"})

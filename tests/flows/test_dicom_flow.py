@@ -102,7 +102,8 @@ def test_a_night_finds_the_slices_whatever_they_are_called(tmp_path):
     series(job / "a", stored_values())
     (job / "job.yaml").write_text("domain: ct\nsigma_y: 0.05\n")
     (job / "notes.txt").write_text("no image")
-    assert len(JobFolder(job).images()) == 5
+    (found,) = JobFolder(job).scans()
+    assert found.files == tuple(sorted((job / "a").iterdir()))
 
 
 def test_missing_slices_are_restored_by_the_command(tmp_path):
