@@ -211,6 +211,9 @@ class Domain(ABC):
     raw_suffixes: tuple[str, ...] = ()
     """Those of `suffixes` whose files hold measurements and no image: k-space, sinograms."""
 
+    restores_slices: bool = False
+    """Whether a slice that is missing as a whole is restored from those before and behind it."""
+
     def is_raw(self, path: Path) -> bool:
         """Whether a file holds a measurement itself, as far as its name tells."""
         return path.name.lower().endswith(self.raw_suffixes)
@@ -312,6 +315,16 @@ class Domain(ABC):
             "--noise"
         )
 
+    def given_thick(self, item: Item, *, scale_z: int, sigma_y: float) -> Measurement:
+        """Take a volume of thick slices as the measurement of one with `scale_z` times as many.
+
+        Raises:
+            BadInputError: if the domain's images have no slices.
+        """
+        raise BadInputError(
+            f"images of '{self.name}' have no slices that could be thick; leave out --scale-z"
+        )
+
     def as_measured(self, item: Item, record: ItemRecord) -> Item:
         """A clean item laid out as the record of its measurement: a volume may be cut otherwise."""
         return item
@@ -327,6 +340,10 @@ class Domain(ABC):
     @abstractmethod
     def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
         """(offset, gain) with (value - offset) * gain in [0, 1], for metrics alone."""
+
+    def moved_slices(self, item: Item) -> Sequence[int]:
+        """Slices, from 0, that look as if they moved while they were measured; by default none."""
+        return ()
 
     @abstractmethod
     def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:

@@ -16,6 +16,8 @@ class MedicalDomain(Domain):
     A DICOM file stands for the series that it and its neighbours in its folder make.
     """
 
+    restores_slices = True
+
     def accepts(self, path: Path) -> bool:
         """By its suffix, or as DICOM whatever its name."""
         return super().accepts(path) or dicom.is_dicom(path)

@@ -1,12 +1,15 @@
 """A user's damaged images as a measurement store: the images, and what is wrong with them.
 
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
-    --mask BOXES         a .csv or .json file of boxes: see boxes.py
+    --mask BOXES         a .csv or .json file of boxes: see boxes.py; .geojson: domains/polygons.py
     --mask auto          strokes, stripes and dead lines that are found: see domains/strokes.py
     --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
     --mask slices        slices that a DICOM series lacks
+    --mask slices:7,9    these slices (from 0), as `sashiko inspect` counts them
+    --mask moved         slices of MRI that look as if they moved while they were measured
     --kernel FILE        what blurred them: an image or a .npy array
     --scale N            they are N times too coarse
+    --scale-z N          their slices are N times too thick
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
     --noise rician       which is that of a magnitude image
 
@@ -47,7 +50,7 @@ from flows.api_data import (
 )
 from flows.boxes import boxes_of
 from flows.config import Home, RestoreSettings
-from flows.damage import NAMED, Damage, place_below
+from flows.damage import Damage, is_file, place_below
 from flows.engine.events import Event, EventHandler
 from flows.engine.in_use import InUse, alone_with
 from flows.roots import Root
@@ -57,10 +60,10 @@ from flows.store_check import verify_store
 FORMAT = 3
 """Of the stores made here; another format has another name."""
 
-UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale or --sigma-y"
+UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale, --scale-z or --sigma-y"
 SAYS_ITSELF = (
-    "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale and "
-    "--sigma-y"
+    "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale, "
+    "--scale-z and --sigma-y"
 )
 
 _GONE = ".gone-"
@@ -323,7 +326,7 @@ def _images(
     """
     files = find_files(folder, domain)
     is_output = cache(_is_output)
-    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p not in NAMED]
+    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if is_file(p)]
     output = settings.output
     if isinstance(output, Path):
         tools.append(output.resolve())
@@ -396,11 +399,14 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     read = read_file(domain, source.path)
     if source.fault:
         raise BadInputError(source.fault)
-    if not damage.slices:
+    if not damage.between:
         require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
     if damage.noise != "gaussian":
         writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
+        return
+    if damage.scale_z is not None:
+        writer.add(domain.given_thick(item, scale_z=damage.scale_z, sigma_y=damage.sigma_y))
         return
     writer.add(
         domain.given(
@@ -432,6 +438,9 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "images": sorted(source.content for source in sources),
         "nodata": damage.nodata,
         **({"slices": True} if damage.slices else {}),
+        **({"chosen": damage.chosen} if damage.chosen else {}),
+        **({"moved": True} if damage.moved else {}),
+        **({} if damage.scale_z is None else {"scale_z": damage.scale_z}),
         "mask": None if damage.mask_file is None else file_digest(damage.mask_file),
         "kernel": None if damage.kernel is None else damage.kernel.tolist(),
         "scale": damage.scale,

@@ -22,7 +22,7 @@ from domains.base import BadInputError
 from domains.files import code_of, file_digest, files_digest
 from domains.registry import load_domain
 from flows.config import Settings, read_settings
-from flows.damage import AUTO, NAMED, NODATA, SLICES
+from flows.damage import NODATA, is_file
 from flows.engine.objects import LocalObjects
 from flows.given import files_of
 from flows.store_files import json_digest
@@ -41,6 +41,7 @@ class JobSettings(Settings):
     mask: str | None = None
     kernel: Path | None = None
     scale: int | None = None
+    scale_z: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
 
@@ -109,20 +110,24 @@ class JobFolder:
     def damage(self) -> dict[str, object]:
         """The job's damage as the settings of restore have it."""
         job, mask = self.settings, self.settings.mask
-        if mask not in NAMED:
+        if mask is not None and is_file(mask):
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
-        said = {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
-        return {**said, "noise": job.noise}
+        names = ("scale", "scale_z", "sigma_y", "noise")
+        return {"mask": mask, "kernel": kernel, **{name: getattr(job, name) for name in names}}
 
     def instructions(self, image: Path) -> dict[str, object]:
         """All that says how an image is to be restored, files by their content."""
         digests = [file_digest(path) for path in self._tools_of(image)]
         values = self.settings.model_dump(mode="json", exclude={"mask", "kernel"})
+        # What was taken before there were others stays known.
         if values["noise"] == "gaussian":
-            del values["noise"]  # what was taken before there was another stays known
-        nodata = self.settings.mask == NODATA
-        named = {name: True for name in (AUTO, SLICES) if self.settings.mask == name}
+            del values["noise"]
+        if values["scale_z"] is None:
+            del values["scale_z"]
+        mask = self.settings.mask
+        nodata = mask == NODATA
+        named = {} if mask is None or nodata or is_file(mask) else {mask: True}
         return {**values, **named, "nodata": nodata, "digests": digests}
 
     def scans(self) -> list[Scan]:
@@ -150,7 +155,7 @@ class JobFolder:
     def _common(self) -> list[Path]:
         """A kernel, or a mask that is one file."""
         job = self.settings
-        named = [self.path / p for p in (job.mask, job.kernel) if p not in NAMED]
+        named = [self.path / p for p in (job.mask, job.kernel) if p is not None and is_file(p)]
         return [path for path in named if path.is_file()]
 
     @cached_property
@@ -158,7 +163,7 @@ class JobFolder:
         """The files of a folder of masks by their place in it, without suffix."""
         by_place: dict[Path, list[Path]] = {}
         folder = self.path / (self.settings.mask or NODATA)
-        if self.settings.mask not in NAMED and folder.is_dir():
+        if is_file(self.settings.mask) and folder.is_dir():
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):
                 by_place.setdefault(_bare(path.relative_to(folder)), []).append(path)
         return by_place

@@ -162,6 +162,13 @@ class CT(MedicalDomain):
             item, mask = turned(item), turned_mask(mask, item.record)
         return take_damaged(item, UNITS, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
 
+    def given_thick(self, item: Item, *, scale_z: int, sigma_y: float) -> Measurement:
+        """Take a volume of thick slices as a measurement of the volume cut along y."""
+        from domains.between_slices import taken_thick
+
+        require_one_channel(item.record)
+        return taken_thick(item, UNITS, scale_z, sigma_y, {})
+
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of a sinogram, or of a damaged image."""
         if measurement.operator in PICTURE_OPERATORS:
