@@ -88,7 +88,7 @@ def inside(polygons: Polygons, item: Item) -> Array:
     missing = geometry_mask(polygons.shapes, (h, w), transform, all_touched=True, invert=True)
     if not missing.any():
         x0, y0, x1, y1 = _bounds(polygons)
-        corners = np.array([transform * (x, y) for x in (0, w) for y in (0, h)])
+        corners = np.array([transform @ (x, y) for x in (0, w) for y in (0, h)])
         (left, bottom), (right, top) = corners.min(axis=0), corners.max(axis=0)
         raise BadInputError(
             f"no polygon of {polygons.path.name} lies on it: they span {x0:g} to {x1:g} and "

@@ -63,12 +63,16 @@ def bicubic(measurement: Measurement, problem: Problem, params: Mapping[str, Any
 
 def as_it_is(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
     """The slices as they were measured, moved or not. No parameters."""
-    del problem, params
+    del params
     if SEEN not in measurement.arrays:
         raise BadInputError(
             "as-it-is keeps moved slices, and there are none; choose another method"
         )
-    return torch.from_numpy(np.array(measurement.arrays[SEEN]))
+    slices = problem.y.clone()
+    slices[:, :, list(measurement.params["moved_slices"])] = torch.from_numpy(
+        np.array(measurement.arrays[SEEN])
+    )
+    return slices
 
 
 BASELINES: Mapping[str, Baseline] = {

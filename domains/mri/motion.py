@@ -25,7 +25,7 @@ PATTERN = "moved-slices"
 """What operator_params of a task call its mask."""
 
 SEEN = "seen"
-"""The array of a measurement that holds the slices as they were measured, moved ones too."""
+"""The array of a measurement that holds the slices that moved, as they were measured."""
 
 _BODY_SHARE = 0.1
 _FEWEST_PIXELS = 50
@@ -50,8 +50,8 @@ def simulate(item: Item, task: Task, seed: int) -> Measurement:
         seed: which slices, when and how far.
 
     Returns:
-        The measurement of the turned volume, as between_slices.py has it; arrays["seen"] (h 1 z w)
-        are the slices in network units as they were measured.
+        The measurement of the turned volume, as between_slices.py has it; arrays["seen"] (h 1 n w)
+        are the n slices of params["moved_slices"] as they were measured, in network units.
 
     Raises:
         BadInputError: if the item has too few slices.
@@ -84,7 +84,7 @@ def simulate(item: Item, task: Task, seed: int) -> Measurement:
         params={**params, "scale_q": q, "moved_slices": chosen},
         noise={"kind": "gaussian", "sigma_y": 0.0},
         y=seen * mask,
-        arrays={"mask": mask, SEEN: seen},
+        arrays={"mask": mask, SEEN: seen[:, :, chosen]},
         truth_digest=pixel_digest(item.pixels),
         seed=seed,
     )
