@@ -54,9 +54,14 @@ def simulate(item: Item, task: Task, seed: int) -> Measurement:
         are the n slices of params["moved_slices"] as they were measured, in network units.
 
     Raises:
-        BadInputError: if the item has too few slices.
+        BadInputError: if the task takes other pixels, or the item has too few slices.
     """
     params = dict(task.operator_params)
+    if params.get("pattern") != PATTERN or not {"every", "num_moves", "shift_mm"} <= set(params):
+        raise BadInputError(
+            f"task '{task.name}': the domain 'mri' has no operator 'mask' but with "
+            f"{{pattern: {PATTERN}, every: 4, num_moves: 3, shift_mm: 3.0}}; choose another task"
+        )
     num_slices, every = item.record.shape[1], int(params["every"])
     if num_slices < 3 or every < 2:
         raise BadInputError(
