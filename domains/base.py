@@ -40,7 +40,7 @@ class ItemRecord:
         units: of the pixel values: "HU", "intensity", "counts" ...
         spacing_mm: (z, y, x), or None where there is no physical size.
         affine: 4x4 voxel-to-world (RAS, mm) of array axes (x, y, z) as NIfTI has it, or None.
-        source_digest: sha256 of the source file's bytes.
+        source_digest: sha256 of the source file's bytes; of several files, as files_digest has it.
         source_format: "nrrd", "nifti", "png", "jpeg", "tiff", "video" ...
         group: patient or scene; splits never divide one.
         split: which part of a study it serves.
@@ -211,6 +211,9 @@ class Domain(ABC):
     raw_suffixes: tuple[str, ...] = ()
     """Those of `suffixes` whose files hold measurements and no image: k-space, sinograms."""
 
+    restores_slices: bool = False
+    """Whether a slice that is missing as a whole is restored from those before and behind it."""
+
     def is_raw(self, path: Path) -> bool:
         """Whether a file holds a measurement itself, as far as its name tells."""
         return path.name.lower().endswith(self.raw_suffixes)
@@ -218,6 +221,13 @@ class Domain(ABC):
     def companions(self, path: Path) -> Sequence[Path]:
         """Further files that are read with a file: their content counts as its own."""
         return ()
+
+    def awaited(self, path: Path) -> Sequence[Path]:
+        """The files that must lie still before a file is read, besides it: those it is read with.
+
+        A domain whose files gather in series names what may still become one of them.
+        """
+        return self.companions(path)
 
     def measured(self, path: Path) -> Measurement:
         """Read the measurement that a file of `raw_suffixes` holds; task "given", no truth.
@@ -305,6 +315,16 @@ class Domain(ABC):
             "--noise"
         )
 
+    def given_thick(self, item: Item, *, scale_z: int, sigma_y: float) -> Measurement:
+        """Take a volume of thick slices as the measurement of one with `scale_z` times as many.
+
+        Raises:
+            BadInputError: if the domain's images have no slices.
+        """
+        raise BadInputError(
+            f"images of '{self.name}' have no slices that could be thick; leave out --scale-z"
+        )
+
     def as_measured(self, item: Item, record: ItemRecord) -> Item:
         """A clean item laid out as the record of its measurement: a volume may be cut otherwise."""
         return item
@@ -320,6 +340,10 @@ class Domain(ABC):
     @abstractmethod
     def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
         """(offset, gain) with (value - offset) * gain in [0, 1], for metrics alone."""
+
+    def moved_slices(self, item: Item) -> Sequence[int]:
+        """Slices, from 0, that look as if they moved while they were measured; by default none."""
+        return ()
 
     @abstractmethod
     def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:

@@ -7,13 +7,16 @@ has the axes (c y z x); its affine is turned with it, so that writing returns to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement, Problem, Task
+from domains.files import MAX_PIXELS
+from domains.imaging import Units, measure, slices_first
+from domains.keyed import pixel_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,21 +75,81 @@ def turned_mask(missing: Array, record: ItemRecord) -> Array:
     return np.asarray(missing).reshape(z, h, w).swapaxes(0, 1)
 
 
-def missing_planes(record: ItemRecord) -> Array:
-    """(z h w) True where the source lacks a slice.
+def missing_planes(record: ItemRecord, chosen: Sequence[int] = ()) -> Array:
+    """(z h w) True where the source lacks a slice, and in the chosen ones.
+
+    Args:
+        record: of the volume.
+        chosen: slices of no use, from 0, as `sashiko inspect` counts them.
 
     Raises:
-        BadInputError: if it lacks none.
+        BadInputError: if it lacks none and none is chosen, or a chosen one is not there.
     """
-    planes = record.meta.get("missing_slices")
-    if not planes:
+    planes, num_slices = record.meta.get("missing_slices") or (), record.shape[1]
+    if not planes and not chosen:
         raise BadInputError("no slice is missing; leave out `--mask slices`")
+    if beyond := [n for n in chosen if n >= num_slices]:
+        raise BadInputError(
+            f"slice {beyond[0]} is not one of its {num_slices}, which count from 0; `sashiko "
+            "inspect` shows them"
+        )
     mask = np.zeros(record.shape[1:], dtype=bool)
     np.moveaxis(mask, int(record.meta.get("missing_axis", 0)), 0)[list(planes)] = True
+    mask[list(chosen)] = True
     return mask
 
 
-def simulate(item: Item, task: Task, seed: int, units: Any) -> Measurement:
+def taken_thick(
+    item: Item, units: Units, scale_z: int, sigma_y: float, params: Mapping[str, Any]
+) -> Measurement:
+    """A volume of thick slices as the measurement of one with `scale_z` times as many.
+
+    Args:
+        item: the volume as it is.
+        units: of its network scale.
+        scale_z: slices that are wanted of one.
+        sigma_y: standard deviation of its noise, network units.
+        params: further parameters to be kept with the measurement.
+
+    Raises:
+        BadInputError: if it has one slice only, or would have too many pixels.
+    """
+    _, num_slices, h, w = item.record.shape
+    if num_slices < 2:
+        raise BadInputError("one slice has nothing before and behind it; leave out --scale-z")
+    if num_slices * scale_z * h * w > MAX_PIXELS:
+        raise BadInputError(
+            f"{num_slices * scale_z} x {h} x {w} is over the limit of {MAX_PIXELS} pixels; split it"
+        )
+    return Measurement(
+        record=turned_record(thinned(item.record, scale_z)),
+        task="given",
+        operator="pool-rows",
+        params={**params, "factor": scale_z},
+        noise={"kind": "gaussian", "sigma_y": float(sigma_y)},
+        y=np.ascontiguousarray(slices_first(units.to_network(turned(item).pixels))),
+    )
+
+
+def thinned(record: ItemRecord, scale_z: int) -> ItemRecord:
+    """The record of a volume of slices `scale_z` times thinner: shape, spacing, affine follow.
+
+    The thin slices fill the thick one that they come from, so that the first lies before its
+    middle.
+    """
+    c, z, h, w = record.shape
+    spacing, affine = record.spacing_mm, record.affine
+    if spacing is not None:
+        spacing = (spacing[0] / scale_z, spacing[1], spacing[2])
+    if affine is not None:
+        # Slice k of the fine grid has its centre at (k + 1/2) / scale_z - 1/2 of ours.
+        fine = np.diag([1.0, 1.0, 1 / scale_z, 1.0])
+        fine[2, 3] = 0.5 / scale_z - 0.5
+        affine = tuple(tuple(float(v) for v in row) for row in np.array(affine) @ fine)
+    return replace(record, shape=(c, z * scale_z, h, w), spacing_mm=spacing, affine=affine)
+
+
+def simulate(item: Item, task: Task, seed: int, units: Units) -> Measurement:
     """Take slices away from a clean volume, or make them thick.
 
     Args:
@@ -99,9 +162,6 @@ def simulate(item: Item, task: Task, seed: int, units: Any) -> Measurement:
     Raises:
         BadInputError: if the item has too few slices.
     """
-    from domains.imaging import measure
-    from domains.keyed import pixel_digest
-
     num_slices, params = item.record.shape[1], dict(task.operator_params)
     name = "every" if task.operator == "mask" else "factor"
     if name not in params:

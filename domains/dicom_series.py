@@ -7,7 +7,6 @@ are items of their own. A folder stands for the one series that it holds.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from domains import dicom
 from domains.base import Array, BadInputError, Item, ItemRecord
 from domains.dicom_grid import Frame, Grid, grid_of
-from domains.files import file_digest, keyed_id, require_size
+from domains.files import code_of, file_digest, files_digest, keyed_id, require_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -195,13 +194,20 @@ def _frames(file: Path, name: Path, modality: str | None) -> list[Frame]:
             return [_frame(file, 0, header, header, header, header)]
     except BadInputError as error:
         if file != name:  # names of files may tell of people; the series is what is refused
-            raise BadInputError(f"{name}: " + str(error).removeprefix(f"{file}: ")) from None
+            reason = str(error).removeprefix(f"{file}: ").removeprefix(f"{name}: ")
+            raise BadInputError(f"{name}: {_which(file)}: {reason}") from None
         raise
     except Exception:
+        which = "" if file == name else f"{_which(file)}: "
         raise BadInputError(
-            f"{name}: its header is damaged (position, spacing or rescale cannot be read); export "
-            "it again"
+            f"{name}: {which}its header is damaged (position, spacing or rescale cannot be read); "
+            "export it again"
         ) from None
+
+
+def _which(file: Path) -> str:
+    """A file of a series by its content, for who is told of the series by another file's name."""
+    return f"its file with {code_of(file_digest(file))}"
 
 
 def _require_modality(name: Path, header: Dataset, modality: str) -> None:
@@ -315,7 +321,7 @@ def read_series(path: Path, domain: str, units: str, modality: str | None) -> It
     found = found_in_words(grid)
     if found:
         meta["found"] = found
-    digest = series_digest(series.files)
+    digest = files_digest(series.files)
     record = ItemRecord(
         item_id=keyed_id(domain, digest, b""),
         domain=domain,
@@ -339,14 +345,6 @@ def _spacing(turned: Array) -> tuple[float, float, float]:
 def _place(number: int, grid: Grid, place_axis: tuple[int, bool]) -> int:
     """Where a place of the grid lies along its axis of the turned volume."""
     return grid.num_places - 1 - number if place_axis[1] else number
-
-
-def series_digest(files: Sequence[Path]) -> str:
-    """Sha256 of one file's bytes; of several, of their digests in the order of these digests."""
-    digests = sorted(file_digest(file) for file in files)
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def found_in_words(grid: Grid) -> list[str]:
@@ -391,7 +389,8 @@ def stored_frames(frames: Sequence[Frame], name: Path) -> dict[Frame, Array]:
             if file == name:
                 raise
             reason = str(error).removeprefix(f"{file}: ")
-            raise BadInputError(f"{name}: slice {number} of {len(by_file)}: {reason}") from None
+            which = f"slice {number} of {len(by_file)}, {_which(file)}"
+            raise BadInputError(f"{name}: {which}: {reason}") from None
         stored |= {frame: pixels[frame.index] for frame in of_file}
     return stored
 

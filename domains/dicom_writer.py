@@ -28,7 +28,8 @@ from domains.dicom_derived import (
     set_pixels,
 )
 from domains.dicom_grid import Grid
-from domains.dicom_series import Series, series_digest, series_of, stored_frames
+from domains.dicom_series import Series, series_of, stored_frames
+from domains.files import files_digest
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -56,7 +57,7 @@ def write_series(
         BadInputError: if the source is gone or was changed.
     """
     series = series_of(source, None)
-    if series_digest(series.files) != record.source_digest:
+    if files_digest(series.files) != record.source_digest:
         raise BadInputError(f"{source}: the series was changed since it was read; restore it again")
     volume = _Volume(record, read)
     affine = volume.affine
@@ -130,7 +131,7 @@ def _uid(*parts: object) -> str:
 
 
 def _series_uid(volume: _Volume, series: Series, provenance: Provenance) -> str:
-    return _uid("series", series_digest(series.files), volume.digest, provenance)
+    return _uid("series", files_digest(series.files), volume.digest, provenance)
 
 
 # --- one file a slice ------------------------------------------------------------------------
@@ -154,7 +155,9 @@ def _write_slices(
         derive(dataset, sources, series_uid, _uid("sop", series_uid, k), provenance)
         dataset.InstanceNumber = numbers[k]
         if not here and affine is not None:
-            _set_plane(dataset, affine, k, volume.shape[1:], grid, len(places))
+            _set_plane(dataset, affine, k, volume.shape[1:], grid)
+        if affine is not None and len(places) > grid.num_places:
+            _set_thickness(dataset, affine, grid)
         set_pixels(dataset, as_stored(volume[k], frame, dataset, before)[None])
         target = stem.with_name(stem.name + ".dcm") if single else stem / f"{k + 1:05d}.dcm"
         save(dataset, target)
@@ -171,13 +174,14 @@ def _source_places(
         return [((k,), same_size) for k in range(len(volume))]
     normal = first.normal
     along = np.array([frame.corner @ normal for frame in grid.frames])
+    tolerance = _tolerance(affine, grid)
     places: list[tuple[tuple[int, ...], bool]] = []
     for k in range(len(volume)):
         corner = (affine @ (0, 0, k, 1))[:3]
         distance = np.abs(along - corner @ normal)
         nearest = int(distance.argmin())
         off = float(np.linalg.norm(grid.frames[nearest].corner - corner))
-        here = same_size and off < _tolerance(grid)
+        here = same_size and off < tolerance
         if here or distance[nearest] < _SAME_MM or len(along) == 1:
             places.append(((nearest,), here))
         else:
@@ -186,10 +190,11 @@ def _source_places(
     return places
 
 
-def _tolerance(grid: Grid) -> float:
+def _tolerance(affine: Array, grid: Grid) -> float:
     """How far a frame may be from its place on the even grid and be the same, mm."""
     step = grid.spacing_mm[0] if grid.spacing_mm else 1.0
-    return 0.1 * step + _SAME_MM
+    thinner = _step(affine, grid) or step
+    return 0.1 * min(step, thinner) + _SAME_MM
 
 
 def _numbers(grid: Grid, places: Sequence[tuple[tuple[int, ...], bool]]) -> list[int]:
@@ -207,7 +212,6 @@ def _set_plane(
     k: int,
     rows_columns: tuple[int, ...],
     grid: Grid,
-    num_slices: int,
 ) -> None:
     """Where a slice lies that the source does not have."""
     position = (affine @ (0, 0, k, 1))[:3]
@@ -219,11 +223,19 @@ def _set_plane(
         shift = (position - grid.frames[0].corner) @ grid.frames[0].normal
         start = float(dicom.read_header(grid.frames[0].path, ["SliceLocation"]).SliceLocation)
         dataset.SliceLocation = _decimal(start + _direction(grid) * float(shift))
-    if num_slices > grid.num_places:
-        step = abs(float(affine[:3, 2] @ grid.frames[0].normal))
-        dataset.SliceThickness = _decimal(step)
-        if "SpacingBetweenSlices" in dataset:
-            dataset.SpacingBetweenSlices = _decimal(step)
+
+
+def _set_thickness(dataset: Dataset, affine: Array, grid: Grid) -> None:
+    """Of slices that are thinner than the source's."""
+    step = _step(affine, grid)
+    dataset.SliceThickness = _decimal(step)
+    if "SpacingBetweenSlices" in dataset:
+        dataset.SpacingBetweenSlices = _decimal(step)
+
+
+def _step(affine: Array, grid: Grid) -> float:
+    """From slice to slice along the normal, mm."""
+    return abs(float(affine[:3, 2] @ grid.frames[0].normal))
 
 
 def _direction(grid: Grid) -> float:

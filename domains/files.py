@@ -23,6 +23,9 @@ MAX_PIXELS = 2**30
 MOST_FOLD = 200
 """Times that a measured image can be larger than its compressed file; blank pages are more."""
 
+CODE, CODE_DIGITS = "sha256 ", 12
+"""What the code of a file begins with, and the digits of its sha256 in it."""
+
 _SMALL_BYTES = 1 << 27
 """Images up to this size may be unfolded from anything: they fit."""
 
@@ -52,6 +55,22 @@ def file_digest(path: Path) -> str:
     """Sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """What files hold together: of one its sha256; of several that of theirs, in rising order.
+
+    The names of the files and their order do not matter.
+    """
+    digests = sorted(file_digest(file) for file in files)
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def code_of(digest: str) -> str:
+    """What stands for a file: a person finds it by its sha256, and its name may tell of people."""
+    return f"{CODE}{digest[:CODE_DIGITS]}"
 
 
 def fault_in_words(error: Exception, path: Path | None = None) -> str:

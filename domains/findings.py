@@ -7,11 +7,12 @@ value, slices that its positions skip) is told as such; the rest are signs:
     repeated slice   every pixel is that of the slice before
     dead lines       rows or columns of one value each, between lines that are not
     saturated        many pixels at the very top of the scale, few just below
+    moved slices     what the domain says of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,7 @@ class Finding:
 
     Attributes:
         kind: "no data", "missing slices", "blank slices", "repeated slices", "dead lines",
-            "saturated", or "note" for a remark of the reader.
+            "saturated", "moved slices", or "note" for a remark of the reader.
         words: what was found, for people.
         share: of the item's pixels, 0 to 1.
         slices: where, from 0.
@@ -47,14 +48,15 @@ class Finding:
     slices: tuple[int, ...] = ()
 
 
-def find_damage(item: Item) -> list[tuple[Finding, Array]]:
+def find_damage(item: Item, moved: Sequence[int] = ()) -> list[tuple[Finding, Array]]:
     """What looks damaged, and where: booleans (z h w), True where damaged in any band.
 
     Args:
         item: pixels (c z h w), finite.
+        moved: slices that look as if they moved, as the domain found (Domain.moved_slices).
     """
     found: list[tuple[Finding, Array]] = []
-    for kind, noun, marked in _marks(item):
+    for kind, noun, marked in _marks(item, moved):
         if marked.any():
             slices = tuple(int(z) for z in np.flatnonzero(marked.any(axis=(1, 2))))
             words = f"{noun(marked)}{_where(slices, item)}"
@@ -64,7 +66,7 @@ def find_damage(item: Item) -> list[tuple[Finding, Array]]:
     return found + [(Finding("note", note, 0.0), nothing) for note in notes]
 
 
-def _marks(item: Item) -> Iterator[tuple[str, Callable[[Array], str], Array]]:
+def _marks(item: Item, moved: Sequence[int]) -> Iterator[tuple[str, Callable[[Array], str], Array]]:
     """(kind, marks in words, marks (z h w)); a pixel is told of once, by its gravest."""
     pixels = item.pixels
     without = no_data(item)
@@ -79,6 +81,8 @@ def _marks(item: Item) -> Iterator[tuple[str, Callable[[Array], str], Array]]:
     yield "repeated slices", lambda m: f"{_slice_count(m)} the same as the one before", same
     yield "dead lines", lambda m: f"{_num_lines(m)} dead rows or columns", lines
     yield "saturated", lambda m: f"{_percent(m)} of the pixels at the top of the scale", top
+    still = _slices(item, list(moved)) & ~flat & ~same & ~lacking
+    yield "moved slices", lambda m: f"{_slice_count(m)} that seem to have moved", still
 
 
 def no_data(item: Item) -> Array:

@@ -24,7 +24,7 @@ from domains.base import Array, BadInputError, Item, ItemRecord
 from domains.dicom_series import read_series
 from domains.files import (
     fault_in_words,
-    file_digest,
+    files_digest,
     keyed_id,
     require_file,
     require_finite,
@@ -32,7 +32,10 @@ from domains.files import (
     require_size,
 )
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
+PAIR = (".img", ".hdr")
+"""A NIfTI volume of two files: the voxels, which stand for it, and the header."""
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz", PAIR[0])
 NRRD_SUFFIXES = (".nrrd",)
 SUFFIXES = (*NIFTI_SUFFIXES, *NRRD_SUFFIXES)
 LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -75,6 +78,11 @@ class Header:
     compressed: bool = False
 
 
+def companions(path: Path) -> tuple[Path, ...]:
+    """The header beside the voxels of a NIfTI pair."""
+    return (path.with_suffix(PAIR[1]),) if suffix_of(path).lower() == PAIR[0] else ()
+
+
 def suffix_of(path: Path) -> str:
     """The suffix as medical files have it: .nii.gz counts as one."""
     name = path.name.lower()
@@ -106,7 +114,16 @@ def read_header(path: Path) -> Header:
 def _nifti_header(path: Path) -> Header:
     import nibabel
 
+    for header in companions(path):
+        if header.is_symlink() or not header.is_file():
+            raise BadInputError(
+                f"{path}: its header of the same name, {PAIR[1]}, is not there; put it beside it"
+            )
     image = nibabel.load(path)
+    if not isinstance(image, nibabel.Nifti1Pair):  # Analyze does not say which side is left
+        raise BadInputError(
+            f"{path}: an Analyze volume, which states no orientation; convert it to NIfTI"
+        )
     affine = np.asarray(image.affine, dtype=np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular or not finite; export it again")
@@ -150,8 +167,8 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     Integer values stay as they are stored; scaled or floating values become float32.
 
     Args:
-        path: .nii, .nii.gz, .nrrd or .nhdr; 2-D, 3-D, or 4-D with a last dimension of 1; a DICOM
-            file, which stands for its series, or the folder of one.
+        path: .nii, .nii.gz, .img (with its .hdr) or .nrrd; 2-D, 3-D, or 4-D with a last dimension
+            of 1; a DICOM file, which stands for its series, or the folder of one.
         domain: name of the domain, for the record.
         units: of the values, for the record.
 
@@ -185,7 +202,7 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
         ) from error
     require_size(path, pixels.shape, (pixels.shape[2], pixels.shape[3]))
     pixels = _stored_values(path, pixels, header)
-    digest = file_digest(path)
+    digest = files_digest([path, *companions(path)])
     record = ItemRecord(
         item_id=keyed_id(domain, digest, b""),
         domain=domain,

@@ -16,6 +16,8 @@ class MedicalDomain(Domain):
     A DICOM file stands for the series that it and its neighbours in its folder make.
     """
 
+    restores_slices = True
+
     def accepts(self, path: Path) -> bool:
         """By its suffix, or as DICOM whatever its name."""
         return super().accepts(path) or dicom.is_dicom(path)
@@ -27,12 +29,19 @@ class MedicalDomain(Domain):
         return leads(files)
 
     def companions(self, path: Path) -> Sequence[Path]:
-        """The other files of a DICOM series."""
+        """The other files of a DICOM series, the header of a NIfTI pair."""
         from domains.dicom_series import members_of
+        from domains.medical import companions
 
         if not dicom.is_dicom(path):
-            return super().companions(path)
+            return companions(path)
         return [file for file in members_of(path) if file != path]
+
+    def awaited(self, path: Path) -> Sequence[Path]:
+        """Of a DICOM file all of its folder: a slice that is not there yet has no header to ask."""
+        if not dicom.is_dicom(path):
+            return self.companions(path)
+        return [file for file in path.parent.iterdir() if file.is_file() and file != path]
 
     def as_measured(self, item: Item, record: ItemRecord) -> Item:
         """Cut along y where slices are missing or thick."""

@@ -15,7 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -154,6 +154,7 @@ def fetch_samples(
     extra: Path | None = None,
     report: Callable[[str], None],
     demo_only: bool = False,
+    labels: Collection[str] | None = None,
 ) -> list[SampleFile]:
     """Fetch the sample files that are not in the cache yet.
 
@@ -162,6 +163,7 @@ def fetch_samples(
         extra: folder searched, with all below it, for the catalogue's local files.
         report: takes one line a step.
         demo_only: fetch only what the demo needs.
+        labels: fetch only the archives of these samples; None for all.
 
     Returns:
         The samples at hand, each with the path of its file.
@@ -173,6 +175,8 @@ def fetch_samples(
     found: list[SampleFile] = []
     for archive in archives:
         wanted = [s for s in archive.samples if s.demo or not demo_only]
+        if labels is not None:
+            wanted = [s for s in wanted if s.label in labels]
         if wanted:
             folder = _ensure_archive(archive, cache, report, demo_only=demo_only)
             found += [replace(s, path=folder / s.path) for s in wanted]

@@ -175,7 +175,7 @@ def _look_into_store(path: Path) -> Iterator[_Seen]:
 
 
 def _seen(place: str, item: Item, others: tuple[str, ...] = ()) -> _Seen:
-    found = find_damage(item)
+    found = find_damage(item, load_domain(item.record.domain).moved_slices(item))
     low, high = float(item.pixels.min()), float(item.pixels.max())
     told = Inspected(
         place=place,

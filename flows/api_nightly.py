@@ -8,16 +8,17 @@
     OUTPUT/nightly/TIME.json   the report of a night, and TIME.html: the same as a page
 
 The inbox is only read. A file is new if its content has not been taken under the same
-instructions: it does not matter which nights were missed, or which model did it. A file that is
-still being written is left for the next night. What cannot be used is quarantined with a reason,
-once; what failed for another reason (its worker died, the disk failed) is tried again on the next
-nights, `max_runs` in all. `sashiko quarantine retry` has either tried again.
+instructions: it does not matter which nights were missed, or which model did it. The files of a
+DICOM series, or a raw scan and its header, are one: they are taken together, once all of them have
+settled. What is still being written is left for the next night. What cannot be used is quarantined
+with a reason, once; what failed for another reason (its worker died, the disk failed) is tried
+again on the next nights, `max_runs` in all. `sashiko quarantine retry` has either tried again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +28,6 @@ from pydantic import ValidationError
 
 from diffusion_core.model import BadModelError
 from domains.base import BadInputError
-from domains.files import file_digest
-from domains.registry import load_domain
 from flows.answers import account_lines
 from flows.api_restore import NothingRestoredError, RestoreResult, restore
 from flows.config import NightlySettings, RestoreSettings
@@ -38,9 +37,9 @@ from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.plan import PlanRefusedError
 from flows.engine.quarantine import Quarantined
 from flows.engine.restored import RestoredEntry
-from flows.inbox import JOB_FILE, PARTLY, JobFolder, Ledger, find_jobs, is_settled, staged
+from flows.inbox import JOB_FILE, PARTLY, JobFolder, Ledger, Scan, find_jobs, staged
 from flows.mistakes import mistake_in
-from flows.nightly_report import CODE, WAITING, finding, write_report
+from flows.nightly_report import WAITING, finding, write_report
 from flows.store import Measurements
 
 Status = Literal["restored", "nothing new", "quarantined", "failed"]
@@ -194,21 +193,25 @@ class _Job:
             return self._report("nothing new")
         model = self.settings.model
         more = {"domain": folder.settings.domain, **folder.damage()}
-        domain = load_domain(folder.settings.domain)
-        beside = {file for path in new for file in domain.companions(path) if file.is_file()}
-        with staged({*new, *beside}, self.path, self.settings.output) as stage:
+        files = {file for scan in new for file in scan.files}
+        with staged(files, self.path, self.settings.output) as stage:
             result, given_up, bad = self._restore_files(stage, new, model, more, on_event)
         published = () if result is None else result.published
+        keys = {entry.key for entry in published}
+        again = [q for q in given_up if self._comes_again(q)]
+        # What is published and could not be handed over comes again too.
         taken = {entry.record.source_digest for entry in published}
+        taken -= {q.source_digest for q in again if q.key in keys}
         # An image may be taken with one mask and refused with another.
         refused = {self.path / q.source.relative_to(stage) for q in given_up if q.source}
-        waiting = {q.source_digest for q in given_up if self._comes_again(q)} - taken
-        for path, digest in new.items():
-            if digest in waiting and path not in refused:
+        waiting = {q.source_digest for q in again} - taken
+        for scan in new:
+            if scan.digest in waiting and scan.lead not in refused:
                 continue  # nothing is wrong with it: the next night tries it again
-            fate = "restored" if digest in taken and path not in refused else "quarantined"
-            ledger.note(digest, fate, folder.instructions(path))
-        return self._report("restored" if taken else "quarantined", result, bad)
+            done = scan.digest in taken and scan.lead not in refused
+            fate = "restored" if done else "quarantined"
+            ledger.note(scan.digest, fate, folder.instructions(scan.lead))
+        return self._report("restored" if published else "quarantined", result, bad)
 
     def _comes_again(self, entry: Quarantined) -> bool:
         """Whether another night may do what this one could not."""
@@ -217,7 +220,7 @@ class _Job:
     def _restore_files(
         self,
         stage: Path,
-        files: Mapping[Path, str],
+        scans: Sequence[Scan],
         model: str,
         more: Mapping[str, Any],
         on_event: EventHandler,
@@ -239,41 +242,39 @@ class _Job:
         except PlanRefusedError:  # no fault of the files: another night, another machine
             raise
         except BadInputError as error:  # not one of them can be used as the job says
-            whole = self._without_names(str(error).replace(f"{stage}/", ""), files)
+            whole = self._without_names(str(error).replace(f"{stage}/", ""), scans)
             bad = tuple(
-                Bad(_code(digest), reasons.get(place_below(path, self.path), whole))
-                for path, digest in files.items()
+                Bad(scan.code, reasons.get(place_below(scan.lead, self.path), whole))
+                for scan in scans
             )
             return None, (), bad
-        places = {stage / path.relative_to(self.path): path for path in files}
+        codes = {stage / scan.lead.relative_to(self.path): scan.code for scan in scans}
+        of_content = {scan.digest: scan.code for scan in scans}
         told = tuple(
-            Bad(q.item_id, q.reason)
-            if q.source not in places
-            else Bad(_code(files[places[q.source]]), q.reason)
+            Bad(codes.get(q.source) or of_content.get(q.source_digest, q.item_id), q.reason)
             for q in given_up
         )
         return result, given_up, told
 
-    def _new(self, folder: JobFolder, ledger: Ledger) -> dict[Path, str]:
-        """The files to be done tonight, with their digests; counts the others."""
-        new: dict[Path, str] = {}
-        for path in folder.images():
-            if not is_settled(path, self.settings.settle_s):
+    def _new(self, folder: JobFolder, ledger: Ledger) -> list[Scan]:
+        """What is to be done tonight; counts the rest."""
+        new: list[Scan] = []
+        for scan in folder.scans():
+            if not scan.is_settled(self.settings.settle_s):
                 self.waiting += 1
-                continue
-            digest = file_digest(path)
-            if ledger.knows(digest, folder.instructions(path)):
+            elif ledger.knows(scan.digest, folder.instructions(scan.lead)):
                 self.known += 1
             else:
-                new[path] = digest
+                new.append(scan)
         return new
 
-    def _without_names(self, text: str, files: Mapping[Path, str]) -> str:
+    def _without_names(self, text: str, scans: Sequence[Scan]) -> str:
         """The text with codes for names of files: reports and ledgers must not tell of people."""
-        for path, digest in files.items():
-            place = str(path.relative_to(self.path))
-            for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
-                text = text.replace(name, _code(digest)) if len(name) > 2 else text
+        for scan in scans:
+            for path in scan.files:
+                place = str(path.relative_to(self.path))
+                for name in (place, place.removesuffix(".gz").rpartition(".")[0]):
+                    text = text.replace(name, scan.code) if len(name) > 2 else text
         return text
 
     def _outcome(
@@ -319,11 +320,6 @@ class _Job:
             reason=reason,
             account=None if result is None else result.account,
         )
-
-
-def _code(digest: str) -> str:
-    """What stands for a file: a person finds it by its sha256."""
-    return f"{CODE}{digest[:12]}"
 
 
 def _figures(entry: RestoredEntry) -> Figures:

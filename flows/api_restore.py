@@ -183,7 +183,13 @@ def prepare(
         raise
     rejected = tuple(
         Quarantined(
-            r.code, INPUT_TASK, "", r.reason, input_digest=file_digest(r.source), source=r.source
+            r.code,
+            INPUT_TASK,
+            "",
+            r.reason,
+            input_digest=file_digest(r.source),
+            source_digest=r.digest,
+            source=r.source,
         )
         for r in given.rejected
     )
@@ -261,7 +267,16 @@ def _hand_over(
 
 def _unwritten(entry: RestoredEntry, reason: str, kind: FailureKind) -> Quarantined:
     reason = f"restored, but not written as a file: {reason}"
-    return Quarantined(entry.item_id, entry.task, entry.method, reason, key=entry.key, kind=kind)
+    digest = entry.record.source_digest
+    return Quarantined(
+        entry.item_id,
+        entry.task,
+        entry.method,
+        reason,
+        key=entry.key,
+        source_digest=digest,
+        kind=kind,
+    )
 
 
 def _told(error: OSError) -> str:
@@ -314,7 +329,9 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     from flows.store import Measurements, open_store
     from flows.store_files import has_manifest
 
-    damaged = any(p is not None for p in (settings.mask, settings.kernel, settings.scale))
+    damaged = any(
+        p is not None for p in (settings.mask, settings.kernel, settings.scale, settings.scale_z)
+    )
     if not has_manifest(settings.input):
         return take_images(settings, work, on_event)
     store = open_store(settings.input)
@@ -326,7 +343,7 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     if damaged:
         raise BadInputError(
             f"{settings.input}: measurements say themselves what is missing; leave out --mask, "
-            "--kernel and --scale"
+            "--kernel, --scale and --scale-z"
         )
     return Given(settings.input)
 

@@ -98,20 +98,25 @@ def _files_by_key(output: Path) -> dict[str, list[Path]]:
 
 
 def commands_for(path: Path, meta: Mapping[str, object]) -> dict[str, str]:
-    """Viewer -> command line for a file, or the folder of a DICOM series.
+    """Viewer -> command line for a file, or a folder of them.
 
     Args:
-        path: of the result.
+        path: of the result: a file, the folder of a DICOM series, or one of volumes, as magnitude
+            and phase are; these open together.
         meta: of its record: says whether a picture lies on the earth.
     """
     name = path.name.lower()
     first = _first_dicom(path)
-    if first is not None or name.endswith(VOLUMES):
-        volume = (first or path).absolute()
-        load = f"slicer.util.loadVolume({str(volume)!r})"
+    volumes = sorted(p for p in path.iterdir() if is_volume(p)) if path.is_dir() else [path]
+    if first is not None:
+        volumes = [first]
+    if volumes and (first is not None or is_volume(volumes[0])):
+        shown = [str(volume.absolute()) for volume in volumes]
+        load = "; ".join(f"slicer.util.loadVolume({volume!r})" for volume in shown)
+        more = ["-o", *shown[1:]] if shown[1:] else []
         return {
             "3D Slicer": f"Slicer --python-code {shlex.quote(load)}",
-            "ITK-SNAP": f"itksnap -g {shlex.quote(str(volume))}",
+            "ITK-SNAP": shlex.join(["itksnap", "-g", shown[0], *more]),
         }
     if name.endswith(FRAMES):
         return {"FFmpeg": f"ffplay {shlex.quote(str(path.absolute()))}"}
@@ -119,6 +124,11 @@ def commands_for(path: Path, meta: Mapping[str, object]) -> dict[str, str]:
     if "geotiff" in meta:
         commands = {"QGIS": _command("qgis", path), **commands}
     return commands
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file is a volume by its name."""
+    return path.name.lower().endswith(VOLUMES)
 
 
 def _first_dicom(path: Path) -> Path | None:

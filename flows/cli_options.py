@@ -101,9 +101,12 @@ def damage_options(command: F) -> F:
             "--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]"
         ),
         click.option("--scale", type=int, help="Times larger to make the images, 2 to 16."),
+        click.option("--scale-z", type=int, help="Thinner slices to make of each, 2 to 16."),
         click.option("--kernel", type=LocalPath(), help="Blur kernel, an image or .npy."),
         click.option(
-            "--mask", help="Masks (white = missing), boxes (.csv, .json), nodata, auto or slices."
+            "--mask",
+            help="Masks (white = missing), boxes (.csv, .json, .geojson), nodata, auto, slices, "
+            "slices:7,9 or moved.",
         ),
         click.option("--domain", help="Needed for a folder: ct, mri, city."),
     ):

@@ -167,11 +167,14 @@ class RestoreSettings(Settings):
     domain: str | None = None
     mask: str | None = Field(
         None,
-        description="masks (white = missing), a file of boxes, 'nodata', 'auto', or 'slices' that "
-        "a series lacks",
+        description="masks (white = missing), a file of boxes or polygons, 'nodata', 'auto', "
+        "'slices' that a series lacks, 'slices:7,9', or slices that 'moved'",
     )
     kernel: Path | None = None
     scale: int | None = Field(None, ge=2, le=MAX_SCALE, description="times larger to make them")
+    scale_z: int | None = Field(
+        None, ge=2, le=MAX_SCALE, description="slices to make of one, where they are thick"
+    )
     sigma_y: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="noise std on [-1, 1] of a given damaged image"
     )

@@ -7,16 +7,19 @@ of one image's own is that image's matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from domains import polygons
 from domains.base import Array, BadInputError, Domain, Item
 from domains.between_slices import missing_planes
 from domains.imaging import kernel_fault
+from domains.polygons import Polygons
 from domains.strokes import find_strokes
 from domains.validity import INVALID, unpack
 from flows.boxes import SUFFIXES as BOX_SUFFIXES
@@ -25,10 +28,22 @@ from flows.config import RestoreSettings
 
 NODATA = "nodata"
 SLICES = "slices"
+MOVED = "moved"
 AUTO = "auto"
-NAMED = (None, NODATA, SLICES, AUTO)
-"""What says of a mask that it is no file."""
+_NAMED = (None, NODATA, SLICES, MOVED, AUTO)
+_CHOSEN = re.compile(rf"{SLICES}:(\d+(?:,\d+)*)")
 MAX_KERNEL_PX = 1024
+
+
+def is_file(mask: str | Path | None) -> bool:
+    """Whether a mask is a file or a folder, and no word for what is missing."""
+    return mask not in _NAMED and not chosen_slices(mask)
+
+
+def chosen_slices(mask: str | Path | None) -> tuple[int, ...]:
+    """The slices that `slices:7,9` names, rising; none where it is something else."""
+    found = _CHOSEN.fullmatch(mask) if isinstance(mask, str) else None
+    return tuple(sorted({int(number) for number in found[1].split(",")})) if found else ()
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,16 @@ class Damage:
     Attributes:
         kernel: (kh kw) float64, what blurred them.
         scale: how many times too coarse they are.
+        scale_z: how many times too thick their slices are.
         sigma_y: standard deviation of their noise, network units.
         noise: its kind.
         nodata: whether pixels with the no-data value are missing.
         slices: whether the slices that a series lacks are missing.
+        chosen: further slices that are missing.
+        moved: whether the slices are missing that look as if they moved.
         auto: whether strokes, stripes and dead lines are looked for, and missing.
         boxes: place of an image below the input -> boxes that are missing; None if there are none.
+        polygons: that are missing in every scene, None if there are none.
         mask_file: the one mask of all images, or the file of boxes.
         mask: what it says: (z h w), True where pixels are missing.
         mask_folder: of a mask for each image.
@@ -52,12 +71,16 @@ class Damage:
 
     kernel: Array | None = None
     scale: int | None = None
+    scale_z: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
     nodata: bool = False
     slices: bool = False
+    chosen: tuple[int, ...] = ()
+    moved: bool = False
     auto: bool = False
     boxes: Mapping[str, tuple[Box, ...]] | None = None
+    polygons: Polygons | None = None
     mask_file: Path | None = None
     mask: Array | None = None
     mask_folder: Path | None = None
@@ -70,25 +93,35 @@ class Damage:
         Raises:
             BadInputError: naming the option or the file that cannot be used.
         """
-        parts = (settings.mask, settings.kernel, settings.scale)
+        parts = (settings.mask, settings.kernel, settings.scale, settings.scale_z)
         if sum(part is not None for part in parts) > 1:
             raise BadInputError(
-                "give one of --mask, --kernel and --scale; for several damages restore one after "
-                "the other"
+                "give one of --mask, --kernel, --scale and --scale-z; for several damages restore "
+                "one after the other"
             )
         if settings.noise != "gaussian" and (any(parts) or settings.sigma_y <= 0):
             raise BadInputError(
                 f"--noise {settings.noise} is for images that have noise alone: give --sigma-y, "
                 "and leave out --mask, --kernel and --scale"
             )
-        values: dict[str, Any] = {"scale": settings.scale, "sigma_y": settings.sigma_y}
-        values["noise"] = settings.noise
+        chosen = chosen_slices(settings.mask)
+        if (settings.mask in (SLICES, MOVED) or chosen) and not domain.restores_slices:
+            raise BadInputError(
+                f"--mask {settings.mask}: images of '{domain.name}' are restored one by one, and a "
+                "slice or frame that is missing as a whole has no neighbours there; leave it out"
+            )
+        names = ("scale", "scale_z", "sigma_y", "noise")
+        values: dict[str, Any] = {name: getattr(settings, name) for name in names}
         if settings.kernel is not None:
             values["kernel"] = read_kernel(settings.kernel)
         if settings.mask == NODATA:
             values["nodata"] = True
         elif settings.mask == SLICES:
             values["slices"] = True
+        elif chosen:
+            values["chosen"] = chosen
+        elif settings.mask == MOVED:
+            values["moved"] = True
         elif settings.mask == AUTO:
             values["auto"] = True
         elif settings.mask is not None:
@@ -98,10 +131,14 @@ class Damage:
     @property
     def stated(self) -> bool:
         """Whether anything is said to be wrong."""
-        whole = self.kernel is None and self.scale is None and self.sigma_y <= 0
-        found = self.nodata or self.slices or self.auto or self.boxes is not None
-        masked = found or self.mask is not None or self.mask_folder is not None
-        return masked or not whole
+        parts = (self.kernel, self.scale, self.scale_z, self.boxes, self.polygons, self.mask)
+        given = any(part is not None for part in (*parts, self.mask_folder))
+        return given or self.nodata or self.auto or self.between or self.sigma_y > 0
+
+    @property
+    def between(self) -> bool:
+        """Whether slices are missing as a whole: a series that lacks some can be restored then."""
+        return self.slices or self.moved or bool(self.chosen)
 
     def mask_of(self, place: str) -> Path | None:
         """The own mask of an image at a place below the input; None if it needs none.
@@ -128,10 +165,13 @@ class Damage:
         """
         if self.nodata:
             return nodata_pixels(item)
-        if self.slices:
-            return missing_planes(item.record)
+        if self.between:
+            moved = self._moved(item, domain) if self.moved else ()
+            return missing_planes(item.record, (*self.chosen, *moved))
         if self.auto:
             return stroke_pixels(item)
+        if self.polygons is not None:
+            return polygons.inside(self.polygons, item)
         if self.boxes is not None:
             return inside(boxes_of(self.boxes, place), *item.pixels.shape[2:])
         if mask is None:
@@ -142,9 +182,17 @@ class Damage:
             # Without its name, which is the image's: reasons are recorded.
             raise BadInputError(f"its mask: {str(error).removeprefix(f'{mask}: ')}") from error
 
+    def _moved(self, item: Item, domain: Domain) -> Sequence[int]:
+        found = domain.moved_slices(item)
+        if not found:
+            raise BadInputError("no slice looks as if it moved; name some: --mask slices:7,9")
+        return found
+
 
 def _masks(path: Path, domain: Domain) -> dict[str, Any]:
     """The mask fields of a Damage: of one file for all images, or of a folder."""
+    if path.is_file() and path.suffix.lower() == polygons.SUFFIX:
+        return {"mask_file": path, "polygons": polygons.read_polygons(path)}
     if path.is_file() and path.suffix.lower() in BOX_SUFFIXES:
         return {"mask_file": path, "boxes": read_boxes(path)}
     if path.is_file():

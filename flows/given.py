@@ -1,12 +1,15 @@
 """A user's damaged images as a measurement store: the images, and what is wrong with them.
 
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
-    --mask BOXES         a .csv or .json file of boxes: see boxes.py
+    --mask BOXES         a .csv or .json file of boxes: see boxes.py; .geojson: domains/polygons.py
     --mask auto          strokes, stripes and dead lines that are found: see domains/strokes.py
     --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
     --mask slices        slices that a DICOM series lacks
+    --mask slices:7,9    these slices (from 0), as `sashiko inspect` counts them
+    --mask moved         slices of MRI that look as if they moved while they were measured
     --kernel FILE        what blurred them: an image or a .npy array
     --scale N            they are N times too coarse
+    --scale-z N          their slices are N times too thick
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
     --noise rician       which is that of a magnitude image
 
@@ -34,7 +37,7 @@ from typing import Any
 from uuid import uuid4
 
 from domains.base import BadInputError, Domain, Item
-from domains.files import file_digest, keyed_id
+from domains.files import file_digest, files_digest, keyed_id
 from domains.registry import load_domain
 from flows.api_data import (
     find_files,
@@ -47,7 +50,7 @@ from flows.api_data import (
 )
 from flows.boxes import boxes_of
 from flows.config import Home, RestoreSettings
-from flows.damage import NAMED, Damage, place_below
+from flows.damage import Damage, is_file, place_below
 from flows.engine.events import Event, EventHandler
 from flows.engine.in_use import InUse, alone_with
 from flows.roots import Root
@@ -57,10 +60,10 @@ from flows.store_check import verify_store
 FORMAT = 3
 """Of the stores made here; another format has another name."""
 
-UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale or --sigma-y"
+UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale, --scale-z or --sigma-y"
 SAYS_ITSELF = (
-    "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale and "
-    "--sigma-y"
+    "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale, "
+    "--scale-z and --sigma-y"
 )
 
 _GONE = ".gone-"
@@ -73,11 +76,13 @@ class Rejected:
     Attributes:
         code: keyed hash of its place below the input: names of files may tell of people.
         source: the file, for the person who gave it.
+        digest: of its content, with its companions.
         reason: what is wrong, without the file's name.
     """
 
     code: str
     source: Path
+    digest: str
     reason: str
 
 
@@ -196,7 +201,7 @@ def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:
     for source in sources:
         if source.content in reasons:
             reason = reasons[source.content]
-            rejected.append(Rejected(_code(source.place), source.path, reason))
+            rejected.append(Rejected(_code(source.place), source.path, source.digest, reason))
         else:
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
@@ -248,7 +253,7 @@ class _Source:
     Attributes:
         path: of the file.
         place: its name below the input, without suffixes.
-        digest: sha256 of its bytes.
+        digest: of its bytes, and of its companions'.
         mask: the file that says what is missing in this image alone, if one does.
         mask_digest: of its bytes, or of the boxes that are its own.
         fault: why it has no mask, "" where it needs none or has one.
@@ -263,7 +268,7 @@ class _Source:
 
     @classmethod
     def of(cls, path: Path, folder: Path, damage: Damage, domain: Domain) -> _Source:
-        place, digest = place_below(path, folder), _content_digest(path, domain)
+        place, digest = place_below(path, folder), files_digest(files_of(path, domain))
         if domain.is_raw(path):
             return cls(path, place, digest, fault=SAYS_ITSELF if damage.stated else "")
         try:
@@ -306,11 +311,9 @@ def _unstated(images: Sequence[Path], domain: Domain) -> str:
     return f"not a kind of file that '{domain.name}' reads: {', '.join(domain.suffixes)}"
 
 
-def _content_digest(path: Path, domain: Domain) -> str:
-    """Sha256 of a file's bytes, and of those of its companions where it has any."""
-    files = [path, *(p for p in domain.companions(path) if p.is_file())]
-    digests = [file_digest(file) for file in files]
-    return digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+def files_of(path: Path, domain: Domain) -> list[Path]:
+    """A file and its companions, as far as they are there: what counts as one image."""
+    return [path, *(p for p in domain.companions(path) if p.is_file())]
 
 
 def _images(
@@ -323,7 +326,7 @@ def _images(
     """
     files = find_files(folder, domain)
     is_output = cache(_is_output)
-    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p not in NAMED]
+    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if is_file(p)]
     output = settings.output
     if isinstance(output, Path):
         tools.append(output.resolve())
@@ -396,11 +399,14 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     read = read_file(domain, source.path)
     if source.fault:
         raise BadInputError(source.fault)
-    if not damage.slices:
+    if not damage.between:
         require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
     if damage.noise != "gaussian":
         writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
+        return
+    if damage.scale_z is not None:
+        writer.add(domain.given_thick(item, scale_z=damage.scale_z, sigma_y=damage.sigma_y))
         return
     writer.add(
         domain.given(
@@ -432,6 +438,9 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "images": sorted(source.content for source in sources),
         "nodata": damage.nodata,
         **({"slices": True} if damage.slices else {}),
+        **({"chosen": damage.chosen} if damage.chosen else {}),
+        **({"moved": True} if damage.moved else {}),
+        **({} if damage.scale_z is None else {"scale_z": damage.scale_z}),
         "mask": None if damage.mask_file is None else file_digest(damage.mask_file),
         "kernel": None if damage.kernel is None else damage.kernel.tolist(),
         "scale": damage.scale,

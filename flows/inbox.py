@@ -13,16 +13,18 @@ import tempfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 from domains.base import BadInputError
-from domains.files import file_digest
+from domains.files import code_of, file_digest, files_digest
 from domains.registry import load_domain
 from flows.config import Settings, read_settings
-from flows.damage import AUTO, NAMED, NODATA
+from flows.damage import NODATA, is_file
 from flows.engine.objects import LocalObjects
+from flows.given import files_of
 from flows.store_files import json_digest
 
 JOB_FILE = "job.yaml"
@@ -39,6 +41,7 @@ class JobSettings(Settings):
     mask: str | None = None
     kernel: Path | None = None
     scale: int | None = None
+    scale_z: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
 
@@ -56,6 +59,36 @@ def find_jobs(inbox: Path) -> list[Path]:
         for path in inbox.iterdir()
         if path.is_dir() and not path.is_symlink() and not is_draft(path)
     )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What is restored as one: an image, the files of a series, raw data with their geometry.
+
+    Attributes:
+        lead: the file that stands for it.
+        files: all that it is made of, the lead first.
+        awaited: what must lie still before it is read: these, its mask, and whatever may still
+            become one of them.
+    """
+
+    lead: Path
+    files: tuple[Path, ...]
+    awaited: tuple[Path, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its content, whatever its files are called; as records have it."""
+        return files_digest(self.files)
+
+    @cached_property
+    def code(self) -> str:
+        """What stands for it in reports, and a person finds: see code_of."""
+        return code_of(file_digest(self.lead))
+
+    def is_settled(self, settle_s: float) -> bool:
+        """Whether nobody has touched any of it for a while."""
+        return all(is_settled(path, settle_s) for path in self.awaited)
 
 
 class JobFolder:
@@ -77,35 +110,42 @@ class JobFolder:
     def damage(self) -> dict[str, object]:
         """The job's damage as the settings of restore have it."""
         job, mask = self.settings, self.settings.mask
-        if mask not in NAMED:
+        if mask is not None and is_file(mask):
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
-        said = {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
-        return {**said, "noise": job.noise}
+        names = ("scale", "scale_z", "sigma_y", "noise")
+        return {"mask": mask, "kernel": kernel, **{name: getattr(job, name) for name in names}}
 
     def instructions(self, image: Path) -> dict[str, object]:
         """All that says how an image is to be restored, files by their content."""
         digests = [file_digest(path) for path in self._tools_of(image)]
         values = self.settings.model_dump(mode="json", exclude={"mask", "kernel"})
+        # What was taken before there were others stays known.
         if values["noise"] == "gaussian":
-            del values["noise"]  # what was taken before there was another stays known
-        nodata = self.settings.mask == NODATA
-        auto = {"auto": True} if self.settings.mask == AUTO else {}
-        return {**values, **auto, "nodata": nodata, "digests": digests}
+            del values["noise"]
+        if values["scale_z"] is None:
+            del values["scale_z"]
+        mask = self.settings.mask
+        nodata = mask == NODATA
+        named = {} if mask is None or nodata or is_file(mask) else {mask: True}
+        return {**values, **named, "nodata": nodata, "digests": digests}
 
-    def images(self) -> list[Path]:
-        """The files that the domain reads, without masks and kernel, drafts and links."""
+    def scans(self) -> list[Scan]:
+        """What the domain reads, without masks and kernel, drafts and links; sorted."""
         domain = load_domain(self.settings.domain)
         tools = {*self._common, *(p for masks in self._masks.values() for p in masks)}
-        return sorted(
-            path
-            for path in self.path.rglob("*")
-            if path.is_file()
-            and not path.is_symlink()
-            and not is_draft(path)
-            and domain.accepts(path)
-            and path not in tools
-        )
+
+        def is_own(path: Path) -> bool:
+            return is_plain(path) and path not in tools
+
+        found = [p for p in self.path.rglob("*") if is_own(p) and domain.accepts(p)]
+        scans = {}
+        for lead in domain.gather(sorted(found)):
+            files = tuple(filter(is_own, files_of(lead, domain)))
+            around = (path for path in domain.awaited(lead) if path.is_file())
+            awaited = {*files, *around, *self._tools_of(files[0])}
+            scans[files[0]] = Scan(files[0], files, tuple(sorted(awaited)))
+        return sorted(scans.values(), key=lambda scan: scan.lead)
 
     def _tools_of(self, image: Path) -> list[Path]:
         """The files that tell of one image's damage: its mask, or what serves all images."""
@@ -115,7 +155,7 @@ class JobFolder:
     def _common(self) -> list[Path]:
         """A kernel, or a mask that is one file."""
         job = self.settings
-        named = [self.path / p for p in (job.mask, job.kernel) if p not in NAMED]
+        named = [self.path / p for p in (job.mask, job.kernel) if p is not None and is_file(p)]
         return [path for path in named if path.is_file()]
 
     @cached_property
@@ -123,7 +163,7 @@ class JobFolder:
         """The files of a folder of masks by their place in it, without suffix."""
         by_place: dict[Path, list[Path]] = {}
         folder = self.path / (self.settings.mask or NODATA)
-        if self.settings.mask not in NAMED and folder.is_dir():
+        if is_file(self.settings.mask) and folder.is_dir():
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):
                 by_place.setdefault(_bare(path.relative_to(folder)), []).append(path)
         return by_place
@@ -194,14 +234,22 @@ def staged(files: Iterable[Path], root: Path, output: Path) -> Iterator[Path]:
 
 
 def is_settled(path: Path, settle_s: float) -> bool:
-    """Whether nobody has touched the file for a while."""
-    stat = path.stat()
+    """Whether nobody has touched the file for a while; what is gone was being renamed."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
     return time.time() - max(stat.st_mtime, stat.st_ctime) >= settle_s
 
 
 def _bare(place: Path) -> Path:
     """A place without the suffixes of its file (.nii.gz counts as one)."""
     return place.with_name(Path(place.name.removesuffix(".gz")).stem)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether it is a file of its own, and no draft."""
+    return path.is_file() and not path.is_symlink() and not is_draft(path)
 
 
 def is_draft(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domains.files import CODE, CODE_DIGITS
 from flows.answers import account_lines
 from flows.engine.objects import LocalObjects
 
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 WAITING = "left for the next run (touched within the last --settle-s seconds)"
 """Said of files that may still be being written."""
 
-CODE = "sha256 "
-"""Begins the code of a file, which its digest follows."""
+_CODED = re.compile(f"{CODE}([0-9a-f]{{{CODE_DIGITS}}})")
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}
@@ -70,7 +71,7 @@ def _account_lines(job: JobReport) -> list[str]:
 
 def finding(job: JobReport) -> str:
     """A command that lists a job's quarantined files by their digests, INBOX being the inbox."""
-    codes = [bad.item.removeprefix(CODE) for bad in job.quarantined]
+    codes = [code for bad in job.quarantined for code in _CODED.findall(f"{bad.item} {bad.reason}")]
     wanted = " ".join(f"-e ^{code}" for code in dict.fromkeys(codes))
     return f"find {shlex.quote(f'INBOX/{job.name}')} -type f -exec sha256sum {{}} + | grep {wanted}"
 

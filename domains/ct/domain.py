@@ -51,7 +51,7 @@ class CT(MedicalDomain):
     """Network units: HU -1000..2000 to [-1, 1]; A x in line integrals of mu, no dimension."""
 
     name = "ct"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
+    suffixes = (".nii", ".nii.gz", ".img", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
     raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"ct": 1})
 
@@ -161,6 +161,13 @@ class CT(MedicalDomain):
         if mask is not None and lacks_slices(mask, item.record):
             item, mask = turned(item), turned_mask(mask, item.record)
         return take_damaged(item, UNITS, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
+
+    def given_thick(self, item: Item, *, scale_z: int, sigma_y: float) -> Measurement:
+        """Take a volume of thick slices as a measurement of the volume cut along y."""
+        from domains.between_slices import taken_thick
+
+        require_one_channel(item.record)
+        return taken_thick(item, UNITS, scale_z, sigma_y, {})
 
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of a sinogram, or of a damaged image."""

@@ -35,10 +35,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from domains.base import Array, BadInputError, ItemRecord, Measurement
 from domains.ct.unmeasured import lying_bins
-from domains.files import MAX_PIXELS, fault_in_words, file_digest, keyed_id, require_file
+from domains.files import MAX_PIXELS, fault_in_words, files_digest, keyed_id, require_file
+from domains.hdf5 import own_dataset, require_stored, text_attribute
 
 SUFFIXES = (".npy", ".h5", ".hdf5")
-DATASET = "sinogram"
+DATASET, GEOMETRY = "sinogram", "geometry"
 MOST_ANGLES = 100_000
 MAX_SIDE = 4096
 _FEWEST_COUNTS, _MOST_COUNTS = 1e2, 1e8
@@ -116,7 +117,7 @@ def measured(path: Path) -> Measurement:
         known &= ~lying_bins(y, known)[:, None]
     arrays = {} if known.all() else {"mask": known[:, None]}
     height, width, pixel_mm = _grid(geometry, bins)
-    digest = file_digest(path)
+    digest = files_digest([path, *companions(path)])
     params: dict[str, Any] = {
         "num_views": views,
         "arc_degrees": _arc(angles),
@@ -155,14 +156,12 @@ def _read_numpy(path: Path) -> Array:
 def _read_hdf5(path: Path) -> tuple[Array, str | None]:
     import h5py
 
-    with h5py.File(path, "r") as file:
-        if not isinstance(file.get(DATASET, getlink=True), h5py.HardLink):
+    with h5py.File(path, "r", locking=False) as file:
+        data = own_dataset(path, file, DATASET)
+        if data is None:
             raise BadInputError(f"{path}: holds no dataset '{DATASET}' of its own; save it as such")
-        data = file[DATASET]
-        if not isinstance(data, h5py.Dataset) or data.external or data.is_virtual:
-            raise BadInputError(f"{path}: its '{DATASET}' lies in other files; save it as one")
-        text = data.attrs.get("geometry", file.attrs.get("geometry"))
-        return _checked(path, data), None if text is None else str(text)
+        texts = (text_attribute(path, holder, GEOMETRY) for holder in (data, file))
+        return _checked(path, data), next((text for text in texts if text is not None), None)
 
 
 def _checked(path: Path, data: Any) -> Array:
@@ -175,6 +174,8 @@ def _checked(path: Path, data: Any) -> Array:
             f"{path}: {size} is no sinogram; give (views, bins) or (slices, views, bins), "
             f"{MAX_PIXELS // 4} values or fewer"
         )
+    if hasattr(data, "id"):  # of HDF5
+        require_stored(path, data, data.nbytes)
     values = np.asarray(data[...], np.float64)
     num_bad = np.count_nonzero(np.isinf(values))
     if num_bad or np.isnan(values).all():

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_core.operators import Pool
 from diffusion_core.protocols import Signal
 from domains.base import BadInputError, Baseline, Measurement, Problem
+from domains.between_slices import cubic_z, linear_z
 from domains.classical import TVSettings, inverse_variance, restore_tv, settings_from
+from domains.mri.motion import SEEN
 from domains.nlm import nlm
 from domains.wavelets import WaveletSettings, minimise_wavelet
 
@@ -58,7 +61,24 @@ def bicubic(measurement: Measurement, problem: Problem, params: Mapping[str, Any
     return enlarged(problem, problem.operator.factor)
 
 
+def as_it_is(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """The slices as they were measured, moved or not. No parameters."""
+    del params
+    if SEEN not in measurement.arrays:
+        raise BadInputError(
+            "as-it-is keeps moved slices, and there are none; choose another method"
+        )
+    slices = problem.y.clone()
+    slices[:, :, list(measurement.params["moved_slices"])] = torch.from_numpy(
+        np.array(measurement.arrays[SEEN])
+    )
+    return slices
+
+
 BASELINES: Mapping[str, Baseline] = {
+    "as-it-is": as_it_is,
+    "linear-z": linear_z,
+    "cubic-z": cubic_z,
     "zero-filled": zero_filled,
     "wavelet": wavelet,
     "tv": tv,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KSPACE_OPERATORS = ("fourier", "multi-coil")
-IMAGE_TASKS = ("identity", "pool")
+IMAGE_TASKS = ("identity", "pool", "mask", "pool-rows")
 BODY_SHARE = 0.1
 """Of the 99.9th percentile: fainter is background."""
 
@@ -53,7 +54,7 @@ class MRI(MedicalDomain):
     """
 
     name = "mri"
-    suffixes = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
+    suffixes = (".nii", ".nii.gz", ".img", ".nrrd", ".nhdr", ".dcm", *RAW_SUFFIXES)
     raw_suffixes = RAW_SUFFIXES
     conditions = MappingProxyType({"mri": 1, "mri-complex": 2})
     drawn_from = MappingProxyType({"mri-complex": "mri"})
@@ -92,11 +93,11 @@ class MRI(MedicalDomain):
         return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
-        """Undersampled k-space of a clean volume, Rician noise on it, or a coarser one.
+        """Undersampled k-space of a clean volume, Rician noise on it, a coarser one, slices moved.
 
-        y in the source's intensity units; of a coarser one in network units.
+        y in the source's intensity units; of a coarser one and of slices in network units.
         """
-        from domains.mri import rician
+        from domains.mri import motion, rician
         from domains.mri.degradations import simulate
 
         require_task(task, self.name, (*KSPACE_OPERATORS, *IMAGE_TASKS))
@@ -105,6 +106,10 @@ class MRI(MedicalDomain):
             return rician.simulate(item, task, seed)
         if task.operator == "pool":
             return simulate_coarser(item, task, seed)
+        if task.operator == "mask":
+            return motion.simulate(item, task, seed)
+        if task.operator == "pool-rows":
+            return simulate_thicker(item, task, seed)
         return simulate(item, task, seed)
 
     def given(
@@ -149,6 +154,15 @@ class MRI(MedicalDomain):
         q = positive_scale(float(np.percentile(y, SCALE_PERCENTILE)))
         return rician.taken(item, y, sigma_y * q / 2)
 
+    def given_thick(self, item: Item, *, scale_z: int, sigma_y: float) -> Measurement:
+        """Take a volume of thick slices as a measurement of the volume cut along y."""
+        from domains.between_slices import taken_thick
+        from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
+
+        require_one_channel(item.record)
+        q = positive_scale(float(np.percentile(item.pixels, SCALE_PERCENTILE)))
+        return taken_thick(item, Units(0.0, q), scale_z, sigma_y, {"scale_q": q})
+
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem of k-space, or of a damaged image."""
         from domains.mri import rician
@@ -174,6 +188,7 @@ class MRI(MedicalDomain):
         if rician.is_rician(measurement):
             return torch.from_numpy(rician.to_network(measurement, slices_first(item.pixels)))
         q = float(measurement.params["scale_q"])
+        item = self.as_measured(item, measurement.record)
         magnitude = slices_first(item.pixels).astype(np.float32)
         if not is_complex(measurement):
             return torch.from_numpy(Units(0.0, q).to_network(magnitude))
@@ -190,10 +205,16 @@ class MRI(MedicalDomain):
         return BASELINES
 
     def unit_scale(self, truth: Array, record: ItemRecord) -> tuple[float, float]:
-        """0 to 0, the 99.9th percentile of the true pixels to 1."""
+        """0 to 0, the 99.9th percentile of the true magnitudes to 1."""
         del record  # intensities are arbitrary: only the truth says how bright is bright
-        top = float(np.percentile(truth, 99.9))
+        top = float(np.percentile(truth[0], 99.9))  # a second channel is a phase
         return 0.0, 1.0 / top if top > 0 else 1.0
+
+    def moved_slices(self, item: Item) -> Sequence[int]:
+        """By their ghosts and by what their neighbours say."""
+        from domains.mri.motion import moved_slices
+
+        return moved_slices(item)
 
     def training_windows(self, item: Item) -> Mapping[str, Sequence[Array]]:
         """Magnitude views along every axis that is sampled finely enough."""
@@ -281,6 +302,19 @@ def simulate_coarser(item: Item, task: Task, seed: int) -> Measurement:
     q = positive_scale(float(np.percentile(coarse, SCALE_PERCENTILE)))
     params = {**task.operator_params, "scale_q": q}
     return measure(item, Units(0.0, q), task, seed, params, {})
+
+
+def simulate_thicker(item: Item, task: Task, seed: int) -> Measurement:
+    """A clean volume as a scan of thicker slices has it, y in network units; see between_slices."""
+    from domains import between_slices
+    from domains.mri.degradations import SCALE_PERCENTILE, positive_scale
+
+    factor = int(task.operator_params["factor"])
+    starts = range(0, item.record.shape[1], factor)
+    thick = [item.pixels[:, s : s + factor].mean(axis=1, dtype=np.float64) for s in starts]
+    q = positive_scale(float(np.percentile(thick, SCALE_PERCENTILE)))
+    measurement = between_slices.simulate(item, task, seed, Units(0.0, q))
+    return replace(measurement, params={**measurement.params, "scale_q": q})
 
 
 def is_complex(measurement: Measurement) -> bool:

@@ -14,15 +14,10 @@ import numpy as np
 
 from domains.base import Array, BadInputError
 from domains.files import file_digest
+from domains.hdf5 import own_dataset, require_lengths, require_stored
 from domains.mri.kspace import MAX_SAMPLES, RawScan, across_readout, require_scan
 from domains.mri.kspace import transform_of_centred as transform
-from domains.mri.kspace_hdf5 import (
-    Encoding,
-    own_dataset,
-    read_encoding,
-    require_lengths,
-    require_stored,
-)
+from domains.mri.kspace_hdf5 import Encoding, read_encoding
 
 _HEAD_BYTES = 340
 """Of an acquisition's header, of any version."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from domains.base import Array, BadInputError
-from domains.files import fault_in_words, file_digest, require_file, require_size
+from domains.files import fault_in_words, file_digest, files_digest, require_file, require_size
 
 NUMPY, BART, HDF5 = (".npy",), (".cfl",), (".h5", ".hdf5", ".mrd")
 SUFFIXES = (*NUMPY, *BART, *HDF5)
@@ -163,7 +163,9 @@ def _read_bart(path: Path) -> RawScan:
     """
     header = path.with_suffix(".hdr")
     if not header.is_file() or header.stat().st_size > _HDR_BYTES:
-        raise BadInputError(f"{path}: its header of the same name, .hdr, is not there; add it")
+        raise BadInputError(
+            f"{path}: its header of the same name, .hdr, is not there; put it beside it"
+        )
     dims = _bart_dims(path, header)
     size = " x ".join(str(n) for n in dims)
     more = [n for i, n in enumerate(dims) if n > 1 and i not in _BART_DIMS.values()]
@@ -178,7 +180,7 @@ def _read_bart(path: Path) -> RawScan:
         raise BadInputError(f"{path}: {size} is a stack of volumes; save one of them (bart slice)")
     require_scan(path, (x, coils, y, z) if z > 1 else (slices, coils, x, y))
     stored = np.fromfile(path, np.dtype("<c8")).reshape((slices, coils, z, y, x))
-    digest = file_digest(path)
+    digest = files_digest([path, header])
     if z > 1:
         return RawScan(across_readout(path, stored[0].transpose(0, 3, 2, 1)), "bart", digest)
     k = stored[:, :, 0].swapaxes(-2, -1)

@@ -1,12 +1,10 @@
 """Raw k-space in HDF5: fastMRI's arrays here, ISMRMRD's acquisitions next door.
 
-HDF5 can name other files (external links, virtual and external data sets) and inflate without end:
-neither is followed. Headers name patients; nothing of them is kept but geometry.
+Headers name patients; nothing of them is kept but geometry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,8 @@ import numpy as np
 
 from domains.base import BadInputError
 from domains.files import file_digest
+from domains.hdf5 import MAX_HEADER_BYTES, own_dataset, require_lengths, require_stored
 from domains.mri.kspace import RawScan, require_scan, transform_of_centred
-
-MAX_HEADER_BYTES = 16 << 20
-MAX_INFLATION = 200
-"""Of compressed samples; those of every eighth line, the others 0, inflate 10 to 20 times."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +70,6 @@ def read_hdf5(path: Path) -> RawScan:
     )
 
 
-def own_dataset(path: Path, group: Any, name: str) -> Any:
-    """A data set that lies in this very file, or None if there is none of the name.
-
-    Raises:
-        BadInputError: if the name leads to another file.
-    """
-    import h5py
-
-    link = group.get(name, getlink=True)
-    if link is None:
-        return None
-    found = group.get(name) if isinstance(link, h5py.HardLink) else None
-    inside = isinstance(found, h5py.Dataset) and not found.is_virtual and not found.external
-    if not inside:
-        raise BadInputError(f"{path}: its '{name}' is no data set of this file; export it as one")
-    return found
-
-
 def _read_fastmri(path: Path, file: Any, kspace: Any) -> RawScan:
     """(slices coils readout phase), or (slices readout phase) of one coil.
 
@@ -121,61 +98,6 @@ def _read_fastmri(path: Path, file: Any, kspace: Any) -> RawScan:
         spacing_mm=spacing if spacing and min(spacing) > 0 else None,
         rows=rows,
     )
-
-
-def require_stored(path: Path, dataset: Any, num_bytes: int) -> None:
-    """Refuse a data set most of which is not there: it would be made up of fill values.
-
-    Measured numbers hardly compress; what inflates a hundredfold holds none.
-
-    Args:
-        path: for the message.
-        dataset: asked how much of it lies in the file.
-        num_bytes: that it has when it is read.
-
-    Raises:
-        BadInputError: naming the file.
-    """
-    stored = dataset.id.get_storage_size()
-    least = num_bytes if dataset.compression is None else num_bytes / MAX_INFLATION
-    if dataset.size and (stored == 0 or stored < least):
-        raise BadInputError(f"{path}: its samples are not all stored; copy the file again")
-
-
-def require_lengths(path: Path, dataset: Any, places: Mapping[int, int]) -> None:
-    """Refuse parts of variable length that are longer than the file: HDF5 takes their memory first.
-
-    Args:
-        path: of the file.
-        dataset: whose elements hold such parts.
-        places: byte of an element where a part's reference stands, which begins with its length as
-            32 bits -> bytes of what the length counts.
-
-    Raises:
-        BadInputError: naming the file.
-    """
-    total, size = 0, dataset.id.get_type().get_size()
-    with path.open("rb") as file:
-        for offset, length in _stored_at(path, dataset):
-            file.seek(offset)
-            raw = np.frombuffer(file.read(length), np.uint8)
-            elements = raw[: len(raw) // size * size].reshape(-1, size)
-            for place, unit in places.items():
-                words = np.ascontiguousarray(elements[:, place : place + 4]).view("<u4")
-                total += unit * int(words.sum(dtype=np.int64))
-    if total > path.stat().st_size:
-        raise BadInputError(f"{path}: its parts are longer than the file; copy the file again")
-
-
-def _stored_at(path: Path, dataset: Any) -> list[tuple[int, int]]:
-    """(first byte, bytes) of every piece of a data set that no filter has changed."""
-    if dataset.chunks is None:
-        offset = dataset.id.get_offset()
-        return [] if offset is None else [(int(offset), int(dataset.id.get_storage_size()))]
-    if dataset.id.get_create_plist().get_nfilters():
-        raise BadInputError(f"{path}: its headers are compressed; export it without compression")
-    infos = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
-    return [(int(info.byte_offset), int(info.size)) for info in infos]
 
 
 def read_encoding(path: Path, xml: Any) -> Encoding:

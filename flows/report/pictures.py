@@ -23,6 +23,13 @@ _INFERNO = (
     (0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 54, 85),
     (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164),
 )  # fmt: skip
+RAW_SCANS = ("npy", "bart", "fastmri", "ismrmrd")
+"""Formats of raw k-space: the image has the brightness of its coils, which is not evened out."""
+
+_COLOURS = 3
+_LIT, _WHITE, _RIM = 0.05, 2.5, 0.8
+"""Share of the brightest that is no background; white over its median; where that is too dark."""
+
 _INK, _PAPER, _FAINT = (32, 36, 56), (255, 255, 255), (104, 108, 124)
 
 
@@ -70,7 +77,11 @@ def windows_for(truth: Array, record: ItemRecord, scale: tuple[float, float]) ->
         ]
     offset, gain = scale
     low, high = offset, offset + 1 / gain
-    dark, bright = (float(v) for v in np.percentile(truth, (0.5, 99.5)))
+    shown = truth if len(truth) >= _COLOURS else truth[:1]  # a phase beside it is not shown
+    dark, bright = (float(v) for v in np.percentile(shown, (0.5, 99.5)))
+    if record.source_format in RAW_SCANS and (usual := _usual_white(shown)) < _RIM * (high - low):
+        told = f"0 to {usual:.4g}{plain_units(record.units)}, {_WHITE:g} times the median"
+        return [Window(f"{told} of what is no background; brighter is white", 0.0, usual)]
     if bright - low < 0.5 * (high - low) and bright > dark:
         return [
             Window(
@@ -78,6 +89,12 @@ def windows_for(truth: Array, record: ItemRecord, scale: tuple[float, float]) ->
             )
         ]
     return [Window(_minus(f"{low:.4g} to {high:.4g}{plain_units(record.units)}"), low, high)]
+
+
+def _usual_white(magnitude: Array) -> float:
+    """A white for magnitudes of which a rim beside the coils is brighter than all else."""
+    lit = magnitude[magnitude > _LIT * np.percentile(magnitude, 99.9)]
+    return _WHITE * float(np.median(lit)) if lit.size else np.inf
 
 
 def plain_units(units: str) -> str:

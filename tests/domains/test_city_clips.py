@@ -4,13 +4,14 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from sample_kit import sample_path
 
 from domains.city import reader, writer
 from domains.city.degradations import moving_strokes
 from domains.files import select
 from domains.registry import load_domain
 from flows.api_restore import restore
-from flows.config import ComputeSettings, Home, MethodSettings, RestoreSettings, load_task
+from flows.config import ComputeSettings, MethodSettings, RestoreSettings, load_task
 
 RATE = 30000 / 1001
 
@@ -60,12 +61,10 @@ def test_a_clip_comes_back_frame_by_frame_at_its_rate(tmp_path, clip):
 
 @pytest.mark.samples
 def test_a_real_clip_comes_back_as_it_was_decoded(tmp_path):
-    found = sorted((Home().cache / "samples").rglob("*bikes.mp4"))
-    if not found:
-        pytest.skip("the sample is not in the cache; fetch it by `sashiko samples`")
-    part = select(reader.read(found[0]), slices=range(200, 204))
+    path = sample_path("bikes-1")
+    part = select(reader.read(path), slices=range(200, 204))
     frames, rate = frames_of(writer.write(part, tmp_path / "b"))
-    whole, expected_rate = frames_of(found[0])
+    whole, expected_rate = frames_of(path)
     np.testing.assert_array_equal(frames, whole[200:204])
     assert rate == expected_rate == 25.0
 

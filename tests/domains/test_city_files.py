@@ -9,17 +9,16 @@ import rasterio
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 from rasterio.enums import ColorInterp
+from sample_kit import sample_path
 
 from domains.base import BadInputError, Item
 from domains.city import large, reader, writer
 from domains.city.domain import City
 from domains.city.exif import corrected, nameless
 from domains.files import select
-from flows.config import Home
 from flows.damage import nodata_pixels
 
 RNG = np.random.default_rng(11)
-SOLARIS = Home().cache / "samples" / "files" / "solaris-0.4.0"
 UTM = rasterio.crs.CRS.from_epsg(32633)
 PLACE = rasterio.Affine(0.5, 0, 400000.25, 0, -0.5, 5800000.75)
 
@@ -79,20 +78,18 @@ def scene(path, values, *, colours=None, mask=None, **options):
 
 @pytest.mark.samples
 @pytest.mark.parametrize(
-    "name", ["ms1", "ms2", "ms3", "pan1", "pan2", "pan3", "road_mask_input", "sample_geotiff"]
+    "label", ["ms1", "ms2", "ms3", "pan1", "pan2", "pan3", "las-vegas", "sample-geotiff"]
 )
-def test_real_scenes_come_back_as_they_were(tmp_path, name):
-    found = sorted(SOLARIS.glob(f"*{name}.tif"))
-    if not found:
-        pytest.skip("the sample is not in the cache; fetch it by `sashiko samples`")
-    item = reader.read(found[0])
-    with tifffile.TiffFile(found[0]) as file:
+def test_real_scenes_come_back_as_they_were(tmp_path, label):
+    path = sample_path(label)
+    item = reader.read(path)
+    with tifffile.TiffFile(path) as file:
         image = np.atleast_3d(file.asarray())
     np.testing.assert_array_equal(item.pixels[:, 0], np.moveaxis(image, -1, 0))
     written = writer.write(item, tmp_path / "b")
-    assert facts(written) == facts(found[0])
-    np.testing.assert_array_equal(pixels_of(written), pixels_of(found[0]))
-    with tifffile.TiffFile(found[0]) as theirs, tifffile.TiffFile(written) as ours:
+    assert facts(written) == facts(path)
+    np.testing.assert_array_equal(pixels_of(written), pixels_of(path))
+    with tifffile.TiffFile(path) as theirs, tifffile.TiffFile(written) as ours:
         for key in ("ModelPixelScale", "ModelTiepoint", "ProjectedCSTypeGeoKey"):
             assert ours.geotiff_metadata.get(key) == theirs.geotiff_metadata.get(key)
 

@@ -13,7 +13,7 @@ from tests.benchmarks.linear_convergence import picture
 
 OPERATORS = {
     "ct": {"parallel-beam", "mask", "pool-rows"},
-    "mri": {"fourier", "multi-coil", "identity", "pool"},
+    "mri": {"fourier", "multi-coil", "identity", "pool", "mask", "pool-rows"},
     "city": {"identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic"},
 }
 

@@ -192,3 +192,56 @@ def test_files_that_are_no_sinogram_or_point_elsewhere_are_refused(tmp_path):
             CT().measured(tmp_path / name)
     with pytest.raises(BadInputError, match="a measurement and no image"):
         CT().read(tmp_path / "f.npy")
+
+
+GEOMETRY = json.dumps({"beam": "parallel", "num_views": 24, "arc_degrees": 180, "bin_mm": 1.0})
+
+
+def with_geometry(path, text=GEOMETRY, libver="earliest", **how):
+    with h5py.File(path, "w", libver=libver) as file:
+        data = file.create_dataset(
+            "sinogram", data=np.random.default_rng(0).random((24, 32)), **how
+        )
+        data.attrs["geometry"] = text
+    return path
+
+
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_a_geometry_stands_in_the_attribute_of_either_kind_of_text(tmp_path, libver):
+    for name, text in (("a.h5", GEOMETRY), ("b.h5", np.bytes_(GEOMETRY))):
+        path = with_geometry(tmp_path / name, text, libver)
+        assert CT().measured(path).params["num_views"] == 24
+    with pytest.raises(BadInputError, match="not one text"):
+        CT().measured(with_geometry(tmp_path / "c.h5", np.arange(3), libver))
+
+
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_a_text_that_claims_to_be_longer_than_its_file_is_not_read(tmp_path, libver):
+    """HDF5 would take the 2 GB that the altered length claims, and look then."""
+    path = with_geometry(tmp_path / "a.h5", libver=libver)
+    data = bytearray(path.read_bytes())
+    length = len(GEOMETRY).to_bytes(4, "little")
+    places = [i for i in range(len(data)) if data[i : i + 4] == length]
+    told = []
+    for place in places:
+        altered = bytearray(data)
+        altered[place : place + 4] = (2**31).to_bytes(4, "little")
+        path.write_bytes(altered)
+        try:
+            CT().measured(path)
+        except BadInputError as error:
+            told.append(str(error))
+    assert len(told) == len(places) > 0
+    in_words = sum("is longer than the file" in text for text in told)
+    assert in_words == (libver == "earliest"), "the latest has a checksum of its headers"
+
+
+def test_samples_that_are_not_there_are_not_made_up(tmp_path):
+    for name, how in (("a.h5", {}), ("b.h5", {"compression": "gzip", "chunks": (4000, 4000)})):
+        path = tmp_path / name
+        with h5py.File(path, "w") as file:
+            file.create_dataset("sinogram", (4000, 4000), "f8", **how)
+            if name == "b.h5":
+                file["sinogram"][...] = 0.5
+        with pytest.raises(BadInputError, match="not all stored"):
+            CT().measured(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,11 @@ def make_dataset(path: Path) -> Path:
     return path
 
 
-def make_model(path: Path, seed: int = 0) -> Path:
+PHOTOGRAPHS = {"city": 3, "city-grey": 1}
+
+
+def make_model(path: Path, seed: int = 0, conditions: Mapping[str, int] = PHOTOGRAPHS) -> Path:
     """An untrained network with covariance tables measured on the pictures above."""
-    conditions = {"city": 3, "city-grey": 1}
     weights = KeyedDraws(seed, "weights")
     network = LocalUNet(len(conditions), widths=[8, 8], depths=[1, 1], num_features=8)
     with torch.no_grad():

@@ -102,7 +102,8 @@ def test_a_night_finds_the_slices_whatever_they_are_called(tmp_path):
     series(job / "a", stored_values())
     (job / "job.yaml").write_text("domain: ct\nsigma_y: 0.05\n")
     (job / "notes.txt").write_text("no image")
-    assert len(JobFolder(job).images()) == 5
+    (found,) = JobFolder(job).scans()
+    assert found.files == tuple(sorted((job / "a").iterdir()))
 
 
 def test_missing_slices_are_restored_by_the_command(tmp_path):
@@ -116,3 +117,51 @@ def test_missing_slices_are_restored_by_the_command(tmp_path):
     series(tmp_path / "whole", values)
     with pytest.raises(BadInputError, match="no slice is missing"):
         restore(settings(tmp_path, input=tmp_path / "whole", sigma_y=0.0, mask="slices"))
+
+
+def test_chosen_slices_are_restored_with_those_that_lack(tmp_path):
+    values = np.broadcast_to(stored_values((1, 24, 24)), (7, 24, 24)) + 9
+    bad = values.copy()
+    bad[5] = 0
+    series(tmp_path / "in" / "a", bad, change=lambda k, ds: k != 2)
+    method = MethodSettings(name="linear-z", kind="baseline")
+    asked = settings(tmp_path, sigma_y=0.0, mask="slices:5", method=method)
+    (written,) = restore(asked).files
+    stored = np.stack([pydicom.dcmread(f).pixel_array for f in sorted(written.iterdir())])
+    np.testing.assert_array_equal(stored, values)
+    with pytest.raises(BadInputError, match="slice 7 is not one of its 7 slices, which count from"):
+        restore(settings(tmp_path, output=tmp_path / "o", sigma_y=0.0, mask="slices:1,7"))
+
+
+def test_moved_slices_are_found_and_replaced_or_told_to_be_none(tmp_path, monkeypatch):
+    values = np.broadcast_to(stored_values((1, 24, 24)), (7, 24, 24)) + 9
+    bad = values.copy()
+    bad[3] += np.arange(24) % 2 * 500
+    series(tmp_path / "in", bad)
+    method = MethodSettings(name="linear-z", kind="baseline")
+    asked = settings(tmp_path, sigma_y=0.0, mask="moved", method=method)
+    with pytest.raises(BadInputError, match="no slice looks as if it moved; name some"):
+        restore(asked)
+    monkeypatch.setattr("domains.ct.domain.CT.moved_slices", lambda self, item: [3])
+    (written,) = restore(asked).files
+    stored = np.stack([pydicom.dcmread(f).pixel_array for f in sorted(written.iterdir())])
+    np.testing.assert_array_equal(stored, values)
+
+
+def test_thinner_slices_of_a_series_come_as_a_series(tmp_path):
+    series(tmp_path / "in", stored_values())
+    method = MethodSettings(name="linear-z", kind="baseline")
+    result = restore(settings(tmp_path, sigma_y=0.0, scale_z=3, method=method))
+    (written,) = result.files
+    heights = [pydicom.dcmread(f).ImagePositionPatient[2] for f in sorted(written.iterdir())]
+    np.testing.assert_allclose(np.diff(np.array(heights, float)), 2.5 / 3, atol=1e-6)
+    assert len(heights) == 15
+
+
+def test_slices_are_of_volumes_alone(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
+    for mask in ("slices", "slices:1", "moved"):
+        with pytest.raises(BadInputError, match="restored one by one"):
+            restore(settings(tmp_path, input=tmp_path / "a.png", domain="city", mask=mask))

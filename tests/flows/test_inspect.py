@@ -1,5 +1,6 @@
 """`sashiko inspect` and `sashiko view`: what an input is and its damage; how results open."""
 
+import ast
 import json
 import shlex
 from importlib.resources import files
@@ -286,6 +287,21 @@ def test_a_dicom_series_opens_by_its_first_file(tmp_path):
     commands = commands_for(tmp_path / "series", {})
     assert shlex.split(commands["ITK-SNAP"]) == ["itksnap", "-g", str(first)]
     assert repr(str(first)) in shlex.split(commands["3D Slicer"])[-1]
+
+
+def test_magnitude_and_phase_open_together(tmp_path):
+    folder = tmp_path / "it's a scan"
+    folder.mkdir()
+    for name in ("phase.nii.gz", "magnitude.nii.gz"):
+        (folder / name).write_bytes(b"x" * 200)
+    first, second = str(folder / "magnitude.nii.gz"), str(folder / "phase.nii.gz")
+    commands = commands_for(folder, {})
+    assert shlex.split(commands["ITK-SNAP"]) == ["itksnap", "-g", first, "-o", second]
+    told = shlex.split(commands["3D Slicer"])[-1]
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(told)) if isinstance(node, ast.Call)]
+    assert calls == [
+        f"slicer.util.loadVolume({ast.unparse(ast.Constant(v))})" for v in (first, second)
+    ]
 
 
 def test_what_cannot_be_viewed_is_said_with_the_next_step(tmp_path, capsys):

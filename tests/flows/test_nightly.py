@@ -3,21 +3,21 @@
 import json
 import os
 import shutil
-import subprocess
 import time
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from evaluation_kit import INLINE, make_model, picture
+from nightly_kit import fates, found_by_command, run
 from PIL import Image
 
 from diffusion_core.model import model_digest
 from domains.base import BadInputError
 from domains.files import file_digest
 from flows import api_nightly, registry
-from flows.api_nightly import NightlyError, nightly
+from flows.api_nightly import NightlyError
 from flows.api_upkeep import quarantined, retry_quarantined, verify
 from flows.config import NightlySettings, SimulateSettings
 from flows.engine.restored import open_restored
@@ -50,12 +50,6 @@ def add(inbox: Path, number: int, job: str = "streets") -> Path:
     Image.fromarray(pixels).save(path)
     Image.fromarray(mask).save(path.parent / "masks" / path.name)
     return path
-
-
-def run(inbox: Path, model: Path | str, **changes):
-    given = {"settle_s": 0, "dtype": "float32", "compute": INLINE, "model": str(model)}
-    settings = NightlySettings(inbox=inbox, output=inbox.parent / "out", **{**given, **changes})
-    return nightly(settings)
 
 
 def test_new_files_are_restored_once_and_the_night_is_reported(inbox: Path, model: Path):
@@ -133,11 +127,6 @@ def failing(monkeypatch, digest: str):
         return compute(worker, objects, job)
 
     monkeypatch.setattr(BlockWorker, "_carry_out", stumble)
-
-
-def fates(inbox: Path) -> list[str]:
-    notes = (inbox.parent / "out/nightly/seen").glob("*.json")
-    return sorted(json.loads(note.read_text())["fate"] for note in notes)
 
 
 def test_what_failed_for_no_fault_of_its_own_is_tried_by_three_nights_then_when_asked(
@@ -231,11 +220,7 @@ def test_no_name_of_a_file_reaches_reports_and_ledger(inbox: Path, model: Path):
         for text in (result.summary(), result.page.read_text(), result.report.read_text()):
             assert entry.item in text
             assert entry.reason in unescape(text)
-    (command,) = [x for x in result.summary().splitlines() if "find it with: " in x]
-    command = command.split("find it with: ")[1].replace("INBOX", str(inbox))
-    assert escape(command.replace(str(inbox), "INBOX")) in result.page.read_text()
-    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert {Path(line.split(maxsplit=1)[1]) for line in found.stdout.splitlines()} == {bad, lonely}
+    assert found_by_command(result, inbox) == {bad, lonely}
     records = list((inbox.parent / "out/streets/quarantine").rglob("*.json"))
     digests = {json.loads(record.read_text())["input_digest"] for record in records}
     assert digests == {file_digest(path) for path in (bad, lonely)}

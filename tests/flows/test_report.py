@@ -25,6 +25,7 @@ from report_kit import HARM, photo, scan, synthetic_page
 from domains.base import Item, ItemRecord, Measurement
 from domains.between_slices import turned_record
 from domains.city.domain import City
+from domains.registry import load_domain
 from flows.api_evaluate import evaluate
 from flows.config import load_task, task_names
 from flows.report import figure_strip, write_report
@@ -196,6 +197,21 @@ def test_a_dim_picture_is_stretched_and_says_so():
     assert np.ptp(window.show(dim)) > 240
     (whole,) = windows_for(dim * 60, record, (0.0, 1 / 65535))
     assert (whole.low, whole.high) == (0.0, 65535.0)
+
+
+def test_a_scan_with_a_rim_beside_its_coils_is_shown_by_its_median():
+    magnitude = np.full((64, 64), 0.001)
+    magnitude[8:56, 8:56], magnitude[8:10] = 2.0, 16.0
+    phase = np.full((64, 64), 100.0)
+    item = ItemRecord("scan", "mri", (2, 1, 64, 64), "float32", "intensity", "00", "bart")
+    scale = load_domain("mri").unit_scale(np.stack([magnitude, phase])[:, None], item)
+    assert 1 / scale[1] == pytest.approx(16.0)
+    (window,) = windows_for(np.stack([magnitude, phase]), item, scale)
+    assert (window.low, window.high) == (0.0, 5.0)
+    assert window.label.startswith("0 to 5, 2.5 times the median of what is no background")
+    assert window.show(np.stack([magnitude, phase]))[30, 30] == 102
+    (plain,) = windows_for(magnitude[None], replace(item, source_format="nifti"), scale)
+    assert plain.high == pytest.approx(16.0)
 
 
 def test_error_maps_are_black_without_error_and_bright_at_full_scale():
