@@ -304,7 +304,7 @@ class _Campaign:
         if self._was_overtaken(item):
             return
         for index in blocks:
-            reject_receipt(self._objects, item.plan, index)
+            reject_receipt(self._objects, item.plan, item.receipts[index])
             del item.receipts[index]
             item.attempts[index] += 1
             if item.attempts[index] >= self._limits.max_attempts:
