@@ -213,10 +213,19 @@ def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Pl
         num_workers=_num_workers(settings),
         memory_limit_bytes=compute.memory_limit_bytes,
     )
+    if given.scratch is not None:
+        planned = replace(planned, scratch_bytes=_num_bytes(given.path))
     if compute.memory_limit_bytes is None and compute.ray_address is None:
         more = "restore smaller images or on a larger machine"
         require_memory(planned, machine_bytes(), "this machine has", more)
     return planned
+
+
+def _num_bytes(measurements: Root) -> int:
+    """Of all arrays of a store."""
+    from flows.store import Measurements
+
+    return sum(entry.num_bytes for entry in Measurements(measurements).entries())
 
 
 def restore_window(

@@ -96,7 +96,7 @@ class StrictStore(LocalStore):
         if data is None and "/c/" in key:
             raise FileNotFoundError(key)
         if data is not None and self.check is not None and byte_range is None:
-            self.check(key, memoryview(data.as_numpy_array()))
+            self.check(key, memoryview(data.to_bytes()))
         return data
 
 
@@ -191,6 +191,7 @@ class StoreWriter:
         self.path = path.absolute()
         self._entries: list[dict[str, Any]] = []
         self._facts: dict[str, Any] = {}
+        self._chunks: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         require_new(self.path)
@@ -199,7 +200,7 @@ class StoreWriter:
         owner = f"{_processes()}@{os.getpid()}"
         self._staging = self.path.with_name(f"{_staging_prefix(self.path)}{owner}@{uuid4().hex}")
         store = RecordingStore(self._staging)
-        store.written = self._chunks = {}
+        store.written = self._chunks
         self._group = zarr.create_group(store, zarr_format=3)
         return self
 

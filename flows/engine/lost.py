@@ -1,7 +1,7 @@
 """Items whose manifest is gone: pixels that were published, and that no reader finds any more.
 
-A folder that no manifest names is garbage where its publisher died or lost: then it is not whole, or
-its work is there still, or a manifest that names another folder, or one that was set aside. Else
+A folder that no manifest names is garbage where its publisher died or lost: then it is not whole,
+or its work is there still, or a manifest that names another folder, or one that was set aside. Else
 somebody removed the manifest, or the disk lost it: `verify` names it, and `gc` leaves its pixels.
 """
 

@@ -18,16 +18,17 @@ import hashlib
 import itertools
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from domains.base import Array
 from flows import ome
+from flows.engine.environment import library_version
 from flows.engine.fencing import Attempt, holder_of, take_fence
 from flows.engine.many import each
 from flows.engine.plan import ItemPlan, Plan, content_of
@@ -332,14 +333,8 @@ def _provenance(plan: Plan, item: ItemPlan, receipts: Mapping[int, Receipt]) -> 
         "exact_data": any(a.exact_data for a in accounts),
         "value_range": [min(a.low for a in accounts), max(a.high for a in accounts)],
         "num_blocks": item.num_blocks,
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: library_version(name) for name in LIBRARIES},
+        "environments": Counter(receipts[index].environment for index in sorted(receipts)),
         "python": platform.python_version(),
         "restored_not_measured": "These pixels are an estimate, not a measurement.",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -27,7 +27,8 @@ from flows.engine.many import each
 from flows.engine.objects import StoreError, Usage, is_odd
 from flows.engine.plan import ItemPlan
 
-RECEIPT_FORMAT = 1
+RECEIPT_FORMAT = 2
+"""2: `environment`. What version 1 wrote is read, and says nothing of it."""
 
 
 class Objects(Protocol):
@@ -152,6 +153,7 @@ class Receipt:
         attempt: name of the winning attempt, unique for all time.
         chunks: what was staged.
         account: how it was computed.
+        environment: where, as far as that decides bits (environment.py); "" if it is not known.
     """
 
     key: str
@@ -159,6 +161,7 @@ class Receipt:
     attempt: str
     chunks: tuple[Chunk, ...]
     account: Account
+    environment: str = ""
 
     def staged(self, item: ItemPlan, chunk: Chunk) -> str:
         """Object key of a staged chunk."""
@@ -388,7 +391,7 @@ def parse_receipt(data: bytes, key: str) -> Receipt | None:
         return None
     require_known(body, RECEIPT_FORMAT, key)
     try:
-        if body.pop("format") != RECEIPT_FORMAT:
+        if body.pop("format") not in (1, RECEIPT_FORMAT):
             return None
         account = Account(**body.pop("account"))
         account = replace(account, residual=tuple(account.residual))

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.plan_time STORE ...      stores of measurements
     python -m tests.benchmarks.plan_time --side 1600    a scene of that side, cut into blocks
 
-One block of each task of each store, by the task's own solver and the starter, and by kriging. CPU
+One block of each task of each store, by the task's own solver and the starter. CPU
 seconds of the process on one thread: on a shared machine the clock on the wall says more of the
 others. The denoiser's share is counted by itself, and the rest per step of the linear solves.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,37 +80,44 @@ def measure(store: Path, item: ItemPlan) -> dict[str, Any]:
     }
 
 
-def rows_of(store: Path) -> list[dict[str, Any]]:
-    """One row a task and method of a store."""
-    ways = [None, MethodSettings(name="kriging")]
+def rows_of(store: Path, method: str, tasks: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """One row a task of a store."""
+    ways = [MethodSettings() if method == "own" else MethodSettings(name=method)]
     plan = make_plan(
         store.absolute(), store.parent / "out", model=config_path("models", "starter"),
-        methods_for=lambda entry: ways,
+        tasks=tasks or None, methods_for=lambda entry: ways,
     )  # fmt: skip
-    first = {(item.task, item.method.name): item for item in reversed(plan.items)}
-    return [measure(store, item) for _, item in sorted(first.items())]
+    first = {item.task: item for item in reversed(plan.items)}
+    for _, item in sorted(first.items()):
+        yield measure(plan.measurements, item)
 
 
 @click.command()
 @click.argument("stores", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--side", default=0, help="Of a scene to be made, in pixels.")
-@click.option("--keep", is_flag=True, help="Write results/plan_time.json.")
-def main(stores: tuple[Path, ...], side: int, keep: bool) -> None:
+@click.option("--method", default="own", help="A solver; default: the task's own.")
+@click.option("--task", "tasks", multiple=True, help="Only this; several can be given.")
+@click.option("--keep", is_flag=True, help="Add to results/plan_time.json.")
+def main(
+    stores: tuple[Path, ...], side: int, method: str, tasks: tuple[str, ...], keep: bool
+) -> None:
     """Print a row a task and method."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for task in SCENE_TASKS if side else ():
+        for task in (tasks or SCENE_TASKS) if side else ():
             work = Path(folder, task)
             work.mkdir()
             large_scene.make(work, large_scene.sample(), side, task)
             stores = (*stores, work / "scene.zarr")
         for store in stores:
-            for row in rows_of(store):
+            for row in rows_of(store, method, tasks):
                 rows.append(row)
                 click.echo(json.dumps(row))
     if keep:
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        lines = ",\n ".join(json.dumps(row) for row in [*before, *rows])
+        RESULTS.write_text(f"[\n {lines}\n]\n")
 
 
 if __name__ == "__main__":

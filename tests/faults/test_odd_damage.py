@@ -1,4 +1,4 @@
-"""Damage that no disk does by itself: folders for files, loops of links, manifests that are gone."""
+"""Damage that no disk does by itself: folders for files, loops of links, lost manifests."""
 
 import errno
 import json
@@ -285,7 +285,7 @@ def test_where_nothing_can_be_created_whole_the_run_is_refused_before_it_compute
     assert not list((tmp_path / "out").rglob("stage"))
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").require_links()
-    assert [p for p in tmp_path.rglob("*.partial")] == []
+    assert list(tmp_path.rglob("*.partial")) == []
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").create("a", b"half", durable=False)
     assert not (tmp_path / "other/a").exists()

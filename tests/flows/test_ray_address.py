@@ -66,7 +66,8 @@ def guarded(tmp_path: Path, free_port: int) -> Iterator[str]:
 import ray, sys
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args=dict(
-    num_cpus=1, object_store_memory={80 * 2**20}, include_dashboard=False, gcs_server_port={free_port}))
+    num_cpus=1, object_store_memory={80 * 2**20}, include_dashboard=False,
+    gcs_server_port={free_port}))
 print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
