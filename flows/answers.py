@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flows.api_upkeep import GcResult, GivenUp, VerifyResult
     from flows.api_view import Viewable
     from flows.engine.account import RunAccount
+    from flows.engine.forecast import Forecast
     from flows.engine.plan import Plan
     from flows.registry import ModelRow
     from flows.training.plan import TrainPlan
@@ -88,7 +89,7 @@ def quarantine_text(given_up: Sequence[GivenUp]) -> str:
     return table(names, rows)
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan, left: Forecast) -> str:
     """What a plan would do, for people."""
     shown = plan.items[:MAX_ROWS]
     rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in shown]
@@ -96,12 +97,27 @@ def plan_text(plan: Plan) -> str:
     if len(plan.items) > len(shown):
         lines.append(f"... and {len(plan.items) - len(shown)} items more, which take less a block")
     workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
+    rest = ""
+    if left.num_blocks:
+        lines.append(
+            f"done already: {left.num_items} items, {left.num_blocks} blocks (counted, not checked)"
+        )
+        rest = " for the rest"
+    parts = {
+        "pixels": left.pixel_bytes,
+        "pyramids": left.pyramid_bytes,
+        "copies on S3": left.copy_bytes,
+        "files": left.file_bytes,
+        "measurements, removed at the end": left.scratch_bytes,
+    }
     lines += [
         f"{len(plan.items)} items, {plan.num_blocks} blocks, {workers}: about "
-        f"{duration(plan.predicted_seconds)}, {size(plan.predicted_peak_bytes)} of memory, "
-        f"{size(plan.predicted_bytes)} written",
-        f"a worker: {duration(plan.predicted_work_seconds / plan.num_workers)} of work, "
+        f"{duration(left.seconds)}{rest}, {size(plan.predicted_peak_bytes)} of memory, "
+        f"{size(left.num_bytes)} written",
+        f"a worker: {duration(left.work_seconds / plan.num_workers)} of work, "
         f"{size(plan.worker_peak_bytes)}; the driver: {size(plan.driver_peak_bytes)}",
+        "bytes, before compression: "
+        + (", ".join(f"{name} {size(count)}" for name, count in parts.items() if count) or "none"),
     ]
     return "\n".join(lines)
 
@@ -177,8 +193,16 @@ def account_lines(account: RunAccount) -> list[str]:
         ("retries", ", ".join(f"{n} {kind}" for kind, n in sorted(account.retries.items()))),
         ("quarantined", str(account.num_quarantined or "")),
         ("seams", _seams(account)),
+        *([("mixed", _mixed(account))] if account.num_mixed else []),
     ]  # fmt: skip
     return [f"{name:<11} {text}" for name, text in rows if text]
+
+
+def _mixed(account: RunAccount) -> str:
+    return (
+        f"{account.num_mixed} items have blocks of several environments (versions of libraries, "
+        "kinds of processor), and not the bits of one; their manifests name them"
+    )
 
 
 def _seams(account: RunAccount) -> str:

@@ -35,9 +35,10 @@ from flows.engine.fencing import driving
 from flows.engine.handed import FILES
 from flows.engine.memory import machine_bytes
 from flows.engine.methods import require_methods
-from flows.engine.objects import open_objects
+from flows.engine.objects import LocalObjects, open_objects
 from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
 from flows.engine.quarantine import Quarantined, record_quarantine
+from flows.engine.ray_session import require_cluster
 from flows.engine.restored import RestoredEntry
 from flows.engine.worker import FailureKind
 from flows.given import Given, local_images, remove_scratch, take_images
@@ -175,6 +176,10 @@ def prepare(
     """
     domains = check_request(settings)  # before the images: what is mistyped is told at once
     model = _model(settings, domains)
+    if work is None and settings.compute.ray_address is not None:
+        require_cluster(settings.compute.ray_address)
+    if work is None and isinstance(settings.output, Path):
+        LocalObjects(settings.output).require_links()
     given = _measurements(settings, work or _scratch(settings.output), on_event)
     try:
         planned = _plan(settings, given, model)
@@ -214,10 +219,19 @@ def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Pl
         num_workers=_num_workers(settings),
         memory_limit_bytes=compute.memory_limit_bytes,
     )
+    if given.scratch is not None:
+        planned = replace(planned, scratch_bytes=_num_bytes(given.path))
     if compute.memory_limit_bytes is None and compute.ray_address is None:
         more = "restore smaller images or on a larger machine"
         require_memory(planned, machine_bytes(), "this machine has", more)
     return planned
+
+
+def _num_bytes(measurements: Root) -> int:
+    """Of all arrays of a store."""
+    from flows.store import Measurements
+
+    return sum(entry.num_bytes for entry in Measurements(measurements).entries())
 
 
 def restore_window(
@@ -379,6 +393,8 @@ def check_request(settings: RestoreSettings) -> set[str]:
 
 def _require_apart(settings: RestoreSettings) -> None:
     """Refuse to write results among what they are made of."""
+    from flows.store_files import MANIFEST
+
     given, output = (
         root.resolve() if isinstance(root, Path) else root
         for root in (settings.input, settings.output)
@@ -388,6 +404,20 @@ def _require_apart(settings: RestoreSettings) -> None:
             f"{settings.output}: this is the input too, and results would be restored again with "
             "it; choose another --output"
         )
+    if isinstance(output, Path):
+        for folder in output.parents:
+            if (folder / MANIFEST).is_file() and _is_store(folder):
+                raise BadInputError(
+                    f"{settings.output}: it lies inside the store {folder}, and stores never "
+                    "change; choose an --output beside it"
+                )
+
+
+def _is_store(folder: Path) -> bool:
+    """Whether there is a manifest of ours, whole or damaged, and no other program's."""
+    from flows.store_files import MANIFEST
+
+    return '"sashiko-' in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
 
 
 def _require_answers(settings: RestoreSettings) -> None:

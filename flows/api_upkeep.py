@@ -10,6 +10,7 @@ Each takes the output of `restore` or `evaluate`, or that of `nightly`, which ho
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from flows.engine.events import EventHandler
 from flows.engine.garbage import DAY_S, Collection, collect_garbage
 from flows.engine.handed import FILES
 from flows.engine.objects import open_objects
-from flows.engine.publish import manifest_key
+from flows.engine.publish import manifest_key, parse_manifest
 from flows.engine.quarantine import Quarantined, list_quarantine, release
-from flows.engine.receipt import Objects, set_aside
+from flows.engine.receipt import Objects, get_sound, set_aside
 from flows.engine.verify import Verification, verify_output
 from flows.inbox import forget_notes
 from flows.roots import Root
@@ -197,7 +198,22 @@ def _is_output(objects: Objects) -> bool:
 def _hide(objects: Objects, found: Verification) -> list[str]:
     """Set the manifests of damaged published items aside."""
     elsewhere = (".work/", f"{FILES}/")
-    damaged = dict.fromkeys(d.key for d in found.damages if not d.file.startswith(elsewhere))
-    for key in damaged:
-        set_aside(objects, manifest_key(key))
-    return list(damaged)
+    damaged = {
+        d.key: d.manifest_sha256
+        for d in found.damages
+        if d.key and not d.file.startswith(elsewhere)
+    }
+    return [key for key, judged in damaged.items() if _set_aside(objects, key, judged)]
+
+
+def _set_aside(objects: Objects, key: str, judged: str) -> bool:
+    """Hide a manifest, unless a run put another in its place since it was judged."""
+    name = manifest_key(key)
+    data = get_sound(objects, name)
+    if data is None:
+        return objects.exists(name) and set_aside(objects, name, None)
+    if judged and hashlib.sha256(data).hexdigest() != judged:
+        return False
+    if not judged and parse_manifest(data, key) is not None:
+        return False
+    return set_aside(objects, name, data)

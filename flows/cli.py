@@ -280,9 +280,12 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     settings = RestoreSettings(**computing(options))
     if plan_only:
         from flows.api_restore import plan
+        from flows.engine.forecast import foretell
 
         planned = plan(settings)
-        _answer(planned.to_json() if as_json else None, plan_text(planned), as_json=as_json)
+        left = foretell(planned)
+        facts = {**planned.to_json(), "left": left} if as_json else None
+        _answer(facts, plan_text(planned, left), as_json=as_json)
         return OK
     result = _run("restore", settings, prefect=prefect)
     _answer(result, restored_text(result), as_json=as_json)

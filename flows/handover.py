@@ -46,7 +46,23 @@ def hand_over(
         BadInputError: if the domain cannot write the item, or something else has its names.
     """
     objects = LocalObjects(output)
+    for place in places:
+        _require_inside(objects, f"{FILES}/{place}")
     return [_hand_over(objects, output, entry, place, source) for place in places]
+
+
+def _require_inside(objects: LocalObjects, key: str) -> None:
+    """Refuse a place that a link leads out of the output.
+
+    Raises:
+        BadInputError: if one does.
+    """
+    folder = objects.path(key).parent
+    if not folder.resolve().is_relative_to(objects.root):
+        raise BadInputError(
+            f"{FILES}/ leads out of the output by a link; put a folder there, or give --output the "
+            "place that it leads to"
+        )
 
 
 def place_of(entry: RestoredEntry) -> str:

@@ -16,6 +16,7 @@ import zarr
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
 from flows.engine.grid import MAX_CANVAS_PX, MAX_CHUNK_PX
 from flows.roots import Root
+from flows.store_chunks import RECORDS, ChunkRecords
 from flows.store_files import StoreWriter, array_digest, read_manifest, strict_store, write_array
 from flows.store_records import (
     MeasurementEntry,
@@ -107,6 +108,7 @@ class Store:
         path: its folder, or its prefix on S3.
         manifest: as it stands, facts noted by the writer included.
         content_digest: sha256 of the content: the same entries give the same digest anywhere.
+        records: what its chunks should be.
     """
 
     kind: ClassVar[str]
@@ -122,7 +124,8 @@ class Store:
         if self.manifest["kind"] != self.kind:
             raise BadInputError(f"{path}: not a {self.kind} but a {self.manifest['kind']} store")
         self.content_digest: str = self.manifest["digest"]
-        group = zarr.open_group(strict_store(path), mode="r", zarr_format=3)
+        self.records = ChunkRecords(path, self.manifest.get(RECORDS) or {})
+        group = zarr.open_group(strict_store(path, self.records.check), mode="r", zarr_format=3)
         self._opened = lru_cache(maxsize=_MOST_OPEN)(group.__getitem__)
 
     def open_array(self, name: str) -> Any:

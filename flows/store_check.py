@@ -14,8 +14,9 @@ import numpy as np
 
 from flows.engine.events import EventHandler, Progress, ignore
 from flows.engine.objects import StoreError
-from flows.engine.verify import Damage, Verification
+from flows.engine.verify import Damage, Fault, Verification
 from flows.store import Dataset, Measurements
+from flows.store_chunks import record_key
 from flows.store_files import array_digest
 
 AGAIN = "make the store again: `sashiko ingest` or `sashiko simulate`"
@@ -39,6 +40,8 @@ def verify_store(
     progress = Progress(len(arrays), float(len(arrays)), on_event or ignore)
     damages: list[Damage] = []
     num_bytes = 0
+    for group in store.records.groups():
+        damages += _record_damage(store, group)
     for name, item_id, digest in arrays:
         size, damaged = _look_at(store, name, digest)
         num_bytes += size
@@ -50,6 +53,18 @@ def verify_store(
         progress.tell("verified", f"reading {item_id}")
     num_items = len(store.manifest["entries"])
     return Verification(tuple(damages), num_items, len(arrays), num_bytes, 0, 0, 0, 0)
+
+
+def _record_damage(store: Dataset | Measurements, group: str) -> list[Damage]:
+    """What is wrong with the record of a group's chunks: at most one thing."""
+    try:
+        store.records.require(group)
+    except StoreError:
+        raise
+    except _DAMAGE as error:
+        fault: Fault = "missing" if isinstance(error, FileNotFoundError) else "altered"
+        return [Damage(record_key(group), fault, group.split("/")[1], "", AGAIN)]
+    return []
 
 
 def _arrays(store: Dataset | Measurements) -> Iterator[tuple[str, str, str]]:

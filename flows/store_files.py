@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -31,6 +31,10 @@ from diffusion_core.disk import sync
 from domains.base import Array, BadInputError
 from flows.engine.objects import open_objects
 from flows.roots import Root
+from flows.store_chunks import RECORDS, RecordingStore, by_group, encode, record_key
+
+Check = Callable[[str, memoryview], None]
+"""Key and bytes of what was read."""
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -69,7 +73,13 @@ def write_array(group: zarr.Group, name: str, values: Array, chunk: tuple[int, .
 
 
 class StrictStore(LocalStore):
-    """A local store in which an absent chunk is an error: to zarr it is a chunk of zeros."""
+    """A local store in which an absent chunk is an error: to zarr it is a chunk of zeros.
+
+    Attributes:
+        check: told of each chunk that is read; raises if it is not the one that was written.
+    """
+
+    check: Check | None = None
 
     async def get(
         self,
@@ -85,6 +95,8 @@ class StrictStore(LocalStore):
         data = await super().get(key, prototype, byte_range)
         if data is None and "/c/" in key:
             raise FileNotFoundError(key)
+        if data is not None and self.check is not None and byte_range is None:
+            self.check(key, memoryview(data.to_bytes()))
         return data
 
 
@@ -100,13 +112,20 @@ def require_new(path: Path) -> None:
         )
 
 
-def strict_store(root: Root) -> Store:
-    """The zarr store under a root, for reading only, in which an absent chunk is an error."""
+def strict_store(root: Root, check: Check | None = None) -> Store:
+    """The zarr store under a root, for reading only, in which an absent chunk is an error.
+
+    Args:
+        root: of the store.
+        check: told of each chunk that is read; raises if it is not the one that was written.
+    """
     if isinstance(root, Path):
-        return StrictStore(root, read_only=True)
+        store = StrictStore(root, read_only=True)
+        store.check = check
+        return store
     from flows.engine.s3_zarr import open_strict
 
-    return open_strict(root)
+    return open_strict(root, check)
 
 
 def has_manifest(path: Root) -> bool:
@@ -172,14 +191,17 @@ class StoreWriter:
         self.path = path.absolute()
         self._entries: list[dict[str, Any]] = []
         self._facts: dict[str, Any] = {}
+        self._chunks: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         require_new(self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.path)
-        owner = f"{socket.gethostname()}@{os.getpid()}"
+        owner = f"{_processes()}@{os.getpid()}"
         self._staging = self.path.with_name(f"{_staging_prefix(self.path)}{owner}@{uuid4().hex}")
-        self._group = zarr.create_group(self._staging, zarr_format=3)
+        store = RecordingStore(self._staging)
+        store.written = self._chunks
+        self._group = zarr.create_group(store, zarr_format=3)
         return self
 
     def __exit__(
@@ -199,9 +221,15 @@ class StoreWriter:
         self._facts[name] = value
 
     def _publish(self) -> None:
-        """Write the manifest, flush everything to disk, and rename into place."""
+        """Write records and manifest, flush everything to disk, and rename into place."""
+        records = {group: encode(chunks) for group, chunks in by_group(self._chunks).items()}
+        for group, data in records.items():
+            path = self._staging / record_key(group)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         manifest = {
             **self._facts,
+            RECORDS: {group: hashlib.sha256(data).hexdigest() for group, data in records.items()},
             "kind": self.kind,
             "format": FORMAT,
             "digest": entries_digest(self._entries),
@@ -225,11 +253,24 @@ def _staging_prefix(path: Path) -> str:
     return f".{path.name}.staging@"
 
 
+def _processes() -> str:
+    """Names those whose processes we can see, and tell by number whether they live.
+
+    A host's name does not: containers may share one, and each counts its processes from 1. On
+    Linux it is the boot of the kernel and the namespace of the numbers.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}.{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
 def remove_abandoned(path: Path) -> None:
     """Remove what killed writers of this store left behind on this machine."""
     for folder in path.parent.glob(f"{_staging_prefix(path)}*"):
-        host, pid, _ = folder.name.removeprefix(_staging_prefix(path)).split("@")
-        if host == socket.gethostname() and not psutil.pid_exists(int(pid)):
+        place, pid, _ = folder.name.removeprefix(_staging_prefix(path)).split("@")
+        if place == _processes() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -40,6 +40,8 @@ class RunAccount:
         num_bytes: of the chunks written at full resolution, compressed.
         peak_bytes: highest resident memory of a worker.
         retries: kind of failure -> attempts made again; "damaged" for bytes that changed on disk.
+        num_mixed: items, new or reused, whose blocks were computed with different libraries or on
+            different kinds of processor: other bits than in one place.
         num_cut: items, new or reused, that were cut into tiles and had their seams measured.
         worst_seam: of these the one with the largest z; None if there are none.
     """
@@ -55,6 +57,7 @@ class RunAccount:
     num_bytes: int = 0
     peak_bytes: int = 0
     retries: Mapping[str, int] = field(default_factory=dict)
+    num_mixed: int = 0
     num_cut: int = 0
     worst_seam: WorstSeam | None = None
 
@@ -119,7 +122,8 @@ class Book:
             return {"num_quarantined": now.num_quarantined + 1}
         if kind in ("published", "reused"):
             name = f"num_{kind}"
-            return {name: getattr(now, name) + 1, **self._seam(facts)}
+            mixed = now.num_mixed + (int(facts.get("num_environments") or 1) > 1)
+            return {name: getattr(now, name) + 1, "num_mixed": mixed, **self._seam(facts)}
         return {}
 
     def _seam(self, facts: Mapping[str, Any]) -> dict[str, Any]:

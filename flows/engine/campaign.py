@@ -297,14 +297,18 @@ class _Campaign:
 
     def _tell_of(self, kind: str, item: ItemState, what: str, manifest: Mapping[str, Any]) -> None:
         """Tell of an item that readers can see."""
-        seams = manifest.get("seams")
-        self._progress.tell(kind, f"{item.label}: {what}", **item.facts(), seams=seams)
+        facts = {"seams": manifest.get("seams")}
+        places = manifest.get("environments") or {}
+        if len(places) > 1:
+            what += f"; its blocks were computed in {len(places)} environments, see its manifest"
+            facts["num_environments"] = len(places)
+        self._progress.tell(kind, f"{item.label}: {what}", **item.facts(), **facts)
 
     def _recompute(self, item: ItemState, blocks: tuple[int, ...]) -> None:
         if self._was_overtaken(item):
             return
         for index in blocks:
-            reject_receipt(self._objects, item.plan, index)
+            reject_receipt(self._objects, item.plan, item.receipts[index])
             del item.receipts[index]
             item.attempts[index] += 1
             if item.attempts[index] >= self._limits.max_attempts:

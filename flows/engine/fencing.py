@@ -105,7 +105,7 @@ def driving(objects: Objects, campaign: str, beat_s: float = BEAT_S) -> Iterator
     """
     lease = f"{DRIVERS}/{campaign[:12]}-{uuid.uuid4().hex}.json"
     data = json.dumps({"campaign": campaign, "started_s": objects.now()}).encode()
-    objects.put(lease, data)
+    objects.replace(lease, data)
     over = threading.Event()
     beats = threading.Thread(target=_beat, args=(objects, lease, data, over, beat_s), daemon=True)
     beats.start()
@@ -124,8 +124,13 @@ def living_drivers(objects: Objects, silence_s: float = SILENCE_S) -> list[Drive
     found = []
     for lease in leases:
         usage = objects.usage(lease)
-        if usage is not None and now - usage.modified_s < silence_s:
-            found.append(Driver(lease, _started_s(objects, lease)))
+        # One from the future is of a clock that was set back since; if its driver lives, it will
+        # beat by the new clock.
+        if usage is not None and abs(now - usage.modified_s) < silence_s:
+            started = _started_s(objects, lease)
+            # Begun after its last beat: by a clock that was set back. What it wrote has any age.
+            back = started > usage.modified_s + BEAT_S
+            found.append(Driver(lease, 0.0 if back else started))
     return found
 
 
@@ -140,6 +145,6 @@ def _started_s(objects: Objects, lease: str) -> float:
 def _beat(objects: Objects, lease: str, data: bytes, over: threading.Event, beat_s: float) -> None:
     while not over.wait(beat_s):
         try:
-            objects.put(lease, data)
+            objects.replace(lease, data)
         except OSError:  # a full disk: the blocks will tell of it
             _LOG.warning("cannot write the lease %s", lease, exc_info=True)

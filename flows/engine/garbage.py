@@ -1,6 +1,6 @@
 """What nobody can ever need of an output: found, and removed.
 
-    items/I/T/NAME.ome.zarr     that no manifest names: its publisher lost, or died
+    items/I/T/NAME.ome.zarr     that no manifest names: its publisher lost, or died (see lost.py)
     .work/publishing/ATTEMPT    of a publisher that died
     .work/KEY                   of an item that is published
     .work/KEY/stage/ATTEMPT.*   that no receipt names: its worker died, or came second
@@ -36,6 +36,7 @@ from flows.engine.fencing import (
     take_fence,
 )
 from flows.engine.in_use import alone_with
+from flows.engine.lost import FOLDER, is_lost
 from flows.engine.objects import LocalObjects
 from flows.engine.publish import load_manifest
 from flows.engine.receipt import Objects, read_receipt
@@ -43,7 +44,6 @@ from flows.engine.receipt import Objects, read_receipt
 DAY_S = 86400.0
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_FOLDER = re.compile(r"[a-z0-9-]+-(?P<key>[0-9a-f]{12})-(?P<id>[0-9a-f]{8})\.ome\.zarr")
 _ATTEMPT = re.compile(r"(?P<key>[0-9a-f]{12})-(?P<id>[0-9a-f]{8})")
 _MANIFEST = re.compile(r"(?P<key>[0-9a-f]{64})\.json")
 _GIVEN = re.compile(r"given-[0-9a-f]{16}")
@@ -172,7 +172,7 @@ class _Collector:
         for item in self._objects.names("items"):
             for task in self._objects.names(f"items/{item}"):
                 for name in self._objects.names(f"items/{item}/{task}"):
-                    place, match = f"items/{item}/{task}/{name}", _FOLDER.fullmatch(name)
+                    place, match = f"items/{item}/{task}/{name}", FOLDER.fullmatch(name)
                     if match and place not in named:
                         yield from self._attempt("folder without manifest", place, match)
 
@@ -191,6 +191,12 @@ class _Collector:
         named = self._read_manifests(attempt.key).values()
         if named:
             return self._is_elsewhere(place, attempt, list(named))
+        if place.startswith("items/") and is_lost(self._objects, place, attempt.key):
+            self._notes.append(
+                f"{place}: left where it is, its manifest is gone; bring that back, or restore the "
+                "item again"
+            )
+            return False
         if self._dry_run:
             return holder_of(self._objects, attempt) != "publisher"
         ours = take_fence(self._objects, attempt, "gc")

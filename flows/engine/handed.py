@@ -55,10 +55,16 @@ def file_of(objects: LocalObjects, key: str, provenance: Mapping[str, Any]) -> s
 
 
 def is_as_written(objects: LocalObjects, place: str, provenance: Mapping[str, Any]) -> bool:
-    """Whether a file is what its provenance says; of what older versions wrote it says nothing."""
+    """Whether a file is what its provenance says; of what older versions wrote it says nothing.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
     if "file_sha256" not in provenance:
         return True
     path, size = objects.path(place), provenance.get("file_bytes")
+    if path.is_symlink() and not path.exists():  # it leads nowhere
+        return False
     if path.is_file() and path.stat().st_size != size:
         return False
     found = fingerprint(path)
@@ -66,11 +72,19 @@ def is_as_written(objects: LocalObjects, place: str, provenance: Mapping[str, An
 
 
 def handed_over(objects: LocalObjects) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(key of the file, provenance) of every file handed over that is there still."""
+    """(key of the file, provenance) of every file handed over that is there still.
+
+    Of a provenance that cannot be read at all there is its own key, and {}.
+    """
     for note in sorted(objects.path(FILES).rglob("*.json")):
         key = note.relative_to(objects.root).as_posix()
-        if note.is_file() and not note.name.startswith("."):
+        if note.name.startswith(".") or note.is_dir():
+            continue
+        try:
             told = provenance_of(objects, key) or {}
-            place = file_of(objects, key, told)
-            if place is not None and "key" in told:
-                yield place, told
+        except OSError:
+            yield key, {}
+            continue
+        place = file_of(objects, key, told)
+        if place is not None and "key" in told:
+            yield place, told

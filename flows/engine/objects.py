@@ -5,6 +5,7 @@ one class again and nothing else (S3: s3_objects.py). What they promise on POSIX
 
     put      an object under a key that one writer owns; torn if the writer dies in mid-write
     create   all of an object or nothing, and only if the key is free: one writer wins
+    replace  all of an object or the one before, whoever reads meanwhile
     link     a second key for the same bytes, without copying them
     adopt    a whole folder appears under its final key at once
     now      the clock that the store stamps its objects with; nobody compares it with another
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
 
+_ODD = {errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+
 _FEW_FILES = 8
 
 
@@ -51,6 +54,11 @@ class Usage:
 
 class StoreError(OSError):
     """The store does not answer, however often it is asked: nothing can go on without it."""
+
+
+def is_odd(error: OSError) -> bool:
+    """Whether it is the object that cannot be read: a bad sector, a folder, a loop of links."""
+    return error.errno in _ODD
 
 
 def open_objects(root: Root | str) -> Objects:
@@ -109,24 +117,54 @@ class LocalObjects:
 
         Returns:
             True if this call created it, False if the key was taken.
+
+        Raises:
+            StoreError: if the file system has no hard links: nothing else of POSIX is whole, and
+                exclusive, and there to stay.
         """
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{uuid.uuid4().hex}.partial")  # short: a name may be at its limit
+        made = _make_folder(path.parent)
+        draft = _draft(path, data, durable=durable)
         try:
-            with draft.open("xb") as file:
-                file.write(data)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            _link(draft, path)
+            os.link(draft, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise StoreError(
+                f"{self.root}: its file system has no hard links ({error.strerror}), without which "
+                "two runs could both publish an item; choose an output on another one (a disk of "
+                "this machine, NFS), or on S3"
+            ) from error
         finally:
             draft.unlink(missing_ok=True)
         if durable:
-            sync(path.parent)
+            for folder in (path.parent, *made):
+                sync(folder)
         return True
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object anew: readers find all of it, or all of the one before."""
+        path = self.path(key)
+        _make_folder(path.parent)
+        draft = _draft(path, data, durable=False)
+        try:
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def require_links(self) -> None:
+        """Find out whether objects can be created here, before anything is computed.
+
+        Raises:
+            StoreError: if they cannot.
+        """
+        probe = f".work/.probe.{uuid.uuid4().hex}.partial"
+        try:
+            self.create(probe, b"", durable=False)
+        finally:
+            self.remove(probe)
 
     def get(self, key: str) -> bytes:
         """Read an object. Raises FileNotFoundError if there is none."""
@@ -141,8 +179,8 @@ class LocalObjects:
             return None
 
     def exists(self, key: str) -> bool:
-        """Whether there is such an object or folder."""
-        return os.path.exists(self._file(key))  # noqa: PTH110
+        """Whether there is such an object or folder, or a link that leads nowhere."""
+        return os.path.lexists(self._file(key))
 
     def names(self, prefix: str) -> list[str]:
         """Names directly under a prefix, sorted; drafts of unfinished creates are left out."""
@@ -191,11 +229,15 @@ class LocalObjects:
             return False
         return True
 
-    def link(self, key: str, new_key: str) -> None:
-        """Give the bytes of `key` a second key; the first stays valid."""
+    def link(self, key: str, new_key: str) -> bool:
+        """Give the bytes of `key` a second key; the first stays valid.
+
+        Returns:
+            True if they are the same bytes, False if they are a copy, which may have gone wrong.
+        """
         target = self.path(new_key)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link(self.path(key), target)
+        return _link(self.path(key), target)
 
     def assembly(self, draft: str, path: str) -> str:
         """Where to put together what will be adopted as `path`: in the draft, out of sight."""
@@ -224,8 +266,32 @@ class LocalObjects:
             path.unlink(missing_ok=True)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Link, or copy with an exclusive create where the file system has no hard links."""
+def _draft(path: Path, data: bytes, *, durable: bool) -> Path:
+    """A file beside a path, with all of its content to be; removed where it cannot be written."""
+    draft = path.with_name(f".{uuid.uuid4().hex}.partial")  # short: a name may be at its limit
+    try:
+        with draft.open("xb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return draft
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder; returns those that have a new entry by that, which is to be flushed too."""
+    if folder.is_dir():
+        return []
+    missing = [folder, *(p for p in folder.parents if not p.exists())]
+    folder.mkdir(parents=True, exist_ok=True)
+    return [new.parent for new in missing]
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Link; or copy, with an exclusive create, a file that can have no more links."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -235,6 +301,8 @@ def _link(source: Path, target: Path) -> None:
             file.write(source.read_bytes())
             file.flush()
             os.fsync(file.fileno())
+        return False
+    return True
 
 
 def _stat(path: Path) -> os.stat_result | None:

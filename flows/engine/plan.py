@@ -125,6 +125,7 @@ class Plan:
         items: sorted so that the heaviest blocks come first.
         num_workers: recorded, not hashed.
         num_lanes: blocks that each worker computes at the same time; likewise.
+        scratch_bytes: of the measurements, if they are made for this run alone; likewise.
     """
 
     campaign: str
@@ -133,6 +134,7 @@ class Plan:
     items: tuple[ItemPlan, ...]
     num_workers: int = 1
     num_lanes: int = 1
+    scratch_bytes: int = 0
 
     @property
     def num_blocks(self) -> int:

@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
 from domains.base import Array
 from flows import ome
+from flows.engine.environment import library_version
 from flows.engine.fencing import Attempt, holder_of, take_fence
 from flows.engine.many import each
 from flows.engine.plan import ItemPlan, Plan, content_of
@@ -36,6 +38,7 @@ from flows.engine.receipt import (
     Receipt,
     damaged_blocks,
     get_sound,
+    read_back,
     require_known,
     seal,
     set_aside,
@@ -86,12 +89,20 @@ def load_manifest(objects: Objects, key: str) -> dict[str, Any] | None:
     Raises:
         NewerFormatError: if a newer version wrote it.
     """
-    name = manifest_key(key)
-    data = get_sound(objects, name)
-    manifest = None if data is None else unseal(data)
+    data = get_sound(objects, manifest_key(key))
+    return None if data is None else parse_manifest(data, key)
+
+
+def parse_manifest(data: bytes, key: str) -> dict[str, Any] | None:
+    """The manifest of an item's key out of its bytes; None if they are not that.
+
+    Raises:
+        NewerFormatError: if a newer version wrote it.
+    """
+    manifest = unseal(data)
     if manifest is None:
         return None
-    require_known(manifest, MANIFEST_FORMAT, name)
+    require_known(manifest, MANIFEST_FORMAT, manifest_key(key))
     return manifest if manifest.get("key") == key and _is_complete(manifest) else None
 
 
@@ -109,10 +120,12 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
 def reject_manifest(objects: Objects, key: str) -> bool:
     """Move a damaged manifest aside to .corrupt-N; returns whether there was one."""
     name = manifest_key(key)
-    if not objects.exists(name) or load_manifest(objects, key) is not None:
+    data = get_sound(objects, name)
+    if data is None and not objects.exists(name):
         return False
-    set_aside(objects, name)
-    return True
+    if data is not None and parse_manifest(data, key) is not None:
+        return False
+    return set_aside(objects, name, data)
 
 
 def reject_hollow(objects: Objects, manifest: Mapping[str, Any]) -> bool:
@@ -124,7 +137,10 @@ def reject_hollow(objects: Objects, manifest: Mapping[str, Any]) -> bool:
     ledger = get_sound(objects, f"{manifest['path']}/{LEDGER}")
     if ledger is not None and hashlib.sha256(ledger).hexdigest() == manifest["ledger_sha256"]:
         return False
-    set_aside(objects, manifest_key(manifest["key"]))
+    name = manifest_key(manifest["key"])
+    judged = get_sound(objects, name)
+    if judged is not None and unseal(judged) == json.loads(json.dumps(manifest)):
+        set_aside(objects, name, judged)
     return True
 
 
@@ -215,13 +231,15 @@ def _assemble(
 ) -> bytes:
     """Put the folder of an item together; returns its ledger: size and sha256 of every object."""
 
-    def link(place: tuple[Receipt, Chunk]) -> Chunk:
-        receipt, chunk = place
-        objects.link(receipt.staged(item, chunk), f"{draft}/0/{chunk.key}")
+    def link(staged: tuple[Receipt, Chunk]) -> Chunk:
+        receipt, chunk = staged
+        place = f"{draft}/0/{chunk.key}"
+        if not objects.link(receipt.staged(item, chunk), place):
+            read_back(objects, place, chunk)
         return chunk
 
-    places = ((receipt, chunk) for receipt in receipts.values() for chunk in receipt.chunks)
-    ledger = {f"0/{chunk.key}": chunk for chunk in each(objects, link, places)}
+    staged = ((receipt, chunk) for receipt in receipts.values() for chunk in receipt.chunks)
+    ledger = {f"0/{chunk.key}": chunk for chunk in each(objects, link, staged)}
     shapes = ome.level_shapes(item.grid.shape)
     for level, shape in enumerate(shapes):
         grid = _level_chunk(item, shape)
@@ -235,14 +253,16 @@ def _assemble(
     group = ome.group_metadata(item.record, shapes, window, provenance)
     ledger["zarr.json"] = _put(objects, draft, "zarr.json", group)
     sealed = seal({name: [c.size, c.sha256] for name, c in ledger.items()})
-    objects.put(f"{draft}/{LEDGER}", sealed)
+    _put(objects, draft, LEDGER, sealed)
     return sealed
 
 
 def _put(objects: Objects, prefix: str, name: str, data: bytes) -> Chunk:
-    """Write an object of a folder; returns what the ledger says of it."""
+    """Write an object of a folder, and look at it; returns what the ledger says of it."""
+    made = Chunk(name, len(data), hashlib.sha256(data).hexdigest())
     objects.put(f"{prefix}/{name}", data)
-    return Chunk(name, len(data), hashlib.sha256(data).hexdigest())
+    read_back(objects, f"{prefix}/{name}", made)
+    return made
 
 
 def _reduce(
@@ -313,14 +333,8 @@ def _provenance(plan: Plan, item: ItemPlan, receipts: Mapping[int, Receipt]) -> 
         "exact_data": any(a.exact_data for a in accounts),
         "value_range": [min(a.low for a in accounts), max(a.high for a in accounts)],
         "num_blocks": item.num_blocks,
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: library_version(name) for name in LIBRARIES},
+        "environments": Counter(receipts[index].environment for index in sorted(receipts)),
         "python": platform.python_version(),
         "restored_not_measured": "These pixels are an estimate, not a measurement.",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -78,7 +78,7 @@ def record_quarantine(objects: Objects, entry: Quarantined) -> Quarantined:
     )
     values = asdict(entry)
     del values["source"]
-    objects.put(_key(entry.name), (json.dumps(values, indent=1) + "\n").encode())
+    objects.replace(_key(entry.name), (json.dumps(values, indent=1) + "\n").encode())
     return entry
 
 

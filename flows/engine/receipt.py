@@ -13,7 +13,6 @@ their sha256 before they are published.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import uuid
@@ -25,10 +24,11 @@ from domains.base import Array
 from flows import ome
 from flows.engine.grid import Block
 from flows.engine.many import each
-from flows.engine.objects import StoreError, Usage
+from flows.engine.objects import StoreError, Usage, is_odd
 from flows.engine.plan import ItemPlan
 
-RECEIPT_FORMAT = 1
+RECEIPT_FORMAT = 2
+"""2: `environment`. What version 1 wrote is read, and says nothing of it."""
 
 
 class Objects(Protocol):
@@ -46,6 +46,10 @@ class Objects(Protocol):
 
     def create(self, key: str, data: bytes, *, durable: bool = True) -> bool:
         """Write an object if the key is free, whole or not at all; False if it was taken."""
+        ...
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object anew: readers find all of it, or all of the one before."""
         ...
 
     def get(self, key: str) -> bytes:
@@ -80,8 +84,8 @@ class Objects(Protocol):
         """Move one object; False if it was gone."""
         ...
 
-    def link(self, key: str, new_key: str) -> None:
-        """Give the same bytes a second key, one of the caller's own."""
+    def link(self, key: str, new_key: str) -> bool:
+        """Give the same bytes a second key, one of the caller's own; False if by a copy."""
         ...
 
     def assembly(self, draft: str, path: str) -> str:
@@ -149,6 +153,7 @@ class Receipt:
         attempt: name of the winning attempt, unique for all time.
         chunks: what was staged.
         account: how it was computed.
+        environment: where, as far as that decides bits (environment.py); "" if it is not known.
     """
 
     key: str
@@ -156,6 +161,7 @@ class Receipt:
     attempt: str
     chunks: tuple[Chunk, ...]
     account: Account
+    environment: str = ""
 
     def staged(self, item: ItemPlan, chunk: Chunk) -> str:
         """Object key of a staged chunk."""
@@ -198,10 +204,19 @@ def stage_block(
         chunk = Chunk(name, len(data), hashlib.sha256(data).hexdigest())
         target = staged_key(item.work, attempt, chunk)
         objects.put(target, data)
-        if hashlib.sha256(objects.get(target)).hexdigest() != chunk.sha256:
-            raise ReadBackError(f"{target}: the store gives back other bytes than were written")
+        read_back(objects, target, chunk)
         chunks.append(chunk)
     return tuple(chunks)
+
+
+def read_back(objects: Objects, key: str, chunk: Chunk) -> None:
+    """Look at what was just written under a key.
+
+    Raises:
+        ReadBackError: if the store gives back other bytes.
+    """
+    if hashlib.sha256(objects.get(key)).hexdigest() != chunk.sha256:
+        raise ReadBackError(f"{key}: the store gives back other bytes than were written")
 
 
 def create_receipt(objects: Objects, item: ItemPlan, receipt: Receipt) -> Receipt:
@@ -234,14 +249,14 @@ def load_receipt(objects: Objects, item: ItemPlan, block: int) -> Receipt | None
     data = get_sound(objects, key)
     if data is None and not objects.exists(key):
         return None
-    receipt = None if data is None else _parse(data, key)
+    receipt = None if data is None else parse_receipt(data, key)
     if receipt is None or (receipt.key, receipt.block) != (item.key, block):
-        reject_receipt(objects, item, block)
+        set_aside(objects, key, data)
         return None
     if [c.key for c in receipt.chunks] != chunk_keys(item, item.grid.block(block)) or any(
         objects.size(receipt.staged(item, c)) != c.size for c in receipt.chunks
     ):
-        reject_receipt(objects, item, block)
+        set_aside(objects, key, data)
         return None
     return receipt
 
@@ -253,17 +268,17 @@ def read_receipt(objects: Objects, key: str) -> Receipt | None:
         NewerFormatError: if a newer version wrote it.
     """
     data = get_sound(objects, key)
-    return None if data is None else _parse(data, key)
+    return None if data is None else parse_receipt(data, key)
 
 
 def get_sound(objects: Objects, key: str) -> bytes | None:
-    """An object; None if there is none, or the disk cannot read it (a bad sector)."""
+    """An object; None if there is none, or it cannot be read (a bad sector, a folder)."""
     try:
         return objects.get(key)
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno != errno.EIO:
+        if not is_odd(error):
             raise
         return None
 
@@ -281,17 +296,42 @@ def each_receipt(objects: Objects, item: ItemPlan) -> Iterator[Receipt]:
     return (receipt for receipt in found if receipt is not None)
 
 
-def reject_receipt(objects: Objects, item: ItemPlan, block: int) -> None:
-    """Rename an invalid receipt to .corrupt-N, so that the block is computed again."""
-    set_aside(objects, _receipt_key(item, block))
+def reject_receipt(objects: Objects, item: ItemPlan, receipt: Receipt) -> None:
+    """Rename a receipt to .corrupt-N, so that the block is computed again; another's stays."""
+    key = _receipt_key(item, receipt.block)
+    data = get_sound(objects, key)
+    if data is not None and parse_receipt(data, key) == receipt:
+        set_aside(objects, key, data)
 
 
-def set_aside(objects: Objects, key: str) -> None:
-    """Rename an object that is not true to .corrupt-N, keeping it for whoever asks why."""
+def set_aside(objects: Objects, key: str, judged: bytes | None) -> bool:
+    """Rename an object that is not true to .corrupt-N, keeping it for whoever asks why.
+
+    Another process may have done so, and put a true one in its place, since it was judged: what was
+    moved is looked at, and goes back if it is another and nobody has made a third.
+
+    Args:
+        objects: the output.
+        key: of the object.
+        judged: what was found untrue; None if it could not be read.
+
+    Returns:
+        Whether it is out of the way.
+    """
+    if judged is not None and get_sound(objects, key) not in (judged, None):
+        return False
     number = 0
     while objects.exists(f"{key}.corrupt-{number}"):
         number += 1
-    objects.rename(key, f"{key}.corrupt-{number}")
+    place = f"{key}.corrupt-{number}"
+    if not objects.rename(key, place):
+        return False
+    moved = get_sound(objects, place)
+    if judged is None or moved in (judged, None):
+        return True
+    objects.create(key, moved)
+    objects.remove(place)
+    return False
 
 
 def damaged_blocks(
@@ -340,14 +380,18 @@ def require_known(body: Mapping[str, Any], known: int, key: str) -> None:
         )
 
 
-def _parse(data: bytes, key: str) -> Receipt | None:
-    """A receipt; None if it is not true, or not of this version's making."""
+def parse_receipt(data: bytes, key: str) -> Receipt | None:
+    """A receipt out of the bytes of a key; None if it is not true, or of no version known here.
+
+    Raises:
+        NewerFormatError: if a newer version wrote it.
+    """
     body = unseal(data)
     if body is None:
         return None
     require_known(body, RECEIPT_FORMAT, key)
     try:
-        if body.pop("format") != RECEIPT_FORMAT:
+        if body.pop("format") not in (1, RECEIPT_FORMAT):
             return None
         account = Account(**body.pop("account"))
         account = replace(account, residual=tuple(account.residual))

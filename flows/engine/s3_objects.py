@@ -100,6 +100,10 @@ class S3Objects:
                 continue
         raise StoreError(f"{self.root}/{key}: it comes and goes; does another program write there?")
 
+    def replace(self, key: str, data: bytes) -> None:
+        """Write an object anew: readers find all of it, or all of the one before."""
+        self.put(key, data)
+
     def get(self, key: str) -> bytes:
         """Read an object. Raises FileNotFoundError if there is none."""
         name = _checked(self.root, key)
@@ -175,10 +179,15 @@ class S3Objects:
         self._delete(key, [_checked(self.root, key)])
         return True
 
-    def link(self, key: str, new_key: str) -> None:
-        """Give the bytes of `key` a second key, the caller's own; the first stays valid."""
+    def link(self, key: str, new_key: str) -> bool:
+        """Give the bytes of `key` a second key, the caller's own; the first stays valid.
+
+        Returns:
+            False: it is a copy, which is to be looked at.
+        """
         source, target = _checked(self.root, key), _checked(self.root, new_key)
         self._ask(key, lambda: self._store.copy(source, target))
+        return False
 
     def assembly(self, draft: str, path: str) -> str:
         """Where to put together what will be adopted as `path`: there, for nobody looks there."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
@@ -12,7 +14,13 @@ from flows.roots import S3Root
 
 
 class StrictS3Store(ObjectStore):  # type: ignore[type-arg]  # generic only in newer zarrs
-    """Zarr's store on S3, in which an absent chunk is an error: to zarr it is a chunk of zeros."""
+    """Zarr's store on S3, in which an absent chunk is an error: to zarr it is a chunk of zeros.
+
+    Attributes:
+        check: told of each chunk that is read; raises if it is not the one that was written.
+    """
+
+    check: Callable[[str, memoryview], None] | None = None
 
     async def get(
         self,
@@ -31,6 +39,8 @@ class StrictS3Store(ObjectStore):  # type: ignore[type-arg]  # generic only in n
         data = await self._whole(key)
         if data is None and "/c/" in f"/{key}":
             raise FileNotFoundError(key)
+        if data is not None and self.check is not None:
+            self.check(key, memoryview(data))
         return None if data is None else prototype.buffer.from_bytes(data)
 
     async def _whole(self, key: str) -> bytes | None:
@@ -53,6 +63,10 @@ class StrictS3Store(ObjectStore):  # type: ignore[type-arg]  # generic only in n
         raise AssertionError("the last round returns or raises")
 
 
-def open_strict(root: S3Root) -> StrictS3Store:
-    """The store of a prefix."""
-    return StrictS3Store(open_bucket(root), read_only=True)
+def open_strict(
+    root: S3Root, check: Callable[[str, memoryview], None] | None = None
+) -> StrictS3Store:
+    """The store of a prefix, whose chunks are checked when they are read."""
+    store = StrictS3Store(open_bucket(root), read_only=True)
+    store.check = check
+    return store

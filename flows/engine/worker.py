@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from domains.base import BadInputError
+from flows.engine.environment import environment
 from flows.engine.memory import give_back, peak_memory
 from flows.engine.objects import StoreError, open_objects
 from flows.engine.plan import ItemPlan
@@ -159,7 +160,8 @@ class BlockWorker:
         give_back(num_bytes)
         seconds = time.perf_counter() - start - waited
         account = replace(account, seconds=seconds, peak_bytes=peak())
-        receipt = Receipt(job.item.key, job.block, attempt, chunks, account)
+        where = environment(job.item.device_class)
+        receipt = Receipt(job.item.key, job.block, attempt, chunks, account, where)
         return create_receipt(objects, job.item, receipt)
 
 

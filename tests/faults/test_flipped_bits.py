@@ -149,7 +149,7 @@ def test_values_that_were_written_over_are_named_though_their_checksums_hold(tmp
     store = make_store(tmp_path / "m.zarr", shape=(1, 2, 8, 8))
     array = zarr.open_array(store / "measurements/item-0/given/y", mode="r+")
     array[0] = array[1]
-    assert damaged(store) == {"measurements/item-0/given/y": "altered"}
+    assert damaged(store) == {"measurements/item-0/given/y/c/0/0/0/0": "altered"}
 
 
 def test_the_command_names_what_is_damaged_with_the_next_step(store, tmp_path, capsys, monkeypatch):

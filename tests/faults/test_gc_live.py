@@ -172,7 +172,7 @@ def test_a_driver_is_heard_of_while_it_works_and_not_after(tmp_path):
 
 def test_a_lease_is_written_again_and_again(tmp_path):
     objects, beats, enough = LocalObjects(tmp_path), [], threading.Event()
-    put = objects.put
+    put = objects.replace
 
     def heard(key: str, data: bytes) -> None:
         put(key, data)
@@ -180,7 +180,7 @@ def test_a_lease_is_written_again_and_again(tmp_path):
         if len(beats) == 3:
             enough.set()
 
-    objects.put = heard
+    objects.replace = heard
     with driving(objects, "c" * 64, beat_s=0.001):
         assert enough.wait(60)
     assert len(set(beats)) == 1

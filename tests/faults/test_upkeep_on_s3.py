@@ -12,6 +12,7 @@ from flows.engine.fencing import Attempt, take_fence
 from flows.engine.garbage import collect_garbage
 from flows.engine.objects import open_objects
 from flows.engine.restored import open_restored
+from flows.engine.s3_objects import S3Objects
 
 AN_HOUR_LATER = {"min_age_s": -3600.0, "silence_s": 0.0}
 ITEMS, SLICES = 2, 2
@@ -107,3 +108,52 @@ def test_gc_in_a_loop_takes_nothing_from_a_campaign_that_runs_on_s3(store, undis
     assert (result.num_computed, result.num_retries) == (ITEMS * SLICES, 0)
     assert same(published(s3.root), undisturbed)
     assert verify(s3.root).intact
+
+
+def test_a_copy_that_went_wrong_on_the_server_is_seen_before_it_is_published(
+    store, undisturbed, s3, monkeypatch
+):
+    link, spoilt = S3Objects.link, []
+
+    def spoils(self, key, new_key):
+        shared = link(self, key, new_key)
+        if not spoilt:
+            spoilt.append(new_key)
+            s3.write(new_key, flipped(s3.read(new_key)))
+        return shared
+
+    monkeypatch.setattr(S3Objects, "link", spoils)
+    result = run_plan(tiny_plan(store, s3.root), InlineExecutor(), sleep=lambda _: None)
+    assert "/0/c/" in spoilt[0]
+    assert (result.num_computed, result.account.retries) == (ITEMS * SLICES, {"io": 1})
+    assert verify(s3.root).intact
+    assert same(published(s3.root), undisturbed)
+
+
+@pytest.mark.parametrize("part", ["/1/c/", "/1/zarr.json", "/ledger.json"])
+def test_what_is_put_beside_the_copies_is_looked_at_too(tmp_path, s3, monkeypatch, part):
+    store = make_store(tmp_path / "m.zarr", items=1, shape=(1, 1, 300, 20))
+    put, spoilt = S3Objects.put, []
+
+    def spoils(self, key, data):
+        wrong = part in key and not spoilt
+        if wrong:
+            spoilt.append(key)
+        put(self, key, flipped(data) if wrong else data)
+
+    monkeypatch.setattr(S3Objects, "put", spoils)
+    result = run_plan(tiny_plan(store, s3.root), InlineExecutor(), sleep=lambda _: None)
+    assert spoilt
+    assert result.account.retries == {"io": 1}
+    assert verify(s3.root).intact
+
+
+def test_a_manifest_that_is_gone_from_s3_is_named_and_gc_leaves_its_pixels(store, s3):
+    run_plan(tiny_plan(store, s3.root), InlineExecutor())
+    entry = open_restored(s3.root).items()[0]
+    s3.delete(f"manifests/{entry.key}.json")
+    [damage] = verify(s3.root).outputs["."].damages
+    assert (damage.key, damage.fault) == (entry.key[:12], "missing")
+    before = s3.names(entry.facts["path"])
+    collect_garbage(open_objects(s3.root), **AN_HOUR_LATER)
+    assert s3.names(entry.facts["path"]) == before

@@ -153,6 +153,41 @@ def test_storage_that_fails_for_all_of_a_few_items_stops_the_run_too(many, tmp_p
     assert list_quarantine(LocalObjects(tmp_path)) == []
 
 
+def test_of_one_item_alone_that_fails_nothing_is_told_of_the_storage(many, tmp_path):
+    """The last open item of a run: it is given up, and the run ends."""
+    clock = Clock()
+    plan = tiny_plan(many, tmp_path, method("unread"), items=["item-0"])
+    result = run(plan, clock=clock, sleep=clock.sleep)
+    assert [(q.item_id, q.kind) for q in result.quarantined] == [("item-0", "io")]
+
+
+def test_two_open_items_that_fail_are_an_outage(many, tmp_path):
+    clock = Clock()
+    plan = tiny_plan(many, tmp_path, method("unread"), items=["item-0", "item-1"])
+    with pytest.raises(CampaignError, match=r"storage fails: 2 items"):
+        run(plan, clock=clock, sleep=clock.sleep)
+    assert list_quarantine(LocalObjects(tmp_path)) == []
+
+
+def test_items_that_cannot_be_published_among_others_that_can_are_to_blame_themselves(
+    many, tmp_path, monkeypatch
+):
+    """Each published item says that the disk takes some: five failures in all are no row."""
+    from flows.engine import publish
+
+    assemble, clock = publish._assemble, Clock()
+
+    def fails(objects, item, *rest):
+        if item.item_id not in ("item-3", "item-6", "item-7"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return assemble(objects, item, *rest)
+
+    monkeypatch.setattr(publish, "_assemble", fails)
+    result = run(tiny_plan(many, tmp_path), clock=clock, sleep=clock.sleep)
+    assert len(result.quarantined) == 5
+    assert {e.item_id for e in result.published} == {"item-3", "item-6", "item-7"}
+
+
 def input_fails(monkeypatch, code: int, where: str = "") -> None:
     get = StrictStore.get
 

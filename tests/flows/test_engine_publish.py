@@ -508,15 +508,34 @@ def test_create_lets_one_win_and_link_shares_bytes(tmp_path):
         objects.create("e", b"") and objects.link("c/d", "e")
 
 
-def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+def test_a_file_that_can_have_no_more_links_is_copied(tmp_path, monkeypatch):
     import errno
 
     def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
+        raise OSError(errno.EMLINK, "Too many links")
 
-    monkeypatch.setattr("os.link", refuse)
     objects = LocalObjects(tmp_path)
     assert objects.create("a", b"first")
-    assert not objects.create("a", b"second")
-    objects.link("a", "b")
-    assert objects.get("b") == b"first"
+    assert objects.link("a", "b"), "the same bytes"
+    monkeypatch.setattr("os.link", refuse)
+    assert not objects.link("a", "c"), "a copy, to be looked at"
+    assert objects.get("c") == b"first"
+    with pytest.raises(FileExistsError):
+        objects.link("a", "c")
+
+
+def test_what_is_made_durable_has_durable_folders(tmp_path, monkeypatch):
+    from flows.engine import objects as places
+
+    flushed = []
+    monkeypatch.setattr(places, "sync", lambda path: flushed.append(path))
+    root = LocalObjects(tmp_path / "out")
+    root.create("campaigns/c/account.json", b"{}")
+    folders = [tmp_path, root.root, root.root / "campaigns", root.root / "campaigns/c"]
+    assert sorted(flushed) == folders
+    flushed.clear()
+    root.create("campaigns/c/other.json", b"{}")
+    assert flushed == [root.root / "campaigns/c"]
+    flushed.clear()
+    root.create("campaigns/d/other.json", b"{}", durable=False)
+    assert flushed == []

@@ -188,13 +188,38 @@ sys.stderr.write(json.dumps({"heavy": heavy, "blocks": len(made)}))
     assert "10 items, 100000 blocks, 3 workers" in done.stdout
     assert "a worker:" in done.stdout
     assert not (tmp_path / "out").exists()
+    planned = json.loads(
+        subprocess.run(
+            [sys.executable, "-c", code, *asked, "--model", "starter", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    one, other, *_ = planned["items"]
+    (tmp_path / "out/manifests").mkdir(parents=True)
+    (tmp_path / f"out/manifests/{one['key']}.json").touch()
+    receipts = tmp_path / f"out/.work/{other['key']}/receipts"
+    receipts.mkdir(parents=True)
+    for block in range(9_000):
+        (receipts / f"{block:06d}.json").touch()
+    (receipts / "000000.json.corrupt-0").touch()
+    again = subprocess.run(
+        [sys.executable, "-c", code, *asked, "--model", "starter"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(again.stderr) == {"heavy": [], "blocks": 0}
+    assert "done already: 1 items, 19000 blocks" in again.stdout
 
 
 def test_a_long_plan_names_its_heaviest_items_and_counts_the_rest(tmp_path):
     from flows.answers import MAX_ROWS, plan_text
+    from flows.engine.forecast import foretell
 
     plan = tiny_plan(manifest_of(tmp_path / "m.zarr", MAX_ROWS + 7, 1), tmp_path / "out")
-    text = plan_text(plan)
+    text = plan_text(plan, foretell(plan))
     assert text.count("\nitem-") == MAX_ROWS
     assert "... and 7 items more" in text
 

@@ -255,15 +255,15 @@ def test_what_a_newer_version_wrote_is_refused_in_a_sentence_and_left_alone(stor
     if place == "manifests":
         run(plan)
         path = tmp_path / f"manifests/{plan.items[0].key}.json"
-    sealed(path, lambda body: {**body, "format": 2, "watts": 1.0})
+    sealed(path, lambda body: {**body, "format": 3, "watts": 1.0})
     before = path.read_bytes()
-    with pytest.raises(CampaignError, match=r"a newer sashiko wrote it \(format 2.*update"):
+    with pytest.raises(CampaignError, match=r"a newer sashiko wrote it \(format 3.*update"):
         run(plan)
     for look in (verify_output, lambda objects: collect_garbage(objects, min_age_s=0)):
         with pytest.raises(NewerFormatError, match="update sashiko"):
             look(LocalObjects(tmp_path))
     assert path.read_bytes() == before
-    assert json.loads(before)["body"]["format"] == 2
+    assert json.loads(before)["body"]["format"] == 3
 
 
 # --- a disk that lies ----------------------------------------------------------------------------
