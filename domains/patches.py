@@ -59,7 +59,9 @@ def measure_patch(x0: Tensor, kind: str, params: Params, rng: np.random.Generato
     except ValueError as error:
         if isinstance(error, BadInputError):
             raise
-        raise BadInputError(f"the operator '{kind}' cannot be made of {dict(params)}: {error}") from error
+        raise BadInputError(
+            f"the operator '{kind}' cannot be made of {dict(params)}: {error}"
+        ) from error
     clean = operator.A(x0)
     noise = torch.from_numpy(rng.standard_normal((2, *clean.shape)).astype(np.float32))
     n = torch.complex(noise[0], noise[1]) if clean.is_complex() else noise[0]
@@ -95,7 +97,8 @@ def chosen(params: Params, name: str, rng: np.random.Generator) -> int:
     numbers: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
     if not numbers or not all(isinstance(n, int) and n > 0 for n in numbers):
         raise BadInputError(
-            f"the operator's '{name}' must be a whole number above 0 or a list of such, not {value!r}"
+            f"the operator's '{name}' must be a whole number above 0, or a list of such, not "
+            f"{value!r}"
         )
     return int(numbers[int(rng.integers(len(numbers)))])
 

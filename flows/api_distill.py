@@ -60,7 +60,9 @@ def _network_of_teacher(settings: DistillSettings) -> dict[str, Any]:
         raise BadInputError(
             f"{teacher} is a distilled model itself: name the one that it was distilled from"
         )
-    lacking = [c for c in settings.conditions if not (teacher / f"covariance-{c}.safetensors").is_file()]
+    lacking = [
+        c for c in settings.conditions if not (teacher / f"covariance-{c}.safetensors").is_file()
+    ]
     if lacking:
         raise BadInputError(
             f"{teacher} has no covariance table for '{lacking[0]}': leave out the condition, or "

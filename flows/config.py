@@ -409,7 +409,9 @@ class OperatorSettings(Settings):
     """One kind of operator that a student learns to restore from (domains/patches.py)."""
 
     kind: str = Field(description="mask, fourier, pool, blur; of CT parallel-beam too")
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="against the condition's others")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="against the condition's others"
+    )
     params: dict[str, Any] = Field(
         default_factory=dict, description="numbers, or pairs or lists that they are drawn from"
     )

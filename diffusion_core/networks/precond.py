@@ -49,9 +49,7 @@ class Preconditioned(nn.Module):
         dtype = next(self.network.parameters()).dtype
         detail = local_detail(x, sigma)
         shown = detail if inputs is None else torch.cat([detail, inputs], dim=1)
-        F_x = self.network(
-            (c_in * x).to(dtype), shown.to(dtype), sigma.log().to(dtype), condition
-        )
+        F_x = self.network((c_in * x).to(dtype), shown.to(dtype), sigma.log().to(dtype), condition)
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
 

@@ -9,8 +9,8 @@ the beginning of a longer one. What it is told of the operator are its inputs, t
 level:
 
     w = g / (1 + |g|), g = var(x0) A' R^-1 A 1      how well each pixel is determined by itself
-    e - K (A e + n), e ~ N(0, P), n ~ N(0, R)       a draw of the start's error, whose covariance is
-                                                    the Gaussian posterior's: streaks, aliases, holes
+    e - K (A e + n), e ~ N(0, P), n ~ N(0, R)       a draw of the start's error, of the Gaussian
+                                                    posterior's covariance: streaks, aliases, holes
 
 Both need A and its data step alone, so that any linear operator can be told of in the same way.
 Source: the distillation of a chain into one network that agrees with itself along it is that of
@@ -87,7 +87,9 @@ class Distilled:
             raise ValueError(f"distilled takes one level > 0 or more, not {self.levels}")
         num = 1 if isinstance(self.inflation, int | float) else len(self.inflation)
         if num not in {1, len(self.levels)}:
-            raise ValueError(f"{num} inflations do not fit {len(self.levels)} levels: give one each")
+            raise ValueError(
+                f"{num} inflations do not fit {len(self.levels)} levels: give one each"
+            )
         if not all(self.inflation_at(k) > 0 for k in range(len(self.levels))):
             raise ValueError(f"inflation must be positive, not {self.inflation}")
 

@@ -1,4 +1,4 @@
-"""Distillation: a student learns to restore measurements in a few evaluations (posterior/distilled).
+"""Distillation: a student learns to restore in a few evaluations (posterior/distilled.py).
 
     patches (a PatchSource) --measure--> Measured: x0, where the chain starts, what is told of A
     objective: the chain is unrolled, x0 is asked of every level, and every level but the last is
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 import torch
@@ -55,18 +54,21 @@ class Measured(Batch):
 
     def part(self, samples: slice) -> Measured:
         """See Batch."""
-        return Measured(
-            *(t[samples] for t in (self.x0, self.condition, self.channels)),
-            *(t[samples] for t in (self.start, self.inputs, self.variance)),
-            self.guides[samples],
-        )
+        return self._mapped(lambda t: t[samples], self.guides[samples])
 
     def to(self, device: str) -> Measured:
         """See Batch."""
+        return self._mapped(lambda t: t.to(device), self.guides)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], guides: Sequence[Guide]) -> Measured:
         return Measured(
-            *(t.to(device) for t in (self.x0, self.condition, self.channels)),
-            *(t.to(device) for t in (self.start, self.inputs, self.variance)),
-            self.guides,
+            change(self.x0),
+            change(self.condition),
+            change(self.channels),
+            change(self.start),
+            change(self.inputs),
+            change(self.variance),
+            guides,
         )
 
 
@@ -99,9 +101,7 @@ class MeasuredPatches(PatchSource):
         inputs = torch.cat([guide.inputs for guide in guides])
         errors = inputs[:, -NUM_CHANNELS:].square().mean(dim=(2, 3)).sum(dim=1)
         variance = (errors / clean.channels.sum(dim=1)).clamp_min(_LEAST_VARIANCE)
-        return Measured(
-            clean.x0, clean.condition, clean.channels, start, inputs, variance, guides
-        )
+        return Measured(clean.x0, clean.condition, clean.channels, start, inputs, variance, guides)
 
     def _guide(self, clean: Batch, place: int, number: int) -> Guide:
         index = int(clean.condition[place])
@@ -185,5 +185,5 @@ def _padded(image: Signal) -> Tensor:
     return F.pad(image.float(), (0, 0, 0, 0, 0, NUM_CHANNELS - image.shape[1]))
 
 
-def _never(x: Signal, sigma: Tensor) -> Signal:
+def _never(_x: Signal, _sigma: Tensor) -> Signal:
     raise AssertionError("the network is called by the objective")

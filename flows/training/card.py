@@ -175,9 +175,9 @@ Made by `sashiko distill` with the settings in config.json ("training").
 
 ## Recipe
 
-{num_steps} steps of {settings.batch_size} measured patches of {settings.patch_size}^2, asked for x0 at
-the levels {levels}; consistency {settings.consistency:g}; Muon at {settings.learning_rate:g}; averaged
-weights (decay {settings.ema_decay:g}); seed {settings.seed}.
+{num_steps} steps of {settings.batch_size} measured patches of {settings.patch_size}^2, asked for
+x0 at the levels {levels}; consistency {settings.consistency:g}; Muon at
+{settings.learning_rate:g}; averaged weights (decay {settings.ema_decay:g}); seed {settings.seed}.
 {_began(settings)} Its covariance tables are that model's.
 
 | condition | operator | parameters |

@@ -1,4 +1,4 @@
-"""What a distillation is made of: measured patches, the objective, the student's model directory."""
+"""What a distillation is made of: measured patches, the objective, the student's directory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from diffusion_core.training.loss import Objective
     from diffusion_core.training.patches import PatchSource
 
-_TRAINING_ACCURACY = {"tolerance": 1e-2, "start_tolerance": 1e-3}
-"""Of the linear solves on patches, which are small: a level's step takes 10 steps of CG and less."""
+_TRAINING_ACCURACY: Mapping[str, Any] = {"tolerance": 1e-2, "start_tolerance": 1e-3}
+"""Of the linear solves on patches, which are small: a data step takes 10 steps of CG and less."""
 _NUM_FIGURE_IMAGES, _FIGURE_SIDE = 4, 96
 _SEED = 11
 """Of the figures' measurements: the same for all students."""
@@ -191,7 +191,7 @@ def _measure(settings: DistillSettings) -> Measure:
     return measure
 
 
-def _solvers(settings: DistillSettings, accuracy: Mapping[str, float]) -> dict[str, Distilled]:
+def _solvers(settings: DistillSettings, accuracy: Mapping[str, Any]) -> dict[str, Distilled]:
     """Condition -> the chain that its student learns, with the teacher's table."""
     from diffusion_core.model import Model
     from diffusion_core.posterior.distilled import Distilled

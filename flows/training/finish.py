@@ -93,6 +93,7 @@ def made_before(
 def registered(
     settings: TrainSettings, path: Path, digest: str, step: int, metrics: dict[str, float]
 ) -> TrainResult:
+    """The result of a run whose model is written, registered if the settings say so."""
     from flows.registry import register_model
 
     versions: dict[str, str] = {}

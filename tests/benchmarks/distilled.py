@@ -1,8 +1,8 @@
-"""What distillation is worth: CovProx, the unrolled teacher, a student, a regressor, few evaluations.
+"""What distillation is worth: CovProx, its unrolled teacher, student and regressor at few levels.
 
-    python -m tests.benchmarks.distilled --data LEARN.zarr --part validation --student DIR ...
-    python -m tests.benchmarks.distilled --data TEST.zarr --part test --student DIR --regressor DIR \\
-        --few DIR --task ct-sparse60
+    python -m tests.benchmarks.distilled --data LEARN.zarr --part validation --student DIR
+    python -m tests.benchmarks.distilled --data TEST.zarr --part test --student DIR --few DIR \\
+        --regressor DIR --task ct-sparse60
 
 LEARN.zarr holds the training and validation samples, TEST.zarr those of the test split (`sashiko
 samples`). Rows, one an image, go to tests/benchmarks/results/distilled.json:
@@ -156,7 +156,10 @@ def measure(task: str, dataset: Dataset, part: str, ways: Sequence[Way]) -> Iter
 
 def table(rows: Sequence[Row]) -> str:
     """Mean PSNR by task, way and evaluations, and less CovProx at 12, image by image."""
-    lines = ["| part | task | way | evaluations | dB | less covprox at 12 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| part | task | way | evaluations | dB | less covprox at 12 |",
+        "|---|---|---|---|---|---|",
+    ]
     groups: dict[tuple[str, str, str, int], dict[str, float]] = {}
     for row in rows:
         key = row["part"], row["task"], row["way"], row["nfe"]

@@ -1,4 +1,4 @@
-"""Distillation learns: against Gaussian images, whose best restoration is known, and after kills."""
+"""Distillation: it learns what is best for Gaussian images, and goes on after a kill."""
 
 from itertools import pairwise
 
@@ -90,7 +90,7 @@ def regressor(tmp_path_factory):
     losses = []
     told = Callbacks(on_log=lambda _step, metrics, _model: losses.append(metrics["weighted_error"]))
     state = run(
-        tmp_path_factory.mktemp("regressor"), num_steps=400,
+        tmp_path_factory.mktemp("regressor"), num_steps=200,
         objective=DistillationLoss(LEVELS[:1]), patches=source(start="scaled-adjoint"),
         callbacks=told,
     )  # fmt: skip
@@ -258,7 +258,7 @@ def test_more_levels_are_no_worse_on_validation_images_they_all_learn_from(tmp_p
 def _trained(folder, patches):
     objective = DistillationLoss(LEVELS, 0.1)
     yield small_student().eval()
-    yield run(folder, num_steps=120, objective=objective, patches=patches).ema.module
+    yield run(folder, num_steps=60, objective=objective, patches=patches).ema.module
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The student's chain: its start, inputs and data steps against dense algebra, its network, tiles."""
+"""The student's chain against dense algebra: start, inputs, data steps; its network, tiles."""
 
 import pytest
 import torch
@@ -166,7 +166,9 @@ def test_fewer_evaluations_are_the_beginning_of_more_and_their_levels_are_the_st
 def test_a_regressor_s_own_estimate_is_returned():
     prior, operator, _, y, _ = problem("blur")
     mu = normal(2, 1, *SIZE, stream=20)
-    solver = make_solver("distilled", prior.table([0.4]), {"levels": [0.4], "final_data_step": False})
+    solver = make_solver(
+        "distilled", prior.table([0.4]), {"levels": [0.4], "final_data_step": False}
+    )
     found = solver(Fixed(mu), operator, y, GaussianNoise(NOISE), torch.tensor([0.4]), DRAWS)
     assert torch.equal(found.x, mu)
     assert found.trace["levels"] == []

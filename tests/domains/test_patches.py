@@ -1,4 +1,4 @@
-"""Measurements of training patches: what is drawn, what it costs the data, and whose units they are."""
+"""Measurements of training patches: what is drawn, how noisy data are, in whose units."""
 
 import numpy as np
 import pytest
@@ -122,5 +122,5 @@ def test_parameters_that_make_no_operator_are_refused(kind, changes, words):
 
 
 def test_a_kind_that_the_domain_does_not_have_is_refused_with_those_that_there_are():
-    with pytest.raises(BadInputError, match="no operator 'parallel-beam'.*mask, fourier"):
+    with pytest.raises(BadInputError, match=r"no operator 'parallel-beam'.*mask, fourier"):
         MRI.measure_patch(patch(), "parallel-beam", {}, np.random.default_rng(0))
