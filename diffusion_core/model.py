@@ -1,7 +1,8 @@
 """A model as a directory: safetensors and JSON, each file's sha256, one digest for the whole.
 
     weights.safetensors            the averaged weights, float16
-    config.json                    network, sigma_data, conditions in the order of their index
+    config.json                    network, sigma_data, conditions in the order of their index; of
+                                   a distilled model the options of its solver ("distilled")
     covariance-CONDITION.safetensors   measured on validation (posterior/covariance.py)
     MODEL_CARD.md                  data, licences, recipe, figures, limits
     solver.json                    settings fitted on validation images, by task, mode and number
@@ -37,6 +38,8 @@ WEIGHTS, CONFIG, CARD, DIGESTS, SOLVER = (
     "digests.json",
     "solver.json",
 )
+DISTILLED = "distilled"
+"""In config.json of a student: options of the solver of that name."""
 _SECTION = "## Solver settings"
 
 
@@ -87,10 +90,18 @@ def save_model(
 def solver_settings(path: Path) -> dict[str, Any]:
     """Settings of solvers fitted for a model: solver.json, {} if it has none. Needs no torch.
 
+    Of a distilled model they hold, as DISTILLED, the options that its student was trained for.
+
     Raises:
-        BadModelError: if the file cannot be read.
+        BadModelError: if a file cannot be read.
     """
-    file = Path(path) / SOLVER
+    settings = _read_json(Path(path) / SOLVER)
+    trained_for = _read_json(Path(path) / CONFIG).get(DISTILLED)
+    return settings if trained_for is None else {**settings, DISTILLED: trained_for}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a file holds, {} if there is none."""
     if not file.is_file():
         return {}
     try:
@@ -255,12 +266,14 @@ class Model:
 
         from diffusion_core.networks.local_unet import LocalUNet
         from diffusion_core.networks.precond import Preconditioned, to_channels_last
+        from diffusion_core.networks.student import StudentUNet
 
         path = Path(path)
         digest = model_digest(path)
         config = json.loads((path / CONFIG).read_text())
         try:
-            module = Preconditioned(LocalUNet(**config["network"]), config["sigma_data"])
+            kind = StudentUNet if "num_inputs" in config["network"] else LocalUNet
+            module = Preconditioned(kind(**config["network"]), config["sigma_data"])
             module.load_state_dict(load_file(path / WEIGHTS))
         except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -278,17 +291,26 @@ class Model:
         """Condition -> number of channels."""
         return dict(self.config["conditions"])
 
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it is a student, which the solver `distilled` restores with, and no denoiser."""
+        return DISTILLED in self.config
+
     def denoiser(self, condition: str) -> Denoiser:
         """D(x; sigma) for one condition; gradients are not tracked.
+
+        That of a distilled model takes its inputs beside the image: see StudentDenoiser.
 
         Raises:
             BadModelError: if the model was not trained for the condition.
         """
         from diffusion_core.networks.precond import ConditionedDenoiser
+        from diffusion_core.networks.student import StudentDenoiser
 
         self._check(condition)
         index = list(self.conditions).index(condition)
-        return ConditionedDenoiser(self.module, index, self.conditions[condition])
+        kind = ConditionedDenoiser if not self.is_distilled else StudentDenoiser
+        return kind(self.module, index, self.conditions[condition])
 
     def prior(self, condition: str) -> CovarianceTable:
         """The covariance table measured for a condition.

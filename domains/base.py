@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:  # torch takes seconds to import; the command line and the planner need none of it
     from torch import Tensor
 
-    from diffusion_core.protocols import LinearOperator, NoiseModel, Reach
+    from diffusion_core.protocols import Data, LinearOperator, NoiseModel, Reach
 
 Split = Literal["train", "validation", "test", "unassigned"]
 Array = np.ndarray[Any, Any]
@@ -351,6 +351,29 @@ class Domain(ABC):
 
         Views are the same item seen otherwise: along another axis, at half the resolution.
         """
+
+    def measure_patch(
+        self, x0: Tensor, kind: str, params: Mapping[str, Any], rng: np.random.Generator
+    ) -> tuple[LinearOperator, Data, NoiseModel]:
+        """Measure a training patch, for distillation; by default as domains/patches.py does.
+
+        A domain with physics of its own adds its kinds of operators here.
+
+        Args:
+            x0: (1 c h w) in network units.
+            kind: of the operator.
+            params: of it, or where they are drawn from.
+            rng: of the draw, the operator and the noise.
+
+        Returns:
+            A, y = A x0 + n, and the likelihood of n.
+
+        Raises:
+            BadInputError: if the kind is unknown or a parameter cannot be used.
+        """
+        from domains.patches import measure_patch
+
+        return measure_patch(x0, kind, params, rng)
 
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where the body is (z h w), for metrics inside it; None where that has no meaning."""

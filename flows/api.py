@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flows.api_calibrate import calibrate
     from flows.api_data import ingest, samples, simulate
+    from flows.api_distill import distill
     from flows.api_evaluate import evaluate
     from flows.api_explain import explain
     from flows.api_generate import generate
@@ -33,6 +34,7 @@ _HOMES = {
     "inspect": "flows.api_inspect",
     "simulate": "flows.api_data",
     "train": "flows.api_train",
+    "distill": "flows.api_distill",
     "calibrate": "flows.api_calibrate",
     "evaluate": "flows.api_evaluate",
     "restore": "flows.api_restore",
@@ -56,6 +58,7 @@ _HOMES = {
 __all__ = [
     "calibrate",
     "demo",
+    "distill",
     "evaluate",
     "explain",
     "gc",

@@ -25,7 +25,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from diffusion_core.model import solver_settings
-from diffusion_core.posterior import SOLVERS, STANDARD
+from diffusion_core.posterior import METHODS, STANDARD
 from domains.base import BadInputError, Task
 from flows.config import (
     EvaluateSettings,
@@ -157,7 +157,7 @@ def evaluate(settings: EvaluateSettings, on_event: EventHandler | None = None) -
     needs_model = (
         settings.num_samples > 0
         or settings.explain > 0
-        or any(name in SOLVERS for names in methods.values() for name in names)
+        or any(name in METHODS for names in methods.values() for name in names)
     )
     model = _model(settings.model, tasks) if needs_model else None
     dataset, bad_files = _dataset(settings, tasks, on_event)
@@ -313,9 +313,10 @@ def _restore(
     from flows.sampling import SAMPLE_MODE
 
     calibrated = solver_settings(Path(model.path)) if model else {}
+    evaluations = {} if settings.num_levels is None else {"num_levels": settings.num_levels}
 
     def ways(entry: MeasurementEntry) -> list[MethodSettings]:
-        asked = (MethodSettings(name=name) for name in methods[entry.task])
+        asked = (MethodSettings(name=name, **evaluations) for name in methods[entry.task])
         return [resolve_method(way, entry, calibrated) for way in asked]
 
     def sampled(entry: MeasurementEntry) -> list[MethodSettings]:

@@ -439,10 +439,10 @@ def _scratch(output: Root) -> Path:
 
 def _model(settings: RestoreSettings, domains: set[str]) -> ModelRef | None:
     """The model, resolved once; None where a classical method needs none."""
-    from diffusion_core.posterior import SOLVERS
+    from diffusion_core.posterior import METHODS
 
     method = settings.method
-    if method is not None and (method.kind == "baseline" or method.name not in SOLVERS):
+    if method is not None and (method.kind == "baseline" or method.name not in METHODS):
         return None
     from flows.registry import resolve_model
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
-from flows.config import STARTER, Home, TrainSettings, config_path
+from flows.config import STARTER, DistillSettings, Home, TrainSettings, config_path
 from flows.engine.events import Event
 from flows.training.data import VIEWS, cache_bytes, prepare_views
 
@@ -69,6 +69,7 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
         KeyboardInterrupt: if Ctrl-C stopped it; the same settings go on where it was.
     """
     from flows.training.checks import check_data, check_settings
+    from flows.training.distilling import finish_student
     from flows.training.finish import finish
     from flows.training.run_folder import only_one, open_run, run_path
 
@@ -89,6 +90,8 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
             }
             _run_workers(settings, payload, report)
         shutil.rmtree(run / VIEWS, ignore_errors=True)
+        if isinstance(settings, DistillSettings):
+            return finish_student(settings, run, report)
         return finish(settings, run, report)
 
 
@@ -173,6 +176,10 @@ def new_network(settings: TrainSettings) -> Preconditioned:
         ) from error
     if settings.init_from is not None:
         _begin_from(module, settings, settings.init_from)
+    if isinstance(settings, DistillSettings):
+        from diffusion_core.networks.student import student_of
+
+        return student_of(module)
     return module
 
 

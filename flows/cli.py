@@ -204,6 +204,23 @@ def train(
 
 
 @cli.command()
+@click.argument("config", type=PATH)
+@click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change a setting.")
+@json_flag
+def distill(config: Path, changes: Sequence[str], as_json: bool) -> int:
+    """Distil a model into one that restores in one to four evaluations.
+
+    A run that was killed goes on where it was when the same command is given again.
+    """
+    from flows.config import DistillSettings, read_settings
+
+    settings = read_settings(DistillSettings, config, changes)
+    result = _run("distill", settings, prefect=False)
+    _answer(result, trained_text(result), as_json=as_json)
+    return OK
+
+
+@cli.command()
 @click.argument("model")
 @click.option("--data", type=PATH, required=True, help="Dataset that holds validation images.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
@@ -230,6 +247,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
 @click.option("--domain", help="Of the images in a folder.  [default: the tasks' own]")
 @click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
+@click.option("--evals", "num_levels", type=int, help="Evaluations a solver.  [default: its own]")
 @click.option("--item", "items", multiple=True, help="Only this item; several can be given.")
 @click.option("--num-samples", type=int, help="Posterior samples an image, for V/B.  [default: 0]")
 @click.option(

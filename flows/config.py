@@ -223,6 +223,9 @@ class EvaluateSettings(Settings):
     model: str = Field("champion", description=MODEL)
     output: Path
     methods: list[str] | None = Field(None, description="default: all that the task names")
+    num_levels: int | None = Field(
+        None, ge=1, le=10_000, description="evaluations of each solver; default: its own"
+    )
     items: list[str] | None = None
     num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
     explain: int = Field(0, ge=0, le=100, description="first items of each task that are explained")
@@ -403,6 +406,62 @@ class TrainSettings(Settings):
         if not 0 < levels[0] < levels[1] < float("inf"):
             raise ValueError("give the least and the greatest level, both above 0, in this order")
         return levels
+
+
+class OperatorSettings(Settings):
+    """One kind of operator that a student learns to restore from (domains/patches.py)."""
+
+    kind: str = Field(description="mask, fourier, pool, blur; of CT parallel-beam too")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="against the condition's others"
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict, description="numbers, or pairs or lists that they are drawn from"
+    )
+
+
+class DistillSettings(TrainSettings):
+    """`sashiko distill configs/distill-*.yaml`: a training whose network restores in few passes."""
+
+    init_from: Path | None = Field(
+        Path(STARTER), description="the teacher: a model directory, or starter; it has the tables"
+    )
+    network: dict[str, Any] = Field(default_factory=dict, description="default: the teacher's")
+    operators: dict[str, list[OperatorSettings]] = Field(
+        description="condition -> what its patches are measured by"
+    )
+    levels: list[Annotated[float, Field(gt=0, le=10)]] = Field(
+        [0.4, 0.2, 0.1, 0.05],
+        min_length=1,
+        max_length=16,
+        description="sigma of each evaluation, as the student and the data step after it are told",
+    )
+    inflation: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        [4.0], min_length=1, description="c of the data steps, one or one a level"
+    )
+    final_data_step: bool = Field(
+        True, description="whether the last estimate is brought to the data; of a regressor not"
+    )
+    consistency: float = Field(
+        0.0, ge=0, le=100, description="weight of the agreement between neighbouring levels"
+    )
+
+    @field_validator("operators")
+    @classmethod
+    def _are_measured(
+        cls, operators: dict[str, list[OperatorSettings]], info: ValidationInfo
+    ) -> dict[str, list[OperatorSettings]]:
+        for name in info.data.get("conditions", {}):
+            if not operators.get(name):
+                raise ValueError(f"the condition '{name}' has no operator to be measured by")
+        return operators
+
+    @field_validator("inflation")
+    @classmethod
+    def _fits_levels(cls, inflation: list[float], info: ValidationInfo) -> list[float]:
+        if len(inflation) not in {1, len(info.data.get("levels", inflation))}:
+            raise ValueError("give one, or one a level")
+        return inflation
 
 
 class GenerateSettings(Settings):

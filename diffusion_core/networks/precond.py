@@ -35,17 +35,21 @@ class Preconditioned(nn.Module):
         x: Float[Tensor, "b 3 h w"],
         sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
+        inputs: Float[Tensor, "b inputs h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride."""
+        """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride.
+
+        `inputs` are shown to a network that takes some (student.py).
+        """
         s = sigma[:, None, None, None]
         norm = s**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / norm
         c_out = s * self.sigma_data / norm.sqrt()
         c_in = norm.rsqrt()
         dtype = next(self.network.parameters()).dtype
-        F_x = self.network(
-            (c_in * x).to(dtype), local_detail(x, sigma).to(dtype), sigma.log().to(dtype), condition
-        )
+        detail = local_detail(x, sigma)
+        shown = detail if inputs is None else torch.cat([detail, inputs], dim=1)
+        F_x = self.network((c_in * x).to(dtype), shown.to(dtype), sigma.log().to(dtype), condition)
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
 
@@ -101,13 +105,13 @@ class ConditionedDenoiser:
         if c != self._num_channels:
             raise ValueError(f"this condition has {self._num_channels} channels, x has {c}")
         padded = F.pad(x.float(), (0, 0, 0, 0, 0, NUM_CHANNELS - c))
-        padded = _pad_to_multiple(padded, self.stride)
+        padded = pad_to_multiple(padded, self.stride)
         index = torch.full((b,), self._condition, dtype=torch.long, device=x.device)
         D_x = self._network(padded, sigma.float(), index)
         return D_x[:, :c, :h, :w].to(x.dtype)
 
 
-def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Grow the bottom and right edges by reflection until h and w divide by `multiple`."""
     h, w = x.shape[-2:]
     bottom, right = -h % multiple, -w % multiple

@@ -11,6 +11,7 @@ red-diff        one image, descended by Adam                          any       
 daps            ODE, draw by the data, fresh noise                    any         5
 split-gibbs     exact conditionals in turn: the reference             any         10
 repaint         known pixels pasted, levels repeated                  masks       5
+distilled       a student in one to four passes (its own models)      linear      1
 """
 
 from __future__ import annotations
@@ -29,15 +30,23 @@ SOLVERS = (
     *STANDARD,
     *("ddrm", "ddnm", "pigdm", "dps", "red-diff", "daps", "split-gibbs", "repaint"),
 )
+"""Solvers that work with any denoiser."""
+
+DISTILLED = "distilled"
+"""The solver of distilled models (`sashiko distill`), which have no other but kriging."""
+
+METHODS = (*SOLVERS, DISTILLED)
 """Names that `make_solver` knows."""
+
+_NEED_TABLE = {"covprox", "kriging", DISTILLED}
 
 
 def make_solver(name: str, prior: CovarianceTable | None, options: Mapping[str, Any]) -> Solver:
     """A solver by name.
 
     Args:
-        name: one of SOLVERS.
-        prior: the covariance table of the condition; covprox and kriging need one.
+        name: one of METHODS.
+        prior: the covariance table of the condition; covprox, kriging and distilled need one.
         options: attributes of the solver's class, by name; the others keep their defaults.
 
     Raises:
@@ -47,13 +56,13 @@ def make_solver(name: str, prior: CovarianceTable | None, options: Mapping[str, 
 
     classes = _classes()
     if name not in classes:
-        raise ValueError(f"unknown solver '{name}': choose one of {', '.join(SOLVERS)}")
+        raise ValueError(f"unknown solver '{name}': choose one of {', '.join(METHODS)}")
     solver = classes[name]
     known = [f.name for f in fields(solver) if f.name != "prior"]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"solver {name} has no option '{unknown[0]}': it takes {', '.join(known)}")
-    if prior is None and name in {"covprox", "kriging"}:
+    if prior is None and name in _NEED_TABLE:
         raise ValueError(
             f"solver {name} needs a covariance table and the model has none for this condition: "
             "train it with validation data, or choose diffpir or dds"
@@ -70,6 +79,7 @@ def _classes() -> dict[str, Any]:
     from diffusion_core.posterior.ddrm import DDRM
     from diffusion_core.posterior.dds import DDS
     from diffusion_core.posterior.diffpir import DiffPIR
+    from diffusion_core.posterior.distilled import Distilled
     from diffusion_core.posterior.dps import DPS
     from diffusion_core.posterior.kriging import Kriging
     from diffusion_core.posterior.pigdm import PiGDM
@@ -80,5 +90,5 @@ def _classes() -> dict[str, Any]:
     standard = dict(zip(STANDARD, (CovProx, DiffPIR, DDS, Kriging), strict=True))
     spectral = {"ddrm": DDRM, "ddnm": DDNM}
     guided = {"pigdm": PiGDM, "dps": DPS, "red-diff": REDDiff}
-    sampled = {"daps": DAPS, "split-gibbs": SplitGibbs, "repaint": RePaint}
+    sampled = {"daps": DAPS, "split-gibbs": SplitGibbs, "repaint": RePaint, DISTILLED: Distilled}
     return {**standard, **spectral, **guided, **sampled}

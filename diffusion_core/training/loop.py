@@ -28,7 +28,7 @@ from diffusion_core.training.checkpoint import (
     save_checkpoint,
 )
 from diffusion_core.training.ema import Ema
-from diffusion_core.training.loss import SigmaDensity, denoising_loss, levels_of
+from diffusion_core.training.loss import Objective, SigmaDensity, denoising_loss, levels_of
 from diffusion_core.training.muon import Muon
 from diffusion_core.training.patches import Batch, PatchSource
 from diffusion_core.training.power import LENGTHS, PowerAverage, save_snapshot, snapshot_steps
@@ -107,6 +107,7 @@ def train(
     folder: Path,
     callbacks: Callbacks | None = None,
     *,
+    objective: Objective = denoising_loss,
     rank: int = 0,
     num_workers: int = 1,
     device: str = "cpu",
@@ -119,6 +120,7 @@ def train(
         recipe: see Recipe.
         folder: for checkpoints, and `snapshots` beside it; rank 0 writes them.
         callbacks: see Callbacks.
+        objective: what is to fall.
         rank: number of this worker; it takes the rank-th of num_workers parts of each batch.
         num_workers: workers in all; must divide the batch.
         device: of the model.
@@ -151,7 +153,7 @@ def train(
         losses = []
         for part in _micro_batches(len(sigma), recipe.micro_batch):
             with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=recipe.bfloat16):
-                loss, weighted = denoising_loss(model, batch.part(part), sigma[part], eps[part])
+                loss, weighted = objective(model, batch.part(part), sigma[part], eps[part])
             share = len(weighted) / len(sigma)
             (loss * share).backward()
             losses.append(share * torch.stack([loss.detach(), weighted.mean()]))
@@ -194,8 +196,6 @@ def _micro_batches(count: int, size: int) -> list[slice]:
 
 def move(part: Batch | Tensor, device: str) -> Any:
     """A batch or tensor on `device`."""
-    if isinstance(part, Batch):
-        return Batch(*(t.to(device) for t in (part.x0, part.condition, part.channels)))
     return part.to(device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.noise.densities import Histogram
 from diffusion_core.training.patches import GOLDEN, Batch
+
+Objective = Callable[[Preconditioned, Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(model, batch, sigma (b,), eps) -> the loss, and the weighted error of each sample (b,)."""
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class Batch:
         """Some of the samples; shares memory."""
         return Batch(self.x0[samples], self.condition[samples], self.channels[samples])
 
+    def to(self, device: str) -> Batch:
+        """The batch on a device."""
+        return Batch(*(t.to(device) for t in (self.x0, self.condition, self.channels)))
+
 
 class PatchSource:
     """Draws patches from volumes, held in memory or not.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion_core.operators import Operator
+    from diffusion_core.protocols import Data, LinearOperator, NoiseModel
     from domains.ct.geometry import Geometry
 
 UNITS = Units(-1000.0, 2000.0)
@@ -198,6 +199,16 @@ class CT(MedicalDomain):
         from domains.ct.training import training_windows
 
         return training_windows(item)
+
+    def measure_patch(
+        self, x0: Tensor, kind: str, params: Mapping[str, Any], rng: np.random.Generator
+    ) -> tuple[LinearOperator, Data, NoiseModel]:
+        """Scan a patch ("parallel-beam": see training.py), or measure it as any domain may."""
+        if kind != "parallel-beam":
+            return super().measure_patch(x0, kind, params, rng)
+        from domains.ct.training import scan_patch
+
+        return scan_patch(x0, params, rng)
 
     def generated(self, condition: str, x: Array) -> Generated:
         """HU, shown from air to dense bone."""

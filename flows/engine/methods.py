@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from diffusion_core.posterior import SOLVERS
+from diffusion_core.posterior import DISTILLED, METHODS
 from domains.base import BadInputError
 from domains.registry import load_domain
 from flows.config import MethodSettings, domain_config, load_method, load_task
@@ -49,7 +49,7 @@ at the mean of all images; small holes take hardly more steps (infra/decisions/0
 GIVEN = "given"
 """The task of a user's own damaged image."""
 
-_SOLVED = frozenset({"covprox", "diffpir", "kriging"})
+_SOLVED = frozenset({"covprox", "diffpir", "kriging", DISTILLED})
 _LIKE = {
     "blur": "deblur-gauss",
     "cropped-blur": "deblur-gauss",
@@ -97,20 +97,25 @@ def resolve_method(
     like = reference_task(entry.task, entry.operator, entry.noise)
     own = _load_method(like) if like else MethodSettings()
     given = {name: getattr(asked, name) for name in asked.model_fields_set} if asked else {}
-    name = given.get("name", own.name)
-    kind = given.get("kind", "solver" if name in SOLVERS else "baseline")
+    student = (calibrated or {}).get(DISTILLED)
+    name = given.get("name", own.name if student is None else DISTILLED)
+    kind = given.get("kind", "solver" if name in METHODS else "baseline")
     options = dict(given.get("options", {}))
     if kind == "baseline":
         frozen = baseline_params(like, name) if like else {}
         return MethodSettings(name=name, kind="baseline", options={**frozen, **options})
+    _require_kind(name, student)
+    if name == DISTILLED:
+        own = _of_student(student or {}, given.get("num_levels"))
     own_mode = own.options.get("mode", "mean")
     mode = options.get("mode", own_mode)
     if mode != own_mode:  # what was tuned for one mode misleads the other
         own = _without(own, "mode", "inflation", "zeta", "momentum")
-    if calibrated and like:
+    if calibrated and like and student is None:
         num_levels = given.get("num_levels", own.num_levels)
         own = calibrated_method(own, calibrated.get("tasks", {}).get(like, {}), mode, num_levels)
-    own = _at_noise_of(entry, own, like)
+    if name != DISTILLED:
+        own = _at_noise_of(entry, own, like)
     if name == own.name:
         options = {**own.options, **options}
     if entry.operator == "cropped-blur" and name in _SOLVED:
@@ -120,6 +125,45 @@ def resolve_method(
         options = {**(HOLES if entry.task == GIVEN else asked_of_task), **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
+
+
+def _require_kind(name: str, student: Mapping[str, Any] | None) -> None:
+    """Refuse a student for another solver, and another model for the student's.
+
+    Raises:
+        BadInputError: if so.
+    """
+    if name == DISTILLED and student is None:
+        raise BadInputError(
+            "the method 'distilled' needs a distilled model: make one with `sashiko distill` and "
+            "name it with --model, or choose another --method"
+        )
+    if student is not None and name not in {DISTILLED, "kriging"}:
+        raise BadInputError(
+            f"the model is a distilled one, which '{name}' cannot use: choose --method distilled "
+            "or kriging, or the model that it was distilled from"
+        )
+
+
+def _of_student(student: Mapping[str, Any], num_levels: int | None) -> MethodSettings:
+    """The student's own method: as many evaluations as asked for, or as it was trained for.
+
+    Raises:
+        BadInputError: if more are asked for.
+    """
+    levels = student["levels"]
+    if num_levels is not None and num_levels > len(levels):
+        raise BadInputError(
+            f"the model was distilled for {len(levels)} evaluations at most, not {num_levels}: ask "
+            "for fewer, or take covprox with the model that it was distilled from"
+        )
+    return MethodSettings(
+        name=DISTILLED,
+        num_levels=len(levels),
+        sigma_max=levels[0],
+        sigma_min=levels[-1],
+        options=dict(student),
+    )
 
 
 def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None) -> MethodSettings:
@@ -152,7 +196,7 @@ def converged(method: MethodSettings, asked: MethodSettings | None) -> MethodSet
 
 def known_methods(domain: str) -> list[str]:
     """Every method that a domain's images can be restored by: solvers, then classical ones."""
-    return [*SOLVERS, *load_domain(domain).baselines()]
+    return [*METHODS, *load_domain(domain).baselines()]
 
 
 def require_methods(names: Iterable[str], domains: Iterable[str]) -> None:

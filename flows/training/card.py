@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flows.api_train import recipe_of
-from flows.config import TrainSettings
+from flows.config import DistillSettings, TrainSettings
 from flows.training.data import allowed
 
 if TYPE_CHECKING:
@@ -127,11 +127,6 @@ def model_card(
     recipe = recipe_of(settings)
     megapixels = chosen.step * settings.batch_size * settings.patch_size**2 / 1e6
     figures = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
-    data = "\n".join(
-        f"| {s['item']} | {s['domain']} | {s['split']} | {s['licence'] or 'not stated'} "
-        f"| {s['source_sha256'][:12]} |"
-        for s in sources
-    )
     return f"""# Model card: {settings.name}
 
 A denoiser D(x; sigma) for {", ".join(settings.conditions)}: one local U-Net for all of them.
@@ -154,12 +149,66 @@ PSNR in dB (network units span 2), mean over centre crops of up to {FIGURE_SIDE}
 |---|---|
 {figures}
 
-## Data and licences
+{_data_and_limits(sources, _calibrated(settings))}"""
+
+
+def student_card(
+    settings: DistillSettings,
+    num_steps: int,
+    metrics: dict[str, float],
+    sources: list[dict[str, Any]],
+) -> str:
+    """The card of a distilled model in Markdown."""
+    levels = ", ".join(f"{sigma:g}" for sigma in settings.levels)
+    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
+    operators = "\n".join(
+        f"| {condition} | {one.kind} | {one.params} |"
+        for condition in settings.conditions
+        for one in settings.operators[condition]
+    )
+    after = "a data step after each" if settings.final_data_step else "no data step after the last"
+    return f"""# Model card: {settings.name}
+
+A student for {", ".join(settings.conditions)} that restores in {len(settings.levels)} evaluations
+or fewer (`--method distilled`), {after}; no denoiser: other methods but kriging refuse it.
+Made by `sashiko distill` with the settings in config.json ("training").
+
+## Recipe
+
+{num_steps} steps of {settings.batch_size} measured patches of {settings.patch_size}^2, asked for
+x0 at the levels {levels}; consistency {settings.consistency:g}; Muon at
+{settings.learning_rate:g}; averaged weights (decay {settings.ema_decay:g}); seed {settings.seed}.
+{_began(settings)} Its covariance tables are that model's.
+
+| condition | operator | parameters |
+|---|---|---|
+{operators}
+
+## Restoration of validation crops
+
+PSNR in dB (network units span 2) by condition, operator and evaluations; 0 is the start, without a
+network. Crops of 96^2 at most, measured as patches are.
+
+| condition / operator / evaluations | dB |
+|---|---|
+{rows}
+
+{_data_and_limits(sources, "")}"""
+
+
+def _data_and_limits(sources: list[dict[str, Any]], note: str) -> str:
+    """What every card ends with."""
+    data = "\n".join(
+        f"| {s['item']} | {s['domain']} | {s['split']} | {s['licence'] or 'not stated'} "
+        f"| {s['source_sha256'][:12]} |"
+        for s in sources
+    )
+    return f"""## Data and licences
 
 | item | domain | split | licence | sha256 |
 |---|---|---|---|---|
 {data}
-{_calibrated(settings)}
+{note}
 ## Intended use
 
 Restoring under-measured or damaged images of the kinds above, with a person who looks at the

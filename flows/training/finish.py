@@ -37,9 +37,9 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     recipe = settings.model_dump(
         mode="json", exclude={"data", "output", "compute", "init_from", "extra_samples"}
     )
-    made = _made_before(path, recipe, step)
+    made = made_before(path, recipe, step)
     if made is not None:
-        return _registered(settings, path, *made)
+        return registered(settings, path, *made)
     chosen = chosen_average(settings, run, lambda line: report(Event("finish", 0, 3, line, {})))
     module = chosen.module
     report(Event("finish", 0, 3, "measuring covariance on validation images", {}))
@@ -67,12 +67,12 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         },
     )
     report(Event("finish", 2, 3, f"model {digest[:12]} written", {}))
-    result = _registered(settings, path, digest, step, metrics)
+    result = registered(settings, path, digest, step, metrics)
     report(Event("finish", 3, 3, f"model ready in {path}", {}))
     return result
 
 
-def _made_before(
+def made_before(
     path: Path, recipe: dict[str, Any], step: int
 ) -> tuple[str, int, dict[str, float]] | None:
     """(digest, steps, figures) of a whole model of this recipe and step; None if there is none."""
@@ -90,9 +90,10 @@ def _made_before(
     return digest, step, config["validation_psnr"]
 
 
-def _registered(
+def registered(
     settings: TrainSettings, path: Path, digest: str, step: int, metrics: dict[str, float]
 ) -> TrainResult:
+    """The result of a run whose model is written, registered if the settings say so."""
     from flows.registry import register_model
 
     versions: dict[str, str] = {}

@@ -33,7 +33,8 @@ def validation_images(
         num_images: for each condition, where there are as many.
         side: of the crop in pixels; smaller images are taken whole.
     """
-    return _images(settings.model_dump_json(), num_images, side)
+    training = settings.model_dump_json(include=set(TrainSettings.model_fields))
+    return _images(training, num_images, side)
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config import TrainSettings
+from flows.config import DistillSettings, TrainSettings
 from flows.training.run_folder import CHECKPOINTS, LOG
 from flows.training.system import system_metrics
 
@@ -73,13 +73,14 @@ def work(
     from flows.api_train import new_network, recipe_of
     from flows.training.choice import score_and_keep
     from flows.training.data import patch_source
+    from flows.training.distilling import measured, objective_of, settings_of
 
-    settings = TrainSettings(**payload["settings"])
+    settings = settings_of(payload["settings"])
     run = Path(payload["run"])
     if num_threads := payload.get("num_threads", settings.num_threads):
         torch.set_num_threads(num_threads)
     views = payload["views"] and Path(payload["views"])
-    patches = patch_source(settings, views, payload["cache_bytes"])
+    patches = measured(settings, patch_source(settings, views, payload["cache_bytes"]))
     model = new_network(settings)
     pace = Pace(settings, model, device, num_workers) if rank == 0 else None
     with _Journal(settings, run, pace) as journal:
@@ -97,6 +98,7 @@ def work(
             recipe_of(settings),
             run / CHECKPOINTS,
             Callbacks(on_log=on_log, on_score=on_score, average=average),
+            objective=objective_of(settings),
             rank=rank,
             num_workers=num_workers,
             device=device,
@@ -167,6 +169,8 @@ class _Journal:
         with (self._run / LOG).open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._tracked.log_metrics({**metrics, **system_metrics(self._run, self._pace.device)}, step)
+        if isinstance(self._settings, DistillSettings):  # its network is no denoiser
+            return
         every = self._settings.picture_every_steps
         if step // every > (step - self._settings.log_every_steps) // every:
             self._tracked.log_picture(
