@@ -40,6 +40,8 @@ class Damage:
         scale: how many times too coarse they are.
         sigma_y: standard deviation of their noise, network units.
         noise: its kind.
+        spoilt: what spoilt the images as a whole: "jpeg", "haze", "low-light"; None if nothing.
+        exposure: of low light, if it is known.
         nodata: whether pixels with the no-data value are missing.
         slices: whether the slices that a series lacks are missing.
         auto: whether strokes, stripes and dead lines are looked for, and missing.
@@ -54,6 +56,8 @@ class Damage:
     scale: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
+    spoilt: str | None = None
+    exposure: float | None = None
     nodata: bool = False
     slices: bool = False
     auto: bool = False
@@ -81,8 +85,17 @@ class Damage:
                 f"--noise {settings.noise} is for images that have noise alone: give --sigma-y, "
                 "and leave out --mask, --kernel and --scale"
             )
+        alone = not any(parts) and settings.sigma_y <= 0 and settings.noise == "gaussian"
+        if settings.damage is not None and not alone:
+            raise BadInputError(
+                f"--damage {settings.damage} says all that is wrong: leave out --mask, --kernel, "
+                "--scale, --sigma-y and --noise"
+            )
+        if settings.exposure is not None and settings.damage != "low-light":
+            raise BadInputError("--exposure is of dark images: give --damage low-light with it")
         values: dict[str, Any] = {"scale": settings.scale, "sigma_y": settings.sigma_y}
-        values["noise"] = settings.noise
+        values |= {"noise": settings.noise, "spoilt": settings.damage}
+        values["exposure"] = settings.exposure
         if settings.kernel is not None:
             values["kernel"] = read_kernel(settings.kernel)
         if settings.mask == NODATA:
@@ -100,6 +113,7 @@ class Damage:
         """Whether anything is said to be wrong."""
         whole = self.kernel is None and self.scale is None and self.sigma_y <= 0
         found = self.nodata or self.slices or self.auto or self.boxes is not None
+        found = found or self.spoilt is not None
         masked = found or self.mask is not None or self.mask_folder is not None
         return masked or not whole
 

@@ -41,6 +41,8 @@ class JobSettings(Settings):
     scale: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
+    damage: str | None = None
+    exposure: float | None = None
 
 
 def find_jobs(inbox: Path) -> list[Path]:
@@ -81,7 +83,7 @@ class JobFolder:
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
         said = {"mask": mask, "kernel": kernel, "scale": job.scale, "sigma_y": job.sigma_y}
-        return {**said, "noise": job.noise}
+        return {**said, "noise": job.noise, "damage": job.damage, "exposure": job.exposure}
 
     def instructions(self, image: Path) -> dict[str, object]:
         """All that says how an image is to be restored, files by their content."""
@@ -89,6 +91,9 @@ class JobFolder:
         values = self.settings.model_dump(mode="json", exclude={"mask", "kernel"})
         if values["noise"] == "gaussian":
             del values["noise"]  # what was taken before there was another stays known
+        for name in ("damage", "exposure"):
+            if values[name] is None:
+                del values[name]  # likewise
         nodata = self.settings.mask == NODATA
         auto = {"auto": True} if self.settings.mask == AUTO else {}
         return {**values, **auto, "nodata": nodata, "digests": digests}
