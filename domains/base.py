@@ -159,6 +159,8 @@ class Problem:
             of a larger canvas the image's part).
         known: (b, 1|c, h, w) boolean, where pixels are measured exactly or directly; None if the
             operator is not a mask.
+        facts: "num_bands" that were folded into the batch; "measured", a picture laid out as y that
+            shows what was measured where y does not (a hazy one, a dark one).
     """
 
     operator: LinearOperator
@@ -323,6 +325,26 @@ class Domain(ABC):
         """
         raise BadInputError(
             f"images of '{self.name}' have no slices that could be thick; leave out --scale-z"
+        )
+
+    def given_spoilt(
+        self, item: Item, source: Path, *, damage: str, exposure: float | None
+    ) -> Measurement:
+        """Take an image that was spoilt as a whole, in a way that the field knows by a name.
+
+        Args:
+            item: the spoilt pixels.
+            source: the file that they were read from.
+            damage: "jpeg", "haze", "low-light" ...
+            exposure: of "low-light", if it is known.
+
+        Raises:
+            BadInputError: if the domain's images are not spoilt so.
+        """
+        del source, exposure
+        raise BadInputError(
+            f"{item.record.item_id}: images of '{self.name}' know no damage '{damage}'; leave out "
+            "--damage"
         )
 
     def as_measured(self, item: Item, record: ItemRecord) -> Item:

@@ -1,6 +1,6 @@
 """`sashiko nightly`: restore what is new in an inbox, measure what can be, and report.
 
-    INBOX/JOB/job.yaml         domain: city, and one of mask: FOLDER, kernel: FILE, scale: 4
+    INBOX/JOB/job.yaml         domain: city, and one of mask: FOLDER, kernel: FILE, scale: 4,
     INBOX/JOB/*                damaged images
     INBOX/JOB.zarr             measurements; no job.yaml needed
     OUTPUT/JOB/                what `sashiko restore` makes of them

@@ -343,9 +343,8 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     from flows.store import Measurements, open_store
     from flows.store_files import has_manifest
 
-    damaged = any(
-        p is not None for p in (settings.mask, settings.kernel, settings.scale, settings.scale_z)
-    )
+    said = (settings.mask, settings.kernel, settings.scale, settings.scale_z, settings.damage)
+    damaged = any(p is not None for p in said)
     if not has_manifest(settings.input):
         return take_images(settings, work, on_event)
     store = open_store(settings.input)
@@ -357,7 +356,7 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
     if damaged:
         raise BadInputError(
             f"{settings.input}: measurements say themselves what is missing; leave out --mask, "
-            "--kernel, --scale and --scale-z"
+            "--kernel, --scale, --scale-z and --damage"
         )
     return Given(settings.input)
 

@@ -289,7 +289,8 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     """Restore measurements or damaged images.
 
     The input is a store of measurements, or a folder of damaged images together with --domain
-    and one of --mask, --kernel, --scale, --scale-z or --sigma-y, or of raw measurements (k-space)
+    and one of --mask, --kernel, --scale, --scale-z, --sigma-y or --damage, or of raw measurements
+    (k-space)
     together with --domain alone. What is restored already is not computed again.
     """
     from flows.config import RestoreSettings

@@ -96,6 +96,12 @@ def damage_options(command: F) -> F:
             help="Evaluations of the network.  [default: the task's own]",
         ),
         click.option("--method", help="Solver or classical method.  [default: the task's own]"),
+        click.option(
+            "--exposure",
+            type=float,
+            help="Of low light: share of the light that it should have.  [default: estimated]",
+        ),
+        click.option("--damage", help="What spoilt them as a whole: jpeg, haze or low-light."),
         click.option("--noise", help="gaussian, or rician (MRI magnitudes).  [default: gaussian]"),
         click.option(
             "--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]"

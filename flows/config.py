@@ -181,6 +181,16 @@ class RestoreSettings(Settings):
     noise: Literal["gaussian", "rician"] = Field(
         "gaussian", description="rician: of MRI magnitude images, whose noise is all that is wrong"
     )
+    damage: Literal["jpeg", "haze", "low-light"] | None = Field(
+        None, description="what spoilt them as a whole; its strength is read off the pictures"
+    )
+    exposure: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of low-light: share of the light that a well exposed picture has; default: "
+        "estimated",
+    )
     method: MethodSettings | None = Field(None, description="default: the task's own")
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

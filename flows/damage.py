@@ -56,6 +56,8 @@ class Damage:
         scale_z: how many times too thick their slices are.
         sigma_y: standard deviation of their noise, network units.
         noise: its kind.
+        spoilt: what spoilt the images as a whole: "jpeg", "haze", "low-light"; None if nothing.
+        exposure: of low light, if it is known.
         nodata: whether pixels with the no-data value are missing.
         slices: whether the slices that a series lacks are missing.
         chosen: further slices that are missing.
@@ -74,6 +76,8 @@ class Damage:
     scale_z: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
+    spoilt: str | None = None
+    exposure: float | None = None
     nodata: bool = False
     slices: bool = False
     chosen: tuple[int, ...] = ()
@@ -110,8 +114,17 @@ class Damage:
                 f"--mask {settings.mask}: images of '{domain.name}' are restored one by one, and a "
                 "slice or frame that is missing as a whole has no neighbours there; leave it out"
             )
-        names = ("scale", "scale_z", "sigma_y", "noise")
+        alone = not any(parts) and settings.sigma_y <= 0 and settings.noise == "gaussian"
+        if settings.damage is not None and not alone:
+            raise BadInputError(
+                f"--damage {settings.damage} says all that is wrong: leave out --mask, --kernel, "
+                "--scale, --scale-z, --sigma-y and --noise"
+            )
+        if settings.exposure is not None and settings.damage != "low-light":
+            raise BadInputError("--exposure is of dark images: give --damage low-light with it")
+        names = ("scale", "scale_z", "sigma_y", "noise", "exposure")
         values: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        values["spoilt"] = settings.damage
         if settings.kernel is not None:
             values["kernel"] = read_kernel(settings.kernel)
         if settings.mask == NODATA:
@@ -132,7 +145,7 @@ class Damage:
     def stated(self) -> bool:
         """Whether anything is said to be wrong."""
         parts = (self.kernel, self.scale, self.scale_z, self.boxes, self.polygons, self.mask)
-        given = any(part is not None for part in (*parts, self.mask_folder))
+        given = any(part is not None for part in (*parts, self.mask_folder, self.spoilt))
         return given or self.nodata or self.auto or self.between or self.sigma_y > 0
 
     @property

@@ -12,6 +12,7 @@
     --scale-z N          their slices are N times too thick
     --sigma-y S          noise of standard deviation S on [-1, 1]; alone: noise is all there is
     --noise rician       which is that of a magnitude image
+    --damage NAME        jpeg, haze or low-light: all that is wrong, its strength read off them
 
 Raw measurements (k-space) say themselves what was measured: none of these goes with them.
 
@@ -60,10 +61,12 @@ from flows.store_check import verify_store
 FORMAT = 3
 """Of the stores made here; another format has another name."""
 
-UNSTATED = "say what is wrong with the images: --mask, --kernel, --scale, --scale-z or --sigma-y"
+UNSTATED = (
+    "say what is wrong with the images: --mask, --kernel, --scale, --scale-z, --sigma-y or --damage"
+)
 SAYS_ITSELF = (
     "a raw measurement says itself what was measured; leave out --mask, --kernel, --scale, "
-    "--scale-z and --sigma-y"
+    "--scale-z, --sigma-y and --damage"
 )
 
 _GONE = ".gone-"
@@ -402,6 +405,10 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     if not damage.between:
         require_whole(read, source.path)
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
+    if damage.spoilt is not None:
+        spoilt, exposure = damage.spoilt, damage.exposure
+        writer.add(domain.given_spoilt(item, source.path, damage=spoilt, exposure=exposure))
+        return
     if damage.noise != "gaussian":
         writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
         return
@@ -447,6 +454,7 @@ def _digest(sources: Sequence[_Source], damage: Damage, settings: RestoreSetting
         "sigma_y": damage.sigma_y,
         **({} if damage.noise == "gaussian" else {"noise": damage.noise}),
         **({"auto": True} if damage.auto else {}),
+        **({} if damage.spoilt is None else {"damage": [damage.spoilt, damage.exposure]}),
         "site": hashlib.sha256(site_key(Home().home)).hexdigest(),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -44,6 +44,8 @@ class JobSettings(Settings):
     scale_z: int | None = None
     sigma_y: float = 0.0
     noise: str = "gaussian"
+    damage: str | None = None
+    exposure: float | None = None
 
 
 def find_jobs(inbox: Path) -> list[Path]:
@@ -113,7 +115,7 @@ class JobFolder:
         if mask is not None and is_file(mask):
             mask = str(self.path / mask)
         kernel = None if job.kernel is None else self.path / job.kernel
-        names = ("scale", "scale_z", "sigma_y", "noise")
+        names = ("scale", "scale_z", "sigma_y", "noise", "damage", "exposure")
         return {"mask": mask, "kernel": kernel, **{name: getattr(job, name) for name in names}}
 
     def instructions(self, image: Path) -> dict[str, object]:
@@ -123,8 +125,9 @@ class JobFolder:
         # What was taken before there were others stays known.
         if values["noise"] == "gaussian":
             del values["noise"]
-        if values["scale_z"] is None:
-            del values["scale_z"]
+        for name in ("scale_z", "damage", "exposure"):
+            if values[name] is None:
+                del values[name]
         mask = self.settings.mask
         nodata = mask == NODATA
         named = {} if mask is None or nodata or is_file(mask) else {mask: True}

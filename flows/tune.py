@@ -129,9 +129,30 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
         "bilinear": {},
         "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
     },
+    "jpeg-blocks": {
+        "decoded": {},
+        "decoded-nlm": {
+            "patch_size": (5, 7),
+            "patch_distance": (6, 9),
+            "strength": (0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05),
+        },
+        "decoded-tv": {"num_iterations": (50, 100), "strength": STRENGTHS},
+        "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
+    },
     "identity": {
         "nlm": {"patch_size": (5, 7), "patch_distance": (6, 9), "strength": (0.5, 0.7, 0.9, 1.1)},
         "tv": {"num_iterations": (50, 100), "strength": STRENGTHS},
+        "inversion": {},
+        "gamma": {"gamma": (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5)},
+        "clahe": {
+            "clip_limit": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0, 160.0),
+            "num_tiles": (8, 4, 2, 1),
+        },
+        "anscombe-nlm": {
+            "patch_size": (5, 7),
+            "patch_distance": (6, 9),
+            "strength": (0.5, 0.7, 0.9, 1.1),
+        },
     },
 }
 """Operator -> method -> parameter -> ordered candidates; a search begins at START or the first."""

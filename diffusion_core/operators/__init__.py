@@ -13,6 +13,7 @@ downsample    Downsample   blur, factor: A C A' is circulant for a circulant C
 fourier       Fourier      mask, channels: diagonal in Fourier
 multi-coil    MultiCoil    mask, sensitivities
 jpeg-coefficients  JPEGCoefficients  (its noise is rounding: ROUNDING_STD)
+jpeg-blocks   JPEGBlocks   the same of any file: its tables, subsampling, size
 sparse        Sparse       matrix, transpose; a Projector, as those of domains/ct
 compose       Compose      outer, inner
 stack         Stack        operators, split
@@ -29,6 +30,7 @@ from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
 from diffusion_core.operators.identity import Identity
 from diffusion_core.operators.jpeg import JPEG
+from diffusion_core.operators.jpeg_blocks import JPEGBlocks
 from diffusion_core.operators.jpeg_coefficients import ROUNDING_STD, JPEGCoefficients
 from diffusion_core.operators.mask import Mask
 from diffusion_core.operators.mosaic import Mosaic
@@ -50,6 +52,7 @@ __all__ = [
     "Downsample",
     "Fourier",
     "Identity",
+    "JPEGBlocks",
     "JPEGCoefficients",
     "Mask",
     "Mosaic",

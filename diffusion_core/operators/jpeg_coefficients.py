@@ -22,8 +22,8 @@ ROUNDING_STD = 12.0**-0.5
 """Of an even error within one step."""
 BLOCK = 8
 """Pixels a side of a block."""
-_GREY_LEVELS = 127.5
-_LEVEL_SHIFT = -0.5
+GREY_LEVELS = 127.5
+LEVEL_SHIFT = -0.5
 """Network 0 is grey level 127.5, of which JPEG takes 128."""
 
 
@@ -56,18 +56,18 @@ class JPEGCoefficients(Operator):
         c, h, w = x.shape[1:]
         if c not in {1, 3} or (h, w) != tuple(self.shape):
             raise ValueError(f"JPEG of 1 or 3 x {self.shape} applied to {tuple(x.shape[1:])}")
-        ycc = torch.einsum("kc,bchw->bkhw", colour_matrix(c).to(x), _GREY_LEVELS * x)
+        ycc = torch.einsum("kc,bchw->bkhw", colour_matrix(c).to(x), GREY_LEVELS * x)
         return dct(ycc) / self.steps(x)
 
     def A_adjoint(self, y: Data) -> Signal:
         """See Operator."""
         ycc = inverse_dct(y / self.steps(y))
-        return _GREY_LEVELS * torch.einsum("kc,bkhw->bchw", colour_matrix(y.shape[1]).to(y), ycc)
+        return GREY_LEVELS * torch.einsum("kc,bkhw->bchw", colour_matrix(y.shape[1]).to(y), ycc)
 
     def data_of(self, decoded: Signal) -> Data:
         """y of a decoded image: its coefficients rounded to what the file held."""
         offset = torch.zeros_like(self.A(decoded))
-        offset[:, 0, ..., 0, 0] = BLOCK * _LEVEL_SHIFT / self.steps(decoded)[0, 0, 0, 0, 0]
+        offset[:, 0, ..., 0, 0] = BLOCK * LEVEL_SHIFT / self.steps(decoded)[0, 0, 0, 0, 0]
         return (self.A(decoded) + offset).round() - offset
 
     def steps(self, like: Tensor) -> Float[Tensor, "c 1 1 8 8"]:

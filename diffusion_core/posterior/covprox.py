@@ -27,9 +27,11 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_core.operators import Identity
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.descent import descend
 from diffusion_core.posterior.gaussian import Covariance
+from diffusion_core.posterior.graded import denoise_graded
 from diffusion_core.posterior.linear import Accuracy, Update
 from diffusion_core.posterior.misfit import misfit_by_place, misfit_of_image
 from diffusion_core.posterior.run import (
@@ -52,14 +54,15 @@ from diffusion_core.protocols import (
     NormalDraws,
     Restoration,
     Signal,
+    UnsuitedError,
 )
 
 Ramp = float | Sequence[float]
 """A constant, or values at evenly spaced places of the chain: two are those at the first level and
 at the last, as many as there are levels one a level; between them it is interpolated."""
 
-_INFLATION: dict[str, Ramp] = {"mean": 4.0, "sample": 1.5}
-_ZETA: dict[str, Ramp] = {"mean": (0.7, 0.0), "sample": 1.0}
+_INFLATION: dict[str, Ramp] = {"mean": 4.0, "sample": 1.5, "graded": 4.0}
+_ZETA: dict[str, Ramp] = {"mean": (0.7, 0.0), "sample": 1.0, "graded": 0.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,8 @@ class CovProx:
 
     Attributes:
         prior: the covariance table of the denoiser's condition.
-        mode: "mean" (best estimate) or "sample" (a draw of the posterior).
+        mode: "mean" (best estimate), "sample" (a draw of the posterior), or "graded" (the best
+            estimate of an image under noise that varies over it: graded.py).
         inflation: c > 0, factor on Sigma, geometric along the levels; default 4 (mean), 1.5
             (sample). calibration.py fits it.
         renoise: "fresh" noise, or "deterministic" (the conditional probability-flow ODE).
@@ -86,7 +90,7 @@ class CovProx:
     """
 
     prior: CovarianceTable
-    mode: Literal["mean", "sample"] = "mean"
+    mode: Literal["mean", "sample", "graded"] = "mean"
     inflation: Ramp | None = None
     renoise: Literal["fresh", "deterministic"] = "fresh"
     zeta: Ramp | None = None
@@ -100,8 +104,8 @@ class CovProx:
     def __post_init__(self) -> None:
         if self.mode not in _ZETA or self.renoise not in {"fresh", "deterministic"}:
             raise ValueError(
-                "covprox has the modes mean and sample, and renoises fresh or deterministic, "
-                f"not {self.mode!r} and {self.renoise!r}"
+                "covprox has the modes mean, sample and graded, and renoises fresh or "
+                f"deterministic, not {self.mode!r} and {self.renoise!r}"
             )
         if not all(_values(ramp) for ramp in (self.inflation, self.zeta, self.momentum)):
             raise ValueError("inflation, zeta and momentum take one value or more, not none")
@@ -121,6 +125,8 @@ class CovProx:
         draws: NormalDraws,
     ) -> Restoration:
         """Restore a batch; the last data step's m is returned. See protocols.Solver."""
+        if self.mode == "graded":
+            return _graded(denoise, operator, y, noise, sigmas)
         chain = Chain(self, denoise, operator, y, noise, sigmas, draws)
         for level in range(len(chain.levels)):
             mu = chain.denoise(level)
@@ -276,6 +282,28 @@ class Chain:
         scale = self.solver.zeta_at(progress) * sigma_next
         if scale:
             self.x = self.x + scale * self._draws.normal(level + 1, m, RENOISE)
+
+
+def _graded(
+    denoise: Denoiser,
+    operator: LinearOperator | NonlinearOperator,
+    y: Data,
+    noise: NoiseModel,
+    sigmas: Float[Tensor, " levels"],
+) -> Restoration:
+    """The mode "graded": no chain, and no data step.
+
+    Raises:
+        UnsuitedError: if something else than noise is wrong with the image.
+    """
+    if not isinstance(operator, Identity):
+        raise UnsuitedError(
+            "covprox's mode graded takes noise off images and nothing else; choose the mode mean"
+        )
+    calls = Counted(denoise, operator)
+    y = calls.checked(y)
+    x = denoise_graded(calls, y, noise.variance(y), positive_levels(sigmas))
+    return calls.restoration(x)
 
 
 def _values(ramp: Ramp | None) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.operators import (
     Blur,
     CroppedBlur,
     Downsample,
+    Identity,
+    JPEGBlocks,
     Mask,
     Mosaic,
     Operator,
@@ -23,6 +26,7 @@ from diffusion_core.operators import (
 )
 from diffusion_core.protocols import Signal
 from domains.base import Array, BadInputError, Baseline, Measurement, Problem
+from domains.city.brightening import anscombe_nlm, clahe, gamma, inversion
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.inpainting import biharmonic, smoothing_spline
 from domains.nlm import nlm
@@ -154,6 +158,23 @@ def tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) ->
     return restore_tv(problem, _first_estimate(problem), settings)
 
 
+def decoded(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """A JPEG file as a decoder shows it. No parameters."""
+    del measurement, params
+    operator: JPEGBlocks = _operator(problem, JPEGBlocks, "decoded")
+    return operator.decoded(problem.y)
+
+
+def decoded_nlm(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Non-local means of the decoded picture, its artefacts taken for noise: NLMSettings."""
+    return nlm(measurement, _decoded_problem(measurement, problem, "decoded-nlm"), params)
+
+
+def decoded_tv(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
+    """Total variation of the decoded picture, its artefacts taken for noise: TVSettings."""
+    return tv(measurement, _decoded_problem(measurement, problem, "decoded-tv"), params)
+
+
 BASELINES: Mapping[str, Baseline] = {
     "biharmonic": biharmonic_fill,
     "telea": telea,
@@ -164,6 +185,13 @@ BASELINES: Mapping[str, Baseline] = {
     "richardson-lucy": richardson_lucy,
     "nlm": nlm,
     "tv": tv,
+    "decoded": decoded,
+    "decoded-nlm": decoded_nlm,
+    "decoded-tv": decoded_tv,
+    "inversion": inversion,
+    "gamma": gamma,
+    "clahe": clahe,
+    "anscombe-nlm": anscombe_nlm,
 }
 
 
@@ -175,7 +203,16 @@ def _first_estimate(problem: Problem) -> Signal:
         return _demosaic(problem)
     if isinstance(problem.operator, Pool | Downsample):
         return _enlarge(problem, problem.operator.factor)
+    if isinstance(problem.operator, JPEGBlocks):
+        return problem.operator.decoded(problem.y)
     return _blurred(problem)
+
+
+def _decoded_problem(measurement: Measurement, problem: Problem, method: str) -> Problem:
+    """Denoising of a decoded JPEG file, of noise as strong as its artefacts."""
+    operator: JPEGBlocks = _operator(problem, JPEGBlocks, method)
+    noise = GaussianNoise(float(measurement.noise["sigma_y"]))
+    return replace(problem, operator=Identity(), y=operator.decoded(problem.y), noise=noise)
 
 
 def _blurred(problem: Problem) -> Signal:

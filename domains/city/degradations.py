@@ -10,6 +10,7 @@ import numpy as np
 
 from domains.base import Array, BadInputError, Item, Measurement, Task
 from domains.city.kernels import gaussian_kernel, lens_kernels, motion_kernel
+from domains.city.patterns import clouds, slc_off
 from domains.imaging import Units, measure
 from domains.keyed import keyed_rng, slice_numbers, slice_rngs
 
@@ -20,8 +21,8 @@ def simulate(item: Item, units: Units, task: Task, seed: int) -> Measurement:
     """Degrade a clean image as the task says.
 
     Operator parameters:
-        mask: pattern "random", "strokes", "moving-strokes" (of a clip) or "box"; missing_share of
-            the pixels (box: of the area).
+        mask: pattern "random", "strokes", "moving-strokes" (of a clip), "box", "slc-off" or
+            "clouds"; missing_share of the pixels (box: of the area; slc-off: about).
         blur: kernel "gaussian", std_px; or "motion", size_px, intensity: keyed, one an item.
         varying-blur: kernel "lens", std_px (in the middle, in the corners), grid (rows, columns).
         pool, downsample: factor.
@@ -156,4 +157,10 @@ def _choose(known: Mapping[str, Callable[..., Any]], name: str, what: str) -> An
     return known[name]
 
 
-PATTERNS: Mapping[str, Missing] = {"random": random_pixels, "strokes": strokes, "box": box}
+PATTERNS: Mapping[str, Missing] = {
+    "random": random_pixels,
+    "strokes": strokes,
+    "box": box,
+    "slc-off": slc_off,
+    "clouds": clouds,
+}

@@ -68,13 +68,18 @@ class City(Domain):
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
         """Damage a clean image; y is in network units, (z c h' w'), or speckled intensities."""
-        from domains.city import speckle
+        from domains.city import haze, jpeg, low_light, speckle
         from domains.city.degradations import simulate
 
-        require_task(task, self.name, IMAGE_OPERATORS)
-        if task.noise["kind"] == "speckle":
-            return speckle.simulate(item, units_of(item.record), task, seed)
-        return simulate(item, units_of(item.record), task, seed)
+        require_task(task, self.name, (*IMAGE_OPERATORS, jpeg.OPERATOR))
+        of_noise = {
+            "speckle": speckle.simulate,
+            haze.KIND: haze.simulate,
+            low_light.KIND: low_light.simulate,
+            jpeg.KIND: jpeg.simulate,
+        }
+        measure = of_noise.get(task.noise["kind"], simulate)
+        return measure(item, units_of(item.record), task, seed)
 
     def given(
         self,
@@ -93,12 +98,35 @@ class City(Domain):
         units = units_of(item.record)
         return take_damaged(item, units, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
 
+    def given_spoilt(
+        self, item: Item, source: Path, *, damage: str, exposure: float | None
+    ) -> Measurement:
+        """Take a picture that JPEG, haze or too little light spoilt."""
+        from domains.city import haze, jpeg, low_light
+
+        units = units_of(item.record)
+        match damage:
+            case haze.KIND:
+                return haze.given(stand_in(item, None), units)
+            case low_light.KIND:
+                return low_light.given(stand_in(item, None), exposure)
+            case jpeg.KIND:
+                return jpeg.given(item, source)
+        return super().given_spoilt(item, source, damage=damage, exposure=exposure)
+
     def problem(self, measurement: Measurement) -> Problem:
         """Build the inverse problem; bands that are neither 1 nor 3 go into the batch."""
-        from domains.city import speckle
+        from domains.city import haze, jpeg, low_light, speckle
 
-        if speckle.is_speckled(measurement):
-            return speckle.problem_of(measurement, units_of(measurement.record))
+        of_noise = {
+            "speckle": speckle.problem_of,
+            haze.KIND: haze.problem_of,
+            low_light.KIND: low_light.problem_of,
+            jpeg.KIND: jpeg.problem_of,
+        }
+        build = of_noise.get(measurement.noise["kind"])
+        if build is not None:
+            return build(measurement, units_of(measurement.record))
         condition, fold = condition_of(measurement.record)
         return problem_of(measurement, units_of(measurement.record), condition, fold_bands=fold)
 

@@ -61,6 +61,9 @@ _LIKE = {
     "parallel-beam": "ct-sparse60",
     "fan-beam": "ct-sparse60",
 }
+_OF_NOISE = {"rician": "denoise-rician", "haze": "dehaze", "low-light": "low-light"}
+COARSE_JPEG = 0.11
+"""A file of stronger artefacts is treated as one of quality 10, else as one of 20."""
 _SCANS = ("parallel-beam", "fan-beam")
 LOW_DOSE_COUNTS = 3e4
 """A scan of fewer photons a ray is treated as the low-dose task."""
@@ -73,8 +76,10 @@ def reference_task(task: str, operator: str, noise: Mapping[str, Any]) -> str | 
     """
     if _is_known(task):
         return task
-    if noise.get("kind") == "rician":
-        return "denoise-rician"
+    if noise.get("kind") in _OF_NOISE:
+        return _OF_NOISE[noise["kind"]]
+    if noise.get("kind") == "jpeg":
+        return "jpeg-q10" if noise["sigma_y"] > COARSE_JPEG else "jpeg-q20"
     if operator == "mask":
         return "inpaint-random70" if noise.get("sigma_y", 0.0) > 0 else "inpaint-strokes"
     if operator in _SCANS and noise.get("counts_per_ray", LOW_DOSE_COUNTS) < LOW_DOSE_COUNTS:
@@ -169,9 +174,9 @@ def _of_student(student: Mapping[str, Any], num_levels: int | None) -> MethodSet
 def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None) -> MethodSettings:
     """Levels that end where the noise of the data is: denoising has no other (decisions/0007)."""
     sigma_y = entry.noise.get("sigma_y")
-    scaled = entry.noise.get("kind") == "rician"  # on the scale that the measurement has
+    scaled = entry.noise.get("kind") in {*_OF_NOISE, "jpeg"}  # each measurement has its own
     same = like == entry.task and not scaled
-    if entry.operator != "identity" or like is None or same or not sigma_y:
+    if not (scaled or entry.operator == "identity") or like is None or same or not sigma_y:
         return own
     ratio = float(sigma_y) / float(load_task(str(like)).noise["sigma_y"])
     levels = {"sigma_max": own.sigma_max * ratio, "sigma_min": own.sigma_min * ratio}

@@ -166,7 +166,7 @@ def view_of(
         if problem.known is not None:
             image = _source(problem, problem.operator.A_adjoint(problem.y))
             return View("known pixels", image, _missing(problem))
-        picture = _source(problem, problem.y)
+        picture = _source(problem, problem.facts.get("measured", problem.y))
         rows, columns = (-(-n // m) for n, m in zip((h, w), picture.shape[-2:], strict=True))
         enlarged = picture.repeat(rows, axis=-2).repeat(columns, axis=-1)
         return View("as measured", enlarged[..., :h, :w])

@@ -45,6 +45,13 @@ METHODS = {
     "bilinear": ("Bilinear", "interpolated colours"),
     "fbp-nlm": ("FBP + NLM", "filtered back-projection, then non-local means"),
     "nlm": ("NLM", "non-local means"),
+    "inversion": ("Inversion", "haze or darkness undone, noise and all"),
+    "gamma": ("Gamma", "a curve that brightens"),
+    "clahe": ("CLAHE", "contrast-limited adaptive equalisation"),
+    "anscombe-nlm": ("Anscombe + NLM", "noise stabilised, then non-local means"),
+    "decoded": ("Decoded", "the JPEG file as decoders show it"),
+    "decoded-nlm": ("Decoded + NLM", "non-local means of the decoded picture"),
+    "decoded-tv": ("Decoded + TV", "total variation of the decoded picture"),
     "bm3d": ("BM3D", "block matching and 3-D filtering"),
 }
 
@@ -63,6 +70,9 @@ COLUMNS = {
     "seconds": ("Time", "s", "wall time of one slice on one worker"),
     "peak_bytes": ("Memory", "MiB", "largest resident size of the worker"),
 }  # fmt: skip
+
+
+_TITLES = {"haze": "Haze", "low-light": "Low light"}
 
 
 def noun(domain: str) -> str:
@@ -88,7 +98,10 @@ def method_gloss(method: str) -> str:
 def task_title(task: Task) -> str:
     """Heading of a task."""
     params = task.operator_params
+    if task.noise["kind"] in _TITLES:
+        return _TITLES[task.noise["kind"]]
     known: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "jpeg-blocks": lambda p: f"JPEG of quality {p.get('quality')}",
         "parallel-beam": _ct_title,
         "fourier": _mri_title,
         "mask": _mask_title,
@@ -125,6 +138,7 @@ def measurement_words(task: Task) -> str:
         "blur": lambda: f"A known {p['kernel']} blur",
         "pool": lambda: f"Means of {p['factor']}{TIMES}{p['factor']} pixels",
         "identity": lambda: "Every pixel",
+        "jpeg-blocks": lambda: f"A JPEG file of quality {p['quality']}, {p['subsampling']}",
         "multi-coil": lambda: (
             f"Cartesian k-space of {p['num_coils']} coils, {p['acceleration']} times fewer lines, "
             f"the {p['centre_share']:.0%} in the centre all kept"
@@ -149,6 +163,15 @@ def noise_words(noise: Mapping[str, Any]) -> str:
         return f"Gaussian noise, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
     if kind == "rician":
         return f"Rician noise of a magnitude image, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
+    if kind == "jpeg":
+        return "coefficients rounded to its steps"
+    if kind == "haze":
+        return f"haze, and Gaussian noise, std {noise['sigma_y']:g} on [{MINUS}1, 1]"
+    if kind == "low-light":
+        return (
+            f"{noise['exposure']:.0%} of the light, {noise['photons']:g} photons at white were it "
+            f"all, {noise['read_electrons']:g} electrons of read-out"
+        )
     if kind == "poisson":
         return f"Poisson noise, {noise['counts_per_ray']:,.0f} photons a ray"
     if kind == "speckle":

@@ -19,6 +19,7 @@ from diffusion_core.operators import (
     Downsample,
     Fourier,
     Identity,
+    JPEGBlocks,
     JPEGCoefficients,
     Mask,
     Mosaic,
@@ -130,6 +131,27 @@ class TestJPEGCoefficients(LinearOperatorContract):
 class TestJPEGCoefficientsOfGrey(LinearOperatorContract):
     def make(self, dtype):
         return JPEGCoefficients(10, (24, 8)), (2, 1, 24, 8)
+
+
+def tables(count, dtype=torch.float64):
+    """Steps that differ from place to place, and from component to component."""
+    return [1.0 + k + torch.arange(64, dtype=dtype).reshape(8, 8) / 3 for k in range(count)]
+
+
+class TestJPEGBlocksOfHalfTheColours(LinearOperatorContract):
+    def make(self, dtype):
+        return JPEGBlocks(tables(3), [(1, 1), (2, 2), (2, 2)], (19, 29)), (2, 3, 19, 29)
+
+
+class TestJPEGBlocksOfRGB(LinearOperatorContract):
+    def make(self, dtype):
+        factors = [(1, 1), (1, 2), (2, 1)]
+        return JPEGBlocks(tables(3), factors, (17, 16), is_ycc=False), (2, 3, 17, 16)
+
+
+class TestJPEGBlocksOfGrey(LinearOperatorContract):
+    def make(self, dtype):
+        return JPEGBlocks(tables(1), [(1, 1)], (9, 24)), (2, 1, 9, 24)
 
 
 class TestMosaic(LinearOperatorContract):
@@ -327,6 +349,21 @@ def test_bicubic_keeps_what_is_constant_and_shares_its_corners():
 def test_downsampling_by_a_box_is_pooling():
     x, box = normal(2, 3, 15, 21), torch.full((3, 3), 1 / 9, dtype=torch.float64)
     assert torch.allclose(Downsample(box, 3, (15, 21)).A(x), Pool(3).A(x), rtol=1e-12)
+
+
+def test_jpegs_blocks_are_its_coefficients_where_nothing_is_shared_or_filled_up():
+    quality, x = JPEGCoefficients(30, (16, 24)), normal(2, 3, 16, 24)
+    blocks = JPEGBlocks(list(quality.steps(x)[:, 0, 0]), [(1, 1)] * 3, (16, 24))
+    assert torch.allclose(blocks.A(x), quality.A(x).flatten(1))
+    integers = torch.randint(-9, 9, blocks.A(x).shape).double()
+    decoded = blocks.decoded(blocks.data_of(integers))
+    assert decoded.shape == x.shape
+    with pytest.raises(ValueError, match="1 or 3 components"):
+        JPEGBlocks(tables(2), [(1, 1)] * 2, (16, 24))
+    with pytest.raises(ValueError, match="above 0"):
+        JPEGBlocks([torch.zeros(8, 8)], [(1, 1)], (16, 24))
+    with pytest.raises(ValueError, match="applied to"):
+        blocks.A(x[:, :1])
 
 
 def test_jpegs_coefficients_are_scipys_transform_in_steps():

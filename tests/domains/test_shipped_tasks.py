@@ -14,7 +14,16 @@ from tests.benchmarks.linear_convergence import picture
 OPERATORS = {
     "ct": {"parallel-beam", "mask", "pool-rows"},
     "mri": {"fourier", "multi-coil", "identity", "pool", "mask", "pool-rows"},
-    "city": {"identity", "mask", "blur", "varying-blur", "pool", "downsample", "mosaic"},
+    "city": {
+        "identity",
+        "mask",
+        "blur",
+        "varying-blur",
+        "pool",
+        "downsample",
+        "mosaic",
+        "jpeg-blocks",
+    },
 }
 
 
