@@ -1,8 +1,10 @@
 """A model as a directory: safetensors and JSON, each file's sha256, one digest for the whole.
 
     weights.safetensors            the averaged weights, float16
-    config.json                    network, sigma_data, conditions in the order of their index
+    config.json                    network, sigma_data, conditions in the order of their index;
+                                   of a model with guides their names by condition
     covariance-CONDITION.safetensors   measured on validation (posterior/covariance.py)
+    covariance-CONDITION-guided.safetensors    the same with all guides given, if it knows guides
     MODEL_CARD.md                  data, licences, recipe, figures, limits
     solver.json                    settings fitted on validation images, by task, mode and number
                                    of levels (`sashiko calibrate`); may be missing
@@ -18,7 +20,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ WEIGHTS, CONFIG, CARD, DIGESTS, SOLVER = (
     "digests.json",
     "solver.json",
 )
+GUIDED = "-guided"
+"""In the name of a covariance table that was measured with all guides given."""
 _SECTION = "## Solver settings"
 
 
@@ -290,8 +294,35 @@ class Model:
         index = list(self.conditions).index(condition)
         return ConditionedDenoiser(self.module, index, self.conditions[condition])
 
-    def prior(self, condition: str) -> CovarianceTable:
+    def guides(self, condition: str) -> list[str]:
+        """Names of the guides that the model was trained with for a condition; may be none."""
+        return list(self.config.get("guides", {}).get(condition, []))
+
+    @property
+    def guide_channels(self) -> list[str]:
+        """Names of all guides in the order of the network's channels."""
+        return guide_channels(self.config.get("guides", {}))
+
+    def carrying_denoiser(self, condition: str) -> Denoiser:
+        """D of images (b c+g h w) with their guides as last channels (`guide_channels`).
+
+        See precond.CarryingDenoiser, and precond.guided to bind the guides.
+
+        Raises:
+            BadModelError: if the model was not trained for the condition.
+        """
+        from diffusion_core.networks.precond import CarryingDenoiser
+
+        self._check(condition)
+        index = list(self.conditions).index(condition)
+        return CarryingDenoiser(self.module, index, self.conditions[condition])
+
+    def prior(self, condition: str, *, guided: bool = False) -> CovarianceTable:
         """The covariance table measured for a condition.
+
+        Args:
+            condition: of the network.
+            guided: the one measured with all guides given, if there is one.
 
         Raises:
             BadModelError: if there is none.
@@ -300,6 +331,9 @@ class Model:
 
         self._check(condition)
         file = self.path / f"covariance-{condition}.safetensors"
+        with_guides = self.path / f"covariance-{condition}{GUIDED}.safetensors"
+        if guided and with_guides.is_file():
+            file = with_guides
         if not file.is_file():
             raise BadModelError(
                 f"{self.path} has no covariance table for '{condition}': train it with "
@@ -314,6 +348,11 @@ class Model:
                 f"{self.path} was not trained for '{condition}' (it knows {known}): "
                 "choose another model"
             )
+
+
+def guide_channels(guides: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of all conditions' guides, each once, in the order of the network's channels."""
+    return list(dict.fromkeys(name for names in guides.values() for name in names))
 
 
 def weights_digest(path: Path) -> str:
