@@ -355,6 +355,19 @@ def guide_channels(guides: Mapping[str, Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in guides.values() for name in names))
 
 
+def known_guides(path: Path) -> dict[str, list[str]]:
+    """Condition -> names of the guides that a model was trained with; needs no torch.
+
+    Raises:
+        BadModelError: if the model's configuration cannot be read.
+    """
+    file = Path(path) / CONFIG
+    try:
+        return dict(json.loads(file.read_text()).get("guides", {}))
+    except (OSError, ValueError) as error:
+        raise BadModelError(f"{file} cannot be read ({error}): fetch the model again") from error
+
+
 def weights_digest(path: Path) -> str:
     """The digest of a model's weights alone: the same whatever is fitted to them later.
 

@@ -181,6 +181,8 @@ class Problem:
             of a larger canvas the image's part).
         known: (b, 1|c, h, w) boolean, where pixels are measured exactly or directly; None if the
             operator is not a mask.
+        guides: name -> (b, 1, h, w) what the prior may look at besides, NaN where it is not given;
+            no part of the data. See guides.posed.
     """
 
     operator: LinearOperator
@@ -192,6 +194,7 @@ class Problem:
     to_source: Callable[[Tensor], Tensor]
     known: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    guides: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

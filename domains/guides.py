@@ -9,7 +9,7 @@ shown, and says of each in `meta["guides"]` which file it was, and its range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -150,29 +150,40 @@ def guide_names(record: ItemRecord) -> list[str]:
     return list(record.meta.get(META, {}))
 
 
-def guide_of(measurement: Measurement, problem: Problem, channels: list[str]) -> Tensor | None:
-    """The guides of a measurement as its problem's batch needs them.
+def posed(domain: Domain, measurement: Measurement) -> Problem:
+    """The inverse problem of a measurement, with its guides laid out as its batch is.
 
-    Args:
-        measurement: with or without guides.
-        problem: of it.
-        channels: names of the guides in the order that the network takes them.
-
-    Returns:
-        (b g h w), NaN where a guide is not given: those that the measurement lacks, and what lies
-        beyond the picture on a larger canvas; None if it has none of them.
+    Bands that are folded into the batch have the same guide each; a canvas that is larger than the
+    picture has none beyond it.
     """
     import torch
 
-    present = {n: measurement.arrays.get(f"{PREFIX}{n}") for n in channels}
-    if all(array is None for array in present.values()):
-        return None
+    problem = domain.problem(measurement)
+    names = [name for name in measurement.arrays if name.startswith(PREFIX)]
     num_slices, (b, _, height, width) = len(measurement.y), problem.shape
     h, w = measurement.record.shape[2:]
     top, left = measurement.params.get("margin", (0, 0))
-    guide = torch.full((num_slices, len(channels), height, width), torch.nan)
-    for channel, array in enumerate(present.values()):
-        if array is not None:
-            values = torch.from_numpy(np.array(array[:, 0], np.float32))
-            guide[:, channel, top : top + h, left : left + w] = values
-    return guide.repeat_interleave(b // num_slices, dim=0)
+    guides = {}
+    for name in names:
+        canvas = torch.full((num_slices, 1, height, width), torch.nan)
+        values = torch.from_numpy(np.array(measurement.arrays[name], np.float32))
+        canvas[..., top : top + h, left : left + w] = values
+        guides[name.removeprefix(PREFIX)] = canvas.repeat_interleave(b // num_slices, dim=0)
+    return replace(problem, guides=guides) if guides else problem
+
+
+def as_channels(problem: Problem, channels: Sequence[str]) -> Tensor | None:
+    """The guides of a problem as a network takes them, (b g h w); None if it has none of them.
+
+    Args:
+        problem: of `posed`.
+        channels: names in the order of the network's channels.
+    """
+    import torch
+
+    found = [problem.guides.get(name) for name in channels]
+    given = [guide for guide in found if guide is not None]
+    if not given:
+        return None
+    none = torch.full_like(given[0], torch.nan)
+    return torch.cat([none if guide is None else guide for guide in found], dim=1)
