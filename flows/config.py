@@ -119,7 +119,7 @@ class SamplesSettings(Settings):
 
 GuideName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
 
-GUIDES = Field(
+GUIDES: Any = Field(
     default_factory=dict,
     description="name -> file or folder of other images on the same grid, of the images' names: a "
     "second contrast, a panchromatic band",

@@ -14,7 +14,7 @@ from PIL import Image
 from train_kit import kill_training, photograph
 from train_kit import settings as train_settings
 
-from diffusion_core.model import Model, save_model
+from diffusion_core.model import GUIDED, Model, save_model
 from diffusion_core.networks.local_unet import LocalUNet
 from diffusion_core.networks.precond import ConditionedDenoiser, Preconditioned
 from diffusion_core.noise.draws import KeyedDraws
@@ -61,6 +61,9 @@ def make_model(path: Path, *, guided: bool) -> Path:
         image = KeyedDraws(1, name).normal(0, torch.empty(1, channels, 32, 32)).cumsum(2) / 8
         denoise = ConditionedDenoiser(module, index, channels)
         tables[name] = fit_covariance(denoise, [image], sigmas=(0.05, 0.2, 0.7))
+        if guided:  # as of a model that errs much less with its guides
+            own = tables[name]
+            tables[f"{name}{GUIDED}"] = replace(own, log_spectrum=own.log_spectrum - 3)
     save_model(path, module, CONDITIONS, tables, "# Tiny\n", {"guides": GUIDES} if guided else {})
     return path
 
@@ -143,9 +146,15 @@ def test_a_result_is_named_by_what_its_guide_holds_and_says_which_it_was(head, m
 
 
 def test_an_image_without_a_guide_goes_without_and_it_is_told(head, models):
+    """In one run, by one worker: neither sees the other's guide or covariance."""
+    shown = restore(asked(head, models[True], "shown"))
+    without = restore(asked(head, models[True], "without", guides={}))
+    apart = [image for result in (shown, without) for image in pixels(result)]
     (head / "t1/bob/scan.nii.gz").unlink()
     events = []
     result = restore(asked(head, models[True]), events.append)
+    for image in pixels(result):
+        assert sum(np.array_equal(image, other) for other in apart) == 1
     assert len(result.published) == 2
     told = [event.message for event in events if event.kind == "warning"]
     assert told == ["1 of 2 images have no guide 't1': they go without"]
@@ -265,6 +274,28 @@ def test_a_panchromatic_picture_guides_coarse_bands_on_the_grid_that_is_wanted(t
     assert (np.abs(image - pixels(without)[0]).max(axis=(1, 2, 3)) > 1).all(), "in every band"
     with pytest.raises(BadInputError, match="has 1 x 80 x 96 pixels and the image 1 x 40 x 48"):
         restore(given(tmp_path, models[True], "bad", scale=2, sigma_y=0.0))
+
+
+def test_every_band_of_a_frame_has_the_guide_of_that_frame():
+    domain = load_domain("city")
+    item = photograph(0, "test")
+    frames = np.repeat(item.pixels[:1], 4, axis=0).repeat(2, axis=1)
+    record = replace(item.record, shape=frames.shape)
+    guide = np.stack([item.pixels[1, 0], item.pixels[2, 0]])[None]
+    other = Item(guide, replace(record, shape=guide.shape))
+    item = with_guides(Item(frames, record), {"pan": other})
+    measurement = domain.given(item, mask=None, kernel=None, scale=None, sigma_y=0.1)
+    problem = posed(domain, measured_with(domain, measurement, item))
+    assert problem.shape == (8, 1, 64, 64)
+    shown = problem.guides["pan"][:, 0].numpy()
+    assert all(np.array_equal(shown[b], item.guides["pan"][0, b // 4]) for b in range(8))
+    assert not np.array_equal(shown[3], shown[4])
+
+
+def test_in_shared_batches_a_guide_stays_with_its_image(head, models):
+    alone = pixels(restore(asked(head, models[True], "alone")))
+    shared = pixels(restore(asked(head, models[True], "shared", batch_px=2**16)))
+    assert max(np.abs(a - b).max() / a.max() for a, b in zip(alone, shared, strict=True)) < 1e-4
 
 
 def test_beyond_the_picture_a_guide_is_not_given(tmp_path, models):
