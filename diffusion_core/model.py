@@ -2,8 +2,10 @@
 
     weights.safetensors            the averaged weights, float16
     config.json                    network, sigma_data, conditions in the order of their index; of
-                                   a distilled model the options of its solver ("distilled")
+                                   a distilled model the options of its solver ("distilled"), of
+                                   one with guides their names by condition
     covariance-CONDITION.safetensors   measured on validation (posterior/covariance.py)
+    covariance-CONDITION-guided.safetensors    the same with all guides given, if it knows guides
     MODEL_CARD.md                  data, licences, recipe, figures, limits
     solver.json                    settings fitted on validation images, by task, mode and number
                                    of levels (`sashiko calibrate`); may be missing
@@ -19,7 +21,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,8 @@ WEIGHTS, CONFIG, CARD, DIGESTS, SOLVER = (
 )
 DISTILLED = "distilled"
 """In config.json of a student: options of the solver of that name."""
+GUIDED = "-guided"
+"""In the name of a covariance table that was measured with all guides given."""
 _SECTION = "## Solver settings"
 
 
@@ -312,8 +316,35 @@ class Model:
         kind = ConditionedDenoiser if not self.is_distilled else StudentDenoiser
         return kind(self.module, index, self.conditions[condition])
 
-    def prior(self, condition: str) -> CovarianceTable:
+    def guides(self, condition: str) -> list[str]:
+        """Names of the guides that the model was trained with for a condition; may be none."""
+        return list(self.config.get("guides", {}).get(condition, []))
+
+    @property
+    def guide_channels(self) -> list[str]:
+        """Names of all guides in the order of the network's channels."""
+        return guide_channels(self.config.get("guides", {}))
+
+    def carrying_denoiser(self, condition: str) -> Denoiser:
+        """D of images (b c+g h w) with their guides as last channels (`guide_channels`).
+
+        See precond.CarryingDenoiser, and precond.guided to bind the guides.
+
+        Raises:
+            BadModelError: if the model was not trained for the condition.
+        """
+        from diffusion_core.networks.precond import CarryingDenoiser
+
+        self._check(condition)
+        index = list(self.conditions).index(condition)
+        return CarryingDenoiser(self.module, index, self.conditions[condition])
+
+    def prior(self, condition: str, *, guided: bool = False) -> CovarianceTable:
         """The covariance table measured for a condition.
+
+        Args:
+            condition: of the network.
+            guided: the one measured with all guides given, if there is one.
 
         Raises:
             BadModelError: if there is none.
@@ -322,6 +353,9 @@ class Model:
 
         self._check(condition)
         file = self.path / f"covariance-{condition}.safetensors"
+        with_guides = self.path / f"covariance-{condition}{GUIDED}.safetensors"
+        if guided and with_guides.is_file():
+            file = with_guides
         if not file.is_file():
             raise BadModelError(
                 f"{self.path} has no covariance table for '{condition}': train it with "
@@ -336,6 +370,24 @@ class Model:
                 f"{self.path} was not trained for '{condition}' (it knows {known}): "
                 "choose another model"
             )
+
+
+def guide_channels(guides: Mapping[str, Sequence[str]]) -> list[str]:
+    """Names of all conditions' guides, each once, in the order of the network's channels."""
+    return list(dict.fromkeys(name for names in guides.values() for name in names))
+
+
+def known_guides(path: Path) -> dict[str, list[str]]:
+    """Condition -> names of the guides that a model was trained with; needs no torch.
+
+    Raises:
+        BadModelError: if the model's configuration cannot be read.
+    """
+    file = Path(path) / CONFIG
+    try:
+        return dict(json.loads(file.read_text()).get("guides", {}))
+    except (OSError, ValueError) as error:
+        raise BadModelError(f"{file} cannot be read ({error}): fetch the model again") from error
 
 
 def weights_digest(path: Path) -> str:

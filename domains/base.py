@@ -75,14 +75,36 @@ class ItemRecord:
 
 @dataclass(frozen=True)
 class Item:
-    """One image, volume or frame sequence: pixels (c z h w) in source units, and its record."""
+    """One image, volume or frame sequence, and what is known of it besides.
+
+    Attributes:
+        pixels: (c z h w) in source units.
+        record: of the item.
+        guides: name -> another image of the same thing on the same grid, (1 z h w) on [-1, 1],
+            NaN where it says nothing; see guides.py.
+    """
 
     pixels: Array
     record: ItemRecord
+    guides: Mapping[str, Array] = field(default_factory=dict)
 
     def slices(self, start: int, stop: int) -> Item:
         """The item cut to slices (or frames) start..stop; shares memory."""
-        return Item(self.pixels[:, start:stop], self.record.slices(start, stop))
+        return self.cut(self.record.slices(start, stop), slice(start, stop))
+
+    def cut(
+        self,
+        record: ItemRecord,
+        z: slice | Sequence[int],
+        rows: slice = slice(None),
+        columns: slice = slice(None),
+    ) -> Item:
+        """A part of the pixels, and the same of the guides, under the record that it has."""
+
+        def part(pixels: Array) -> Array:
+            return pixels[:, z][..., rows, columns]
+
+        return Item(part(self.pixels), record, {k: part(v) for k, v in self.guides.items()})
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,8 @@ class Problem:
             operator is not a mask.
         facts: "num_bands" that were folded into the batch; "measured", a picture laid out as y that
             shows what was measured where y does not (a hazy one, a dark one).
+        guides: name -> (b, 1, h, w) what the prior may look at besides, NaN where it is not given;
+            no part of the data. See guides.posed.
     """
 
     operator: LinearOperator
@@ -172,6 +196,7 @@ class Problem:
     to_source: Callable[[Tensor], Tensor]
     known: Tensor | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    guides: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -396,6 +421,16 @@ class Domain(ABC):
         from domains.patches import measure_patch
 
         return measure_patch(x0, kind, params, rng)
+
+    def guide_views(self, record: ItemRecord, guide: Array) -> Sequence[Array]:
+        """A guide (1 z h w) seen as `training_windows` sees its item, view by view.
+
+        Raises:
+            BadInputError: if the domain learns with no guides.
+        """
+        raise BadInputError(
+            f"{record.item_id}: the domain '{self.name}' learns with no guides; leave out `guides`"
+        )
 
     def body_mask(self, truth: Array, record: ItemRecord) -> Array | None:
         """Where the body is (z h w), for metrics inside it; None where that has no meaning."""

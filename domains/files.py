@@ -116,7 +116,7 @@ def keyed_id(domain: str, digest: str, key: bytes) -> str:
 def with_site_key(item: Item, key: bytes) -> Item:
     """The item under the name that this site's key gives it."""
     item_id = keyed_id(item.record.domain, item.record.source_digest, key)
-    return Item(item.pixels, replace(item.record, item_id=item_id))
+    return replace(item, record=replace(item.record, item_id=item_id))
 
 
 def require_file(path: Path) -> None:
@@ -217,8 +217,7 @@ def select(
             f"{item.record.item_id}: slices {indices} with crop {crop} are not rising numbers and "
             f"a window within its {z} x {h} x {w} pixels; choose others"
         )
-    planes = item.pixels if slices is None else item.pixels[:, indices]
-    pixels = planes[:, :, top : top + height, left : left + width]
+    planes = slice(None) if slices is None else indices
     step = (indices[-1] - indices[0]) / max(len(indices) - 1, 1) or 1.0
     meta = dict(item.record.meta)
     if slices is not None:
@@ -229,12 +228,12 @@ def select(
         meta["crop"] = [above + top, before + left, height, width]
     record = replace(
         item.record,
-        shape=pixels.shape,
+        shape=(item.pixels.shape[0], len(indices), height, width),
         affine=_moved(item.record.affine, (left, top, indices[0]), step),
         spacing_mm=_stretched(item.record.spacing_mm, step),
         meta=meta,
     )
-    return Item(pixels, record)
+    return item.cut(record, planes, slice(top, top + height), slice(left, left + width))
 
 
 def _moved(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from domains import dicom
-from domains.base import Domain, Item, ItemRecord, ReadBox
+from domains.base import Array, Domain, Item, ItemRecord, ReadBox
 
 
 class MedicalDomain(Domain):
@@ -48,6 +48,12 @@ class MedicalDomain(Domain):
         from domains.between_slices import as_measured
 
         return as_measured(item, record)
+
+    def guide_views(self, record: ItemRecord, guide: Array) -> Sequence[Array]:
+        """Along every axis that the volume is cut along."""
+        from domains.views import orientations
+
+        return orientations(guide, record.spacing_mm)
 
     def write_back(
         self, record: ItemRecord, read: ReadBox, stem: Path, source: Path, facts: Mapping[str, Any]

@@ -179,6 +179,23 @@ class AdapterContract(DomainContract):
                 assert patch.shape == (domain.conditions[wanted], 16, 16), wanted
                 assert patch.dtype == np.float32, wanted
 
+    def test_a_guide_is_seen_as_its_item_is(self) -> None:
+        """A domain that learns with guides cuts and turns them view by view as the pixels."""
+        domain, item = self.make_domain(), self.make_item()
+        _, z, _, _ = item.record.shape
+        try:
+            seen = domain.guide_views(item.record, item.pixels[:1].astype(np.float32))
+        except BadInputError as error:
+            assert "learns with no guides" in str(error)  # noqa: PT017  # either will do
+            return
+        for condition, views in domain.training_windows(item).items():
+            assert [v.shape[1:] for v in seen] == [v.shape[1:] for v in views], condition
+            for view, guide in zip(views, seen, strict=True):
+                pair = view[0].ravel(), guide[0].ravel()
+                if guide.shape[1] == z:  # of several bands as images the first is the guide's own
+                    pair = view[0, :z].ravel(), guide[0, :z].ravel()
+                assert np.corrcoef(*pair)[0, 1] > 0.8, condition
+
     def test_bad_files_are_refused_in_one_sentence(self) -> None:
         """BadInputError alone, whatever is wrong: file, reason and next step, no header's words."""
         domain = self.make_domain()

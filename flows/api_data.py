@@ -17,6 +17,7 @@ import yaml
 
 from domains.base import BadInputError, Domain, Item, ItemRecord, Measurement, Split, Task
 from domains.files import fault_in_words, select, with_site_key
+from domains.guides import measured_with, with_guides
 from domains.registry import load_domain
 from domains.samples import SampleFile, fetch_samples, sample_item
 from flows.config import (
@@ -27,7 +28,9 @@ from flows.config import (
     config_path,
     load_task,
 )
+from flows.damage import place_below
 from flows.engine.events import Event, EventHandler, ignore
+from flows.guide_files import Guides
 from flows.store import (
     Dataset,
     DatasetWriter,
@@ -131,7 +134,10 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
         BadInputError: if nothing in the source can be used, or the output exists.
     """
     domain = load_domain(settings.domain)
-    files = find_files(settings.source, domain)
+    guides = Guides.of(settings.guides)
+    files = [p for p in find_files(settings.source, domain) if not guides.holds(p)]
+    places = {path: place_below(path, settings.source) for path in files}
+    guides.require(list(places.values()), on_event)
     tell_unknown(unknown_files(settings.source, domain), on_event)
     key = site_key(Home().home)
     records: list[ItemRecord] = []
@@ -140,6 +146,8 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
         for done, path in enumerate(files, start=1):
             try:
                 item = _own_item(path, settings, key, {r.item_id for r in records})
+                read = guides.read(places[path], lambda guide: read_file(domain, guide))
+                item = with_guides(item, read)
                 writer.add(item)
             except BadInputError as error:
                 reason = str(error).removeprefix(f"{path}: ")
@@ -166,7 +174,7 @@ def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collectio
     group = item.record.item_id if folder is None else f"group-{_code(key, folder)}"
     by_group = settings.split == "by-group"
     split = split_of(group, key) if by_group else cast(Split, settings.split)
-    return Item(item.pixels, replace(item.record, group=group, split=split))
+    return replace(item, record=replace(item.record, group=group, split=split))
 
 
 def require_whole(item: Item, path: Path) -> None:
@@ -424,7 +432,9 @@ def simulate(settings: SimulateSettings, on_event: EventHandler = ignore) -> Sim
             item = dataset.read(record.item_id)
             if settings.slices is not None:
                 item = select(item, slices=settings.slices)
-            writer.add(load_domain(record.domain).simulate(item, task, settings.seed))
+            domain = load_domain(record.domain)
+            measurement = domain.simulate(item, task, settings.seed)
+            writer.add(measured_with(domain, measurement, item))
             on_event(Event("file", done, len(pairs), f"{record.item_id}: {task.name}"))
         writer.note("dataset", {"digest": dataset.digest})
     store = Measurements(settings.output)

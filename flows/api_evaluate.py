@@ -238,11 +238,21 @@ def _dataset(
     from flows.store import Dataset
 
     if (settings.input / "zarr.json").is_file() or settings.input.suffix == ".zarr":
+        if settings.guides:
+            raise BadInputError(
+                f"{settings.input}: a dataset holds the guides that it was ingested with; leave "
+                "out --guide, or ingest it anew with it"
+            )
         return Dataset(settings.input), ()
     domain = settings.domain or next(iter(tasks.values())).domain
     fresh = settings.output / f".dataset-{uuid.uuid4().hex}.zarr"
     try:
-        made = ingest(IngestSettings(source=settings.input, domain=domain, output=fresh), on_event)
+        made = ingest(
+            IngestSettings(
+                source=settings.input, domain=domain, output=fresh, guides=settings.guides
+            ),
+            on_event,
+        )
         path = settings.output / f"dataset-{made.digest[:12]}.zarr"
         if not path.exists():
             fresh.rename(path)

@@ -353,10 +353,11 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
             f"{settings.input}: holds clean items, not measurements; make some with "
             "`sashiko simulate`, or give a folder of damaged images"
         )
-    if damaged:
+    if damaged or settings.guides:
         raise BadInputError(
-            f"{settings.input}: measurements say themselves what is missing; leave out --mask, "
-            "--kernel, --scale, --scale-z and --damage"
+            f"{settings.input}: measurements say themselves what is missing, and hold the guides "
+            "that they were made with; leave out --mask, --kernel, --scale, --scale-z, --damage "
+            "and --guide"
         )
     return Given(settings.input)
 

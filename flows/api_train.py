@@ -161,13 +161,18 @@ def new_network(settings: TrainSettings) -> Preconditioned:
         BadInputError: if `network` describes none, or `init_from` is another network or lacks a
             condition to begin as.
     """
+    from diffusion_core.model import guide_channels
     from diffusion_core.networks.local_unet import LocalUNet
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.streams import seeded_initialisation
 
     try:
         with seeded_initialisation(settings.seed):
-            network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
+            network = LocalUNet(
+                num_conditions=len(settings.conditions),
+                num_guides=len(guide_channels(settings.guides)),
+                **settings.network,
+            )
             module = Preconditioned(network)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise BadInputError(
@@ -185,7 +190,7 @@ def new_network(settings: TrainSettings) -> Preconditioned:
 
 def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> None:
     """Load a model's weights; every condition begins as itself or as `init_conditions` say."""
-    from diffusion_core.model import BadModelError, Model
+    from diffusion_core.model import BadModelError, Model, guide_channels
 
     try:
         start = Model.load(path)
@@ -194,14 +199,20 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
             f"the setting 'init_from' names no model to begin from: {error}; or set init_from="
             f"{STARTER}, the shipped one"
         ) from error
-    asked = {**module.network.config, "num_conditions": None}
+    varies = {"num_conditions": None, "num_guides": None}
+    asked = {**module.network.config, **varies}
     known = list(start.conditions)
     begin_as = [settings.init_conditions.get(c, c) for c in settings.conditions]
     missing = [c for c in begin_as if c not in known]
-    if {**start.config["network"], "num_conditions": None} != asked or missing:
+    if {**start.config["network"], **varies} != asked or missing:
         raise BadInputError(
             f"{path} is another network or knows other conditions than the "
             "settings ask for: give it the same `network`, and `init_conditions` for what is new"
+        )
+    if start.guide_channels not in ([], guide_channels(settings.guides)):
+        raise BadInputError(
+            f"{path} knows other guides ({', '.join(start.guide_channels)}) than the settings ask "
+            "for: give it the same `guides`, in their order"
         )
     module.begin_from(start.module, [known.index(c) for c in begin_as])
 

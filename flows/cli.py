@@ -34,6 +34,7 @@ from flows.cli_options import (
     computing,
     damage_options,
     given,
+    guide_option,
     input_option,
     json_flag,
     method_of,
@@ -125,6 +126,7 @@ def samples(as_json: bool, **options: Any) -> int:
     help="unassigned, train, validation, test, or by-group: about 80% train, 10% validation, 10% "
     "test, drawn by subfolder (patient or scene).  [default: unassigned]",
 )
+@guide_option
 @prefect_flag
 @json_flag
 def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
@@ -246,6 +248,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--input", type=PATH, required=True, help="A dataset, or a folder of clean images.")
 @click.option("--task", "tasks", multiple=True, required=True, help="Several can be given.")
 @click.option("--domain", help="Of the images in a folder.  [default: the tasks' own]")
+@guide_option
 @click.option("--method", "methods", multiple=True, help="[default: all that the task names]")
 @click.option("--evals", "num_levels", type=int, help="Evaluations a solver.  [default: its own]")
 @click.option("--item", "items", multiple=True, help="Only this item; several can be given.")

@@ -114,15 +114,43 @@ def damage_options(command: F) -> F:
             help="Masks (white = missing), boxes (.csv, .json, .geojson), nodata, auto, slices, "
             "slices:7,9 or moved.",
         ),
+        guide_option,
         click.option("--domain", help="Needed for a folder: ct, mri, city."),
     ):
         command = option(command)
     return command
 
 
+class NamedPath(click.ParamType):  # type: ignore[type-arg]  # generic only in newer clicks
+    """NAME=PATH, a path of this machine."""
+
+    name = "name=path"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Path]:
+        """Name and path of what was typed."""
+        name, sign, path = str(value).partition("=")
+        if not (name and sign and path):
+            self.fail(f"'{value}' is not NAME=PATH, such as t1=SCANS/T1", param, ctx)
+        return name, Path(LocalPath().convert(path, param, ctx))
+
+
+guide_option = click.option(
+    "--guide",
+    "guides",
+    type=NamedPath(),
+    multiple=True,
+    help="NAME=FILE|FOLDER: another image of the same thing on its grid, such as t1=T1DIR, for a "
+    "model that learned with it; several can be given.",
+)
+
+
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the user gave: the settings know the defaults of the others."""
     told = {k: v for k, v in options.items() if v is not None and v != ()}
+    if "guides" in told:
+        told["guides"] = dict(told["guides"])
     return {k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}
 
 

@@ -117,6 +117,15 @@ class SamplesSettings(Settings):
     demo_only: bool = Field(False, description="only what the demo needs")
 
 
+GuideName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")]
+
+GUIDES: Any = Field(
+    default_factory=dict,
+    description="name -> file or folder of other images on the same grid, of the images' names: a "
+    "second contrast, a panchromatic band",
+)
+
+
 class IngestSettings(Settings):
     """`sashiko ingest`: files into one dataset."""
 
@@ -128,6 +137,7 @@ class IngestSettings(Settings):
         description="by-group: about 80% train, 10% validation, 10% test, drawn by subfolder of "
         "the source (patient or scene)",
     )
+    guides: dict[GuideName, Path] = GUIDES
 
 
 class InspectSettings(Settings):
@@ -175,6 +185,7 @@ class RestoreSettings(Settings):
     scale_z: int | None = Field(
         None, ge=2, le=MAX_SCALE, description="slices to make of one, where they are thick"
     )
+    guides: dict[GuideName, Path] = GUIDES
     sigma_y: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="noise std on [-1, 1] of a given damaged image"
     )
@@ -232,6 +243,7 @@ class EvaluateSettings(Settings):
     tasks: list[str]
     model: str = Field("champion", description=MODEL)
     output: Path
+    guides: dict[GuideName, Path] = GUIDES
     methods: list[str] | None = Field(None, description="default: all that the task names")
     num_levels: int | None = Field(
         None, ge=1, le=10_000, description="evaluations of each solver; default: its own"
@@ -313,6 +325,14 @@ class TrainSettings(Settings):
         description="condition -> share of its patches that are blurred a little, as other optics "
         "and resampling would",
     )
+    guides: dict[str, list[GuideName]] = Field(
+        default_factory=dict,
+        description="condition -> guides that the network is shown with its images, by the names "
+        "that the datasets have for them: {mri: [t1]}",
+    )
+    guide_drop_share: float = Field(
+        0.4, ge=0, le=1, description="share of the samples that are shown without a guide"
+    )
     patch_size: int = Field(64, ge=8, le=1024)
     batch_size: int = Field(32, ge=1, le=100_000)
     micro_batch: int = Field(
@@ -388,9 +408,9 @@ class TrainSettings(Settings):
                 raise ValueError(f"the share of '{name}' must be above 0")
         return conditions
 
-    @field_validator("soft_shares")
+    @field_validator("soft_shares", "guides")
     @classmethod
-    def _are_of_conditions(cls, shares: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+    def _are_of_conditions(cls, shares: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         unknown = [name for name in shares if name not in info.data.get("conditions", shares)]
         if unknown:
             raise ValueError(f"'{unknown[0]}' is none of the run's conditions")

@@ -36,6 +36,7 @@ from diffusion_core.posterior.steadiness import (
 from diffusion_core.posterior.trajectory import Recorder, spread_levels
 from diffusion_core.protocols import Data, LinearOperator, Signal
 from domains.base import Array, BadInputError, Domain, Item, ItemRecord, Problem
+from domains.guides import posed
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
 
@@ -219,7 +220,7 @@ def explain_slice(
     with torch.no_grad():
         domain = load_domain(item.record.domain)
         measurement = restorer.read(measurements, item, block)
-        problem = domain.problem(measurement)
+        problem = posed(domain, measurement)
         subject = _Subject(restorer, item, domain, problem, block)
         if truth is None:
             return _explained(subject, z, num_seeds, None)

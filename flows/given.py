@@ -14,6 +14,8 @@
     --noise rician       which is that of a magnitude image
     --damage NAME        jpeg, haze or low-light: all that is wrong, its strength read off them
 
+What is known of them besides goes with them: --guide NAME=FOLDER|FILE, see guide_files.py.
+
 Raw measurements (k-space) say themselves what was measured: none of these goes with them.
 
 The store is named by the content of what went into it, so that a run that was stopped finds it,
@@ -37,8 +39,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from domains.base import BadInputError, Domain, Item
+from domains.base import BadInputError, Domain, Item, Measurement
 from domains.files import file_digest, files_digest, keyed_id
+from domains.guides import measured_with, with_guides
 from domains.registry import load_domain
 from flows.api_data import (
     find_files,
@@ -54,6 +57,7 @@ from flows.config import Home, RestoreSettings
 from flows.damage import Damage, is_file, place_below
 from flows.engine.events import Event, EventHandler
 from flows.engine.in_use import InUse, alone_with
+from flows.guide_files import Guides
 from flows.roots import Root
 from flows.store import Measurements, MeasurementWriter
 from flows.store_check import verify_store
@@ -148,13 +152,15 @@ def take_images(settings: RestoreSettings, work: Path, on_event: EventHandler) -
     damage = Damage.of(settings, domain)
     images, unknown = _images(settings, folder, domain)
     require_stated(settings, images, damage, domain)
-    sources = [_Source.of(path, folder, damage, domain) for path in images]
+    guides = Guides.of(settings.guides)
+    sources = [_Source.of(path, folder, damage, domain, guides) for path in images]
+    guides.require([source.place for source in sources], on_event)
     tell_unknown(unknown, on_event)
     path = work / f"given-{_digest(sources, damage, settings)[:16]}" / "measurements.zarr"
     made = tuple(p for p in path.parents if not p.exists())
     in_use = InUse(path.parent)  # before it is looked for: who found it unused may be removing it
     try:
-        _make(path, sources, domain, damage, on_event)
+        _make(path, sources, domain, damage, guides, on_event)
         given = _given(path, sources, domain)
     except BaseException:
         in_use.end()
@@ -168,6 +174,7 @@ def _make(
     sources: Sequence[_Source],
     domain: Domain,
     damage: Damage,
+    guides: Guides,
     on_event: EventHandler,
 ) -> None:
     """Make the store unless it is there and whole; another run may make it meanwhile."""
@@ -180,7 +187,7 @@ def _make(
             message = "the measurements of an earlier run are damaged: made again from the images"
             on_event(Event("corrupt", 0, 0, message))
     try:
-        _write(path, sources, domain, damage, on_event)
+        _write(path, sources, domain, damage, guides, on_event)
     except BadInputError:
         if not path.exists():
             raise
@@ -260,6 +267,7 @@ class _Source:
         mask: the file that says what is missing in this image alone, if one does.
         mask_digest: of its bytes, or of the boxes that are its own.
         fault: why it has no mask, "" where it needs none or has one.
+        guides: name -> sha256, of the files that are its guides.
     """
 
     path: Path
@@ -268,12 +276,17 @@ class _Source:
     mask: Path | None = None
     mask_digest: str = ""
     fault: str = ""
+    guides: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path, folder: Path, damage: Damage, domain: Domain) -> _Source:
+    def of(
+        cls, path: Path, folder: Path, damage: Damage, domain: Domain, guides: Guides
+    ) -> _Source:
         place, digest = place_below(path, folder), files_digest(files_of(path, domain))
+        shown = guides.digests(place)
         if domain.is_raw(path):
-            return cls(path, place, digest, fault=SAYS_ITSELF if damage.stated else "")
+            fault = SAYS_ITSELF if damage.stated else ""
+            return cls(path, place, digest, fault=fault, guides=shown)
         try:
             mask = damage.mask_of(place)
         except BadInputError as error:
@@ -282,16 +295,21 @@ class _Source:
         if damage.boxes is not None:
             told = json.dumps(boxes_of(damage.boxes, place))
             own = hashlib.sha256(told.encode()).hexdigest()
-        return cls(path, place, digest, mask, own)
+        return cls(path, place, digest, mask, own, guides=shown)
 
     @property
     def content(self) -> str:
-        """What equal sources have in common: the bytes of the image and of its mask."""
-        return f"{self.digest}:{self.mask_digest}"
+        """What equal sources have in common: the bytes of the image, its mask and its guides."""
+        return ":".join([self.digest, self.mask_digest, *self._told_guides])
+
+    @property
+    def _told_guides(self) -> list[str]:
+        return [json.dumps(dict(self.guides), sort_keys=True)] if self.guides else []
 
     def item_id(self, domain: Domain) -> str:
-        """Name of the item; an image with two masks is two items."""
-        seen = f"{self.digest}:{self.mask_digest}" if self.mask_digest else self.digest
+        """Name of the item; an image with two masks, or with two guides, is two items."""
+        own = [self.mask_digest] if self.mask_digest else []
+        seen = ":".join([self.digest, *own, *self._told_guides])
         return keyed_id(domain.name, seen, site_key(Home().home))
 
 
@@ -329,7 +347,8 @@ def _images(
     """
     files = find_files(folder, domain)
     is_output = cache(_is_output)
-    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if is_file(p)]
+    given = (settings.mask, settings.kernel, *settings.guides.values())
+    tools = [Path(p).resolve() for p in given if is_file(p)]
     output = settings.output
     if isinstance(output, Path):
         tools.append(output.resolve())
@@ -364,6 +383,7 @@ def _write(
     sources: Sequence[_Source],
     domain: Domain,
     damage: Damage,
+    guides: Guides,
     on_event: EventHandler,
 ) -> None:
     reasons: dict[str, str] = {}
@@ -373,7 +393,7 @@ def _write(
             if source.content in taken or source.content in reasons:
                 continue  # a copy of what was taken: it gets the same result
             try:
-                _add(writer, source, domain, damage)
+                _add(writer, source, domain, damage, guides)
             except BadInputError as error:
                 reasons[source.content] = _reason(error, source, domain)
                 message = f"{source.place}: {reasons[source.content]}"
@@ -388,14 +408,17 @@ def _write(
         writer.note("rejected", reasons)
 
 
-def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Damage) -> None:
+def _add(
+    writer: MeasurementWriter, source: _Source, domain: Domain, damage: Damage, guides: Guides
+) -> None:
     """Read one image and add it as a measurement; raw files hold one already."""
     if domain.is_raw(source.path):
         if source.fault:
             raise BadInputError(source.fault)
         raw = read_measured(domain, source.path)
         record = replace(raw.record, item_id=source.item_id(domain))
-        writer.add(replace(raw, record=record))
+        raw, item = replace(raw, record=record), Item(raw.y, record)
+        writer.add(_guided(raw, item, source, domain, guides))
         return
     if not damage.stated:
         raise BadInputError(UNSTATED)
@@ -407,23 +430,32 @@ def _add(writer: MeasurementWriter, source: _Source, domain: Domain, damage: Dam
     item = Item(read.pixels, replace(read.record, item_id=source.item_id(domain)))
     if damage.spoilt is not None:
         spoilt, exposure = damage.spoilt, damage.exposure
-        writer.add(domain.given_spoilt(item, source.path, damage=spoilt, exposure=exposure))
-        return
-    if damage.noise != "gaussian":
-        writer.add(domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y))
-        return
-    if damage.scale_z is not None:
-        writer.add(domain.given_thick(item, scale_z=damage.scale_z, sigma_y=damage.sigma_y))
-        return
-    writer.add(
-        domain.given(
+        measurement = domain.given_spoilt(item, source.path, damage=spoilt, exposure=exposure)
+    elif damage.noise != "gaussian":
+        measurement = domain.given_noisy(item, noise=damage.noise, sigma_y=damage.sigma_y)
+    elif damage.scale_z is not None:
+        measurement = domain.given_thick(item, scale_z=damage.scale_z, sigma_y=damage.sigma_y)
+    else:
+        measurement = domain.given(
             item,
             mask=damage.missing(item, source.place, source.mask, domain),
             kernel=damage.kernel,
             scale=damage.scale,
             sigma_y=damage.sigma_y,
         )
-    )
+    if damage.scale is not None:  # guides lie on the grid that is wanted
+        item = replace(item, record=measurement.record)
+    writer.add(_guided(measurement, item, source, domain, guides))
+
+
+def _guided(
+    measurement: Measurement, item: Item, source: _Source, domain: Domain, guides: Guides
+) -> Measurement:
+    """A measurement with the guides of its image, which lie on the item's grid."""
+    if not source.guides:
+        return measurement
+    read = guides.read(source.place, lambda path: read_file(domain, path))
+    return measured_with(domain, measurement, with_guides(item, read))
 
 
 def _reason(error: BadInputError, source: _Source, domain: Domain) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import zarr
 
 from domains.base import Array, BadInputError, Item, ItemRecord, Measurement
+from domains.guides import guide_names
 from flows.engine.grid import MAX_CANVAS_PX, MAX_CHUNK_PX
 from flows.roots import Root
 from flows.store_chunks import RECORDS, ChunkRecords
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 ALL = slice(None)
+GUIDE = "guide-"
+"""Of an item's guides in a dataset, before their names."""
 
 _MOST_OPEN = 64
 """Arrays whose metadata are kept: reading them anew would be half of a small block's time."""
@@ -74,7 +77,12 @@ class DatasetWriter(StoreWriter):
         c, _, h, w = item.pixels.shape
         group = self._group.create_group(f"items/{item_id}", attributes={"record": values})
         write_array(group, "pixels", item.pixels, (c, 1, h, w))
-        self._entries.append({"record": values, "pixels_digest": array_digest(item.pixels)})
+        entry: dict[str, Any] = {"record": values, "pixels_digest": array_digest(item.pixels)}
+        for name, guide in item.guides.items():
+            write_array(group, f"{GUIDE}{name}", guide, (1, 1, h, w))
+        if item.guides:
+            entry["guides"] = {name: array_digest(g) for name, g in item.guides.items()}
+        self._entries.append(entry)
 
 
 class MeasurementWriter(StoreWriter):
@@ -200,8 +208,13 @@ class Dataset(Store):
         """
         record = self.record(item_id)
         start, stop = _bounds(z, record.shape[1])
-        pixels = self._array(f"items/{item_id}/pixels", (ALL, slice(start, stop)))
-        return Item(pixels, record.slices(start, stop))
+        where = (ALL, slice(start, stop))
+        pixels = self._array(f"items/{item_id}/pixels", where)
+        guides = {
+            name: self._array(f"items/{item_id}/{GUIDE}{name}", where)
+            for name in guide_names(record)
+        }
+        return Item(pixels, record.slices(start, stop), guides)
 
 
 class Measurements(Store):

@@ -15,7 +15,7 @@ import numpy as np
 from flows.engine.events import EventHandler, Progress, ignore
 from flows.engine.objects import StoreError
 from flows.engine.verify import Damage, Fault, Verification
-from flows.store import Dataset, Measurements
+from flows.store import GUIDE, Dataset, Measurements
 from flows.store_chunks import record_key
 from flows.store_files import array_digest
 
@@ -73,6 +73,8 @@ def _arrays(store: Dataset | Measurements) -> Iterator[tuple[str, str, str]]:
         item_id = entry["record"]["item_id"]
         if isinstance(store, Dataset):
             yield f"items/{item_id}/pixels", item_id, entry["pixels_digest"]
+            for name, digest in entry.get("guides", {}).items():
+                yield f"items/{item_id}/{GUIDE}{name}", item_id, digest
         else:
             place = f"measurements/{item_id}/{entry['task']}"
             for name, digest in entry["arrays"].items():

@@ -7,6 +7,10 @@ Design choices, and why:
   (grey CT, complex MRI, colour ...), so that one network serves every domain.
 - Besides x itself it is shown asinh((x - box5(x)) / sigma): detail in units of the noise, which
   keeps its scale when the image is dark and the noise small.
+- Guides (a second contrast, a panchromatic band) come in by a convolution of their own beside the
+  stem, zero at first and without a bias: a network that learned without them is the same with it,
+  and where no guide is given (NaN, pixel by pixel) nothing is added. Beside a guide's value stands
+  whether it is given: 0 is a grey like any other.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ class LocalUNet(nn.Module):
         depths: residual blocks at each resolution, on the way down and again on the way up
             (the last resolution is passed once).
         num_features: length of the modulation vector.
+        num_guides: further images that it can be shown, one channel each.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class LocalUNet(nn.Module):
         widths: Sequence[int] = (64, 96, 192),
         depths: Sequence[int] = (3, 2, 2),
         num_features: int = 128,
+        num_guides: int = 0,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -54,7 +60,9 @@ class LocalUNet(nn.Module):
             "widths": list(widths),
             "depths": list(depths),
             "num_features": num_features,
+            **({"num_guides": num_guides} if num_guides else {}),
         }
+        self.num_guides = num_guides
         self.stride = 2 ** len(widths)
         self.features = Features(num_conditions, num_features)
         self.stem = nn.Conv2d(2 * NUM_CHANNELS * 4, widths[0], 3, padding=1)
@@ -69,6 +77,11 @@ class LocalUNet(nn.Module):
         self.head = nn.Conv2d(widths[0], NUM_CHANNELS * 4, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # Conv2d has one by default
+        # Made last: what is drawn for the other layers stays what it is without guides.
+        self.guide_stem: nn.Conv2d | None = None
+        if num_guides:
+            self.guide_stem = nn.Conv2d(2 * num_guides * 4, widths[0], 3, padding=1, bias=False)
+            nn.init.zeros_(self.guide_stem.weight)
 
     @property
     def reach(self) -> int:
@@ -87,11 +100,17 @@ class LocalUNet(nn.Module):
         x_detail: Float[Tensor, "b 3 h w"],
         ln_sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
+        guide: Float[Tensor, "b guides h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """F(c_in x, detail; ln sigma, condition); h and w must divide by `stride`."""
+        """F(c_in x, detail; ln sigma, condition, guide); h and w must divide by `stride`.
+
+        A guide is NaN where it is not given; None: nowhere.
+        """
         features = self.features(ln_sigma, condition)
         h = F.pixel_unshuffle(torch.cat([x_scaled, x_detail], dim=1), 2)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
+        if guide is not None and self.guide_stem is not None:
+            h = h + self.guide_stem(_shown(guide).contiguous(memory_format=torch.channels_last))
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down):
             for block in blocks:  # type: ignore[attr-defined]
@@ -105,6 +124,13 @@ class LocalUNet(nn.Module):
             for block in self.up[level]:  # type: ignore[attr-defined]
                 h = block(h, features)
         return F.pixel_shuffle(self.head(h), 2)
+
+
+def _shown(guide: Tensor) -> Tensor:
+    """Guides (b g h w) as the network sees them: values and where they are given, unshuffled."""
+    given = guide.isfinite()
+    values = torch.where(given, guide, torch.zeros_like(guide))
+    return F.pixel_unshuffle(torch.cat([values, given.to(guide.dtype)], dim=1), 2)
 
 
 def local_detail(x: Tensor, sigma: Tensor) -> Tensor:

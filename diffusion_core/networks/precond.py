@@ -10,9 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from diffusion_core.networks.local_unet import NUM_CHANNELS, LocalUNet, local_detail
+from diffusion_core.protocols import Denoiser, Sigma, Signal
 
 _CONDITION_WEIGHTS = "network.features.hidden.weight"
 """Its last columns belong to the conditions, one each."""
+_GUIDE_WEIGHTS = "network.guide_stem."
 
 
 class Preconditioned(nn.Module):
@@ -36,10 +38,12 @@ class Preconditioned(nn.Module):
         sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
         inputs: Float[Tensor, "b inputs h w"] | None = None,
+        guide: Float[Tensor, "b guides h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride.
 
-        `inputs` are shown to a network that takes some (student.py).
+        `inputs` are shown to a network that takes some (student.py). A guide is on [-1, 1], about,
+        and NaN where it is not given.
         """
         s = sigma[:, None, None, None]
         norm = s**2 + self.sigma_data**2
@@ -49,23 +53,35 @@ class Preconditioned(nn.Module):
         dtype = next(self.network.parameters()).dtype
         detail = local_detail(x, sigma)
         shown = detail if inputs is None else torch.cat([detail, inputs], dim=1)
-        F_x = self.network((c_in * x).to(dtype), shown.to(dtype), sigma.log().to(dtype), condition)
+        F_x = self.network(
+            (c_in * x).to(dtype),
+            shown.to(dtype),
+            sigma.log().to(dtype),
+            condition,
+            None if guide is None else guide.to(dtype),
+        )
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
 
     def begin_from(self, other: Preconditioned, conditions: Sequence[int]) -> None:
-        """Take over the weights of a network that differs in its conditions at most.
+        """Take over the weights of a network that differs in its conditions and guides at most.
+
+        Where it knows no guides, ours begin without an influence.
 
         Args:
-            other: same widths, depths and features.
+            other: same widths, depths and features; the same guides, or none.
             conditions: for each of our conditions the index of the one in `other` to begin as.
         """
-        weights = other.state_dict()
+        weights = {**self._of_guides(), **other.state_dict()}
         before = weights[_CONDITION_WEIGHTS]
         num_phases = before.shape[1] - other.network.features.num_conditions
         chosen = [num_phases + index for index in conditions]
         weights[_CONDITION_WEIGHTS] = before[:, [*range(num_phases), *chosen]]
         self.load_state_dict(weights)
+
+    def _of_guides(self) -> dict[str, Tensor]:
+        """The weights that a network without guides lacks."""
+        return {k: v for k, v in self.state_dict().items() if k.startswith(_GUIDE_WEIGHTS)}
 
     def uncertainty(self, sigma: Tensor, condition: Tensor) -> Float[Tensor, " b"]:
         """u(sigma, condition): the learned log of the expected weighted loss."""
@@ -101,14 +117,57 @@ class ConditionedDenoiser:
         Raises:
             ValueError: if x does not have the condition's number of channels.
         """
+        return self._denoised(x, sigma, None)
+
+    def _denoised(self, x: Tensor, sigma: Tensor, guide: Tensor | None) -> Tensor:
         b, c, h, w = x.shape
         if c != self._num_channels:
             raise ValueError(f"this condition has {self._num_channels} channels, x has {c}")
         padded = F.pad(x.float(), (0, 0, 0, 0, 0, NUM_CHANNELS - c))
         padded = pad_to_multiple(padded, self.stride)
         index = torch.full((b,), self._condition, dtype=torch.long, device=x.device)
-        D_x = self._network(padded, sigma.float(), index)
+        if guide is not None:
+            guide = pad_to_multiple(guide.float(), self.stride)
+        D_x = self._network(padded, sigma.float(), index, guide)
         return D_x[:, :c, :h, :w].to(x.dtype)
+
+
+class CarryingDenoiser(ConditionedDenoiser):
+    """D of images that carry their guides as further channels; gives back those as they came.
+
+    (b c+g h w) in and out: what cuts an image into tiles, or puts several into a batch, does the
+    same to its guides, and knows nothing of them.
+    """
+
+    @property
+    def num_guides(self) -> int:
+        """Channels that are guides, the last ones."""
+        return self._network.network.num_guides
+
+    def __call__(self, x: Float[Tensor, "b c_g h w"], sigma: Float[Tensor, " b"]) -> Tensor:
+        """D(x; sigma, guides) and the guides, which are NaN where they are not given.
+
+        Raises:
+            ValueError: if x does not have the condition's channels and all guides.
+        """
+        image, guide = x.tensor_split([x.shape[1] - self.num_guides], dim=1)
+        return torch.cat([self._denoised(image, sigma, guide), guide], dim=1)
+
+
+def guided(carrying: Denoiser, guide: Float[Tensor, "b g h w"]) -> Denoiser:
+    """The denoiser of bare images by one that takes them with their guides.
+
+    Args:
+        carrying: CarryingDenoiser, or what tiles or batches one.
+        guide: of the batch that the denoiser will be called on, in its order; of one image it
+            serves any batch.
+    """
+
+    def call(x: Signal, sigma: Sigma) -> Signal:
+        shown = guide.to(x).expand(len(x), *guide.shape[1:])
+        return carrying(torch.cat([x, shown], dim=1), sigma)[:, : x.shape[1]]
+
+    return call
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

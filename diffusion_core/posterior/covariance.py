@@ -185,7 +185,7 @@ def _tensors(table: CovarianceTable | type[CovarianceTable]) -> list[str]:
 
 
 def fit_covariance(
-    denoise: Denoiser,
+    denoise: Denoiser | Sequence[Denoiser],
     images: Sequence[Signal],
     draws_for: Callable[[int], NormalDraws] | None = None,
     sigmas: Sequence[float] = DEFAULT_SIGMAS,
@@ -193,7 +193,7 @@ def fit_covariance(
     """Measure Sigma = S C S from the residuals x0 - D(x0 + sigma eps; sigma).
 
     Args:
-        denoise: D(x; sigma).
+        denoise: D(x; sigma), or one for each image, where each has guides of its own.
         images: clean validation images (b c h w) in network units, each side >= 16 pixels; sizes
             may differ, channels may not.
         draws_for: keyed noise of each image by its index; default keyed by the index.
@@ -213,14 +213,16 @@ def fit_covariance(
     log_frequencies = torch.linspace(*ends, _NUM_FREQUENCIES, dtype=torch.float64)
     mean = torch.stack([x0.cpu().double().mean(dim=(0, 2, 3)) for x0 in images]).mean(dim=0)
 
+    denoisers = [denoise] * len(images) if callable(denoise) else list(denoise)
+
     def spectrum(residuals: Iterable[Tensor]) -> Tensor:
         return radial_spectrum(residuals, basis, log_frequencies).log()
 
     rows = []
     for level, sigma in enumerate(sigmas):
         pairs = [
-            _residual(denoise, x0, sigma, draws_for(i).normal(level, x0))
-            for i, x0 in enumerate(images)
+            _residual(D, x0, sigma, draws_for(i).normal(level, x0))
+            for i, (D, x0) in enumerate(zip(denoisers, images, strict=True))
         ]
         knots, log_variance = _local_variance(pairs)
         whitened = (r / _std(mu, knots, log_variance) for mu, r in pairs)

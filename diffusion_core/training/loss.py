@@ -70,7 +70,7 @@ def denoising_loss(
     """
     in_use = batch.channels[:, :, None, None]
     x = (batch.x0 + sigma[:, None, None, None] * eps) * in_use
-    D_x = model(x, sigma, batch.condition)
+    D_x = model(x, sigma, batch.condition, batch.guide)
     weight = (sigma**2 + model.sigma_data**2) / (sigma * model.sigma_data) ** 2
     squared = ((D_x - batch.x0) * in_use).square().mean(dim=(2, 3)).sum(dim=1)
     weighted = weight * squared / batch.channels.sum(dim=1)

@@ -23,6 +23,8 @@ _FLAT_STD = 0.03  # network units: air, sky; worth a look now and then only
 _MAX_REDRAWS = 4
 _SOFT_PX = (0.3, 1.3)
 """Standard deviation of a blur that a sharp picture could have had."""
+_GUIDE_GAIN = (0.7, 1.4)
+"""A guide's range is read from the guide itself, and differs with the part of a body in it."""
 
 
 class View(Protocol):
@@ -59,15 +61,25 @@ class Batch:
         x0: (b 3 h w) in network units, unused channels at 0.
         condition: (b,) index of the condition.
         channels: (b 3) 1 where a channel is in use.
+        guide: (b g h w) on [-1, 1], NaN where it is not given; None: no guides are learned.
     """
 
     x0: Tensor
     condition: Tensor
     channels: Tensor
+    guide: Tensor | None = None
 
     def part(self, samples: slice) -> Batch:
         """Some of the samples; shares memory."""
-        return Batch(self.x0[samples], self.condition[samples], self.channels[samples])
+        return self._each(lambda tensor: tensor[samples])
+
+    def to(self, device: str) -> Batch:
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        guide = None if self.guide is None else change(self.guide)
+        return Batch(change(self.x0), change(self.condition), change(self.channels), guide)
 
     def to(self, device: str) -> Batch:
         """The batch on a device."""
@@ -84,6 +96,9 @@ class PatchSource:
         seed: of the whole sequence.
         augment: (condition, patch (c h w), rng) -> patch, by the domain; its scale and phase
             changes must be ones that real images could have had.
+        num_guides: last channels of every view that are guides, NaN where there is none. They are
+            cut, turned and flipped with the image, and what else is varied of it is not of them.
+        drop_share: of the samples, each guide by itself, that are shown without it.
     """
 
     def __init__(
@@ -93,6 +108,8 @@ class PatchSource:
         patch_size: int,
         seed: int,
         augment: Augment,
+        num_guides: int = 0,
+        drop_share: float = 0.0,
     ) -> None:
         missing = [name for name in shares if not items.get(name)]
         if missing:
@@ -106,32 +123,46 @@ class PatchSource:
         self._size = patch_size
         self._seed = seed
         self._augment = augment
+        self._num_guides, self._drop_share = num_guides, drop_share
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of the sequence."""
         drawn = [self._sample(n) for n in range(first, first + count)]
         return Batch(
-            x0=torch.from_numpy(np.stack([patch for _, patch, _ in drawn])),
-            condition=torch.tensor([index for index, _, _ in drawn]),
+            x0=torch.from_numpy(np.stack([patch for _, patch, _, _ in drawn])),
+            condition=torch.tensor([index for index, _, _, _ in drawn]),
             channels=torch.tensor(
-                [[float(i < used) for i in range(NUM_CHANNELS)] for _, _, used in drawn]
+                [[float(i < used) for i in range(NUM_CHANNELS)] for _, _, used, _ in drawn]
             ),
+            guide=torch.from_numpy(np.stack([guide for _, _, _, guide in drawn]))
+            if self._num_guides
+            else None,
         )
 
-    def _sample(self, n: int) -> tuple[int, Array, int]:
+    def _sample(self, n: int) -> tuple[int, Array, int, Array]:
         # A low-discrepancy walk over the shares: any stretch of samples holds its due mix.
         index = int(np.searchsorted(self._edges, (n * GOLDEN) % 1.0, side="right"))
         name = self.conditions[min(index, len(self.conditions) - 1)]
         rng = np.random.Generator(np.random.Philox(key=[self._seed, n]))
         for _ in range(_MAX_REDRAWS):
-            patch = self._crop(name, rng)
+            crop = self._crop(name, rng)
+            patch, guide = np.split(crop, [len(crop) - self._num_guides])
             if patch.std() > _FLAT_STD:
                 break
-        patch = _dihedral(self._augment(name, patch, rng), rng)
+        patch = self._augment(name, patch, rng)
         used = patch.shape[0]
-        padded = np.zeros((NUM_CHANNELS, *patch.shape[1:]), np.float32)
-        padded[:used] = patch
-        return index, padded, used
+        turned = _dihedral(np.concatenate([patch, guide]) if self._num_guides else patch, rng)
+        padded = np.zeros((NUM_CHANNELS, *turned.shape[1:]), np.float32)
+        padded[:used] = turned[:used]
+        return index, padded, used, self._shown(turned[used:], rng)
+
+    def _shown(self, guide: Array, rng: np.random.Generator) -> Array:
+        """Guides (g h w) as a sample has them: some dropped, the others of a varied gain."""
+        shown = np.array(guide, np.float32)
+        for channel in shown:
+            dropped, gain = rng.uniform() < self._drop_share, rng.uniform(*_GUIDE_GAIN)
+            channel[:] = np.nan if dropped else (channel + 1) * gain - 1
+        return shown
 
     def _crop(self, name: str, rng: np.random.Generator) -> Array:
         item = self._items[name][rng.choice(len(self._items[name]), p=self._weights[name])]

@@ -161,6 +161,12 @@ class City(Domain):
 
         return training_windows(item)
 
+    def guide_views(self, record: ItemRecord, guide: Array) -> Sequence[Array]:
+        """At several scales; of single bands, which are images of their own, once for each."""
+        from domains.city.training import guide_views
+
+        return guide_views(guide, record.shape[0])
+
     def generated(self, condition: str, x: Array) -> Generated:
         """Grey levels of 8 bits, not rounded."""
         from domains.city import speckle

@@ -33,6 +33,12 @@ def training_windows(item: Item) -> Mapping[str, Sequence[Array]]:
     return {"city-grey": views, CONDITION: [_logs(view) for view in views]}
 
 
+def guide_views(guide: Array, num_bands: int) -> Sequence[Array]:
+    """A guide (1 z h w) as `training_windows` lays out its image's bands."""
+    repeats = 1 if num_bands == _COLOUR else num_bands
+    return scales(np.tile(guide, (1, repeats, 1, 1)))
+
+
 def augment(condition: str, patch: Array, rng: np.random.Generator) -> Array:
     """Vary exposure; make grey patches from colour ones, and logarithms from those.
 

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from diffusion_core.model import BadModelError, Model
+from diffusion_core.networks.precond import guided
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
 from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver, UnsuitedError
 from diffusion_core.tiles import tiled_denoiser
 from domains.base import Array, BadInputError, Domain, Measurement, Problem
+from domains.guides import as_channels, posed
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
 from flows.engine.batches import Batcher
@@ -133,7 +135,7 @@ class Restorer:
         """
         with torch.no_grad():
             domain: Domain = self._keep(("domain", item.record.domain), load_domain)
-            problem = domain.problem(measurement)
+            problem = posed(domain, measurement)
             solved = self._restored(item, domain, measurement, problem, block)
             pixels = _to_source(problem, solved.x, item, block)
             residuals, exact = _residuals(problem, solved.x, block)
@@ -178,13 +180,12 @@ class Restorer:
             ModelChangedError: if the model is not the plan's.
         """
         method, model = item.method, self.model_of(item)
-        solver = self._solver(
-            model, problem.condition, method.name, method.options, item.grid.reach
-        )
+        guide = _guide(model, problem)
+        solver = self._solver(model, problem, method.name, method.options, item.grid.reach)
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
-        denoise = self._denoiser(model, problem.condition, item, origin[1:])
+        denoise = self._denoiser(model, problem.condition, item, origin[1:], guide)
         denoise = denoise if watch is None else watch(denoise)
         draws = KeyedDraws(item.seed, item.record.source_digest, origin)
         try:
@@ -209,14 +210,35 @@ class Restorer:
         return self._model(item.model, item.dtype, item.device_class)
 
     def _denoiser(
-        self, model: Model, condition: str, item: ItemPlan, origin_yx: tuple[int, int]
+        self,
+        model: Model,
+        condition: str,
+        item: ItemPlan,
+        origin_yx: tuple[int, int],
+        guide: Tensor | None,
     ) -> Denoiser:
-        """D(x; sigma) of a block's canvas, on the item's device, in calls of bounded size."""
-        denoise = _on_device(model.denoiser(condition), item.device_class)
+        """D(x; sigma) of a block's canvas, on the item's device, in calls of bounded size.
+
+        Guides go with the image as further channels of it, into tiles and batches.
+        """
+        if guide is not None:
+            carrying = model.carrying_denoiser(condition)
+            return guided(self._bounded_calls(model, condition, item, origin_yx, carrying), guide)
+        return self._bounded_calls(model, condition, item, origin_yx, model.denoiser(condition))
+
+    def _bounded_calls(
+        self,
+        model: Model,
+        condition: str,
+        item: ItemPlan,
+        origin_yx: tuple[int, int],
+        network: Denoiser,
+    ) -> Denoiser:
+        denoise = _on_device(network, item.device_class)
         alone = _bounded(denoise, origin_yx)
         if not item.batch_px:
             return alone
-        key = (model.digest, condition, item.dtype, item.device_class, item.batch_px)
+        key = (model.digest, condition, type(network), item.dtype, item.device_class, item.batch_px)
         batched = self._batcher.denoiser(key, denoise, item.batch_px)
         shared = _tiled(batched, origin_yx, max_batch=MAX_BATCH)
 
@@ -245,14 +267,17 @@ class Restorer:
     def _solver(
         self,
         model: Model,
-        condition: str,
+        problem: Problem,
         name: str,
         options: Mapping[str, Any],
         reach: int | None,
     ) -> Solver:
+        condition = problem.condition
+        all_guides = bool(problem.guides) and set(model.guides(condition)) <= set(problem.guides)
+
         def make(_: Any) -> Solver:
             try:
-                prior = replace(model.prior(condition), reach=reach)
+                prior = replace(model.prior(condition, guided=all_guides), reach=reach)
             except BadModelError:
                 prior = None  # solvers that need the table say so themselves
             try:
@@ -261,7 +286,7 @@ class Restorer:
                 raise BadInputError(str(error)) from error
 
         text = json.dumps(options, sort_keys=True)
-        return self._keep(("solver", model.digest, condition, name, text, reach), make)
+        return self._keep(("solver", model.digest, condition, all_guides, name, text, reach), make)
 
     def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any], most: int = 16) -> Any:
         """The thing of a key, made from the key's second part if it is not kept."""
@@ -305,6 +330,21 @@ def window(measurement: Measurement, region: Region) -> Measurement:
         y=cut(measurement.y),
         arrays={name: cut(array) for name, array in measurement.arrays.items()},
     )
+
+
+def _guide(model: Model, problem: Problem) -> Tensor | None:
+    """The problem's guides as the model's channels.
+
+    Raises:
+        BadInputError: if the model was not trained with one of them.
+    """
+    unknown = sorted(set(problem.guides) - set(model.guides(problem.condition)))
+    if unknown:
+        raise BadInputError(
+            f"the model was not trained with the guide '{unknown[0]}' for {problem.condition}: "
+            "leave out --guide, or choose another model"
+        )
+    return as_channels(problem, model.guide_channels)
 
 
 def _classical(

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_core.model import solver_settings
+from diffusion_core.model import known_guides, solver_settings
 from domains.base import BadInputError, ItemRecord
-from domains.registry import domain_names
+from domains.guides import guide_names
+from domains.registry import domain_names, load_domain
 from flows.config import MethodSettings
 from flows.engine.cost import Cost, driver_bytes, predict
 from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
@@ -268,6 +269,8 @@ def make_plan(
         )
         for way in methods_for(entry) if methods_for else asked:
             full = resolve_method(way, entry, calibrated)
+            if reference and full.kind == "solver":
+                _require_known_guides(entry, reference)
             full = converged(full, way) if grid.tiled else full
             item = _plan_item(
                 entry, full, reference, grid, seed, dtype, device_class, batch_px,
@@ -410,6 +413,26 @@ def _require_domains(entries: Sequence[MeasurementEntry]) -> None:
         raise BadInputError(
             f"the measurements are of the domain '{missing[0]}', which is not installed; "
             f"known are {', '.join(known)}"
+        )
+
+
+def _require_known_guides(entry: MeasurementEntry, model: ModelRef) -> None:
+    """Refuse guides that a model was never shown: they would change nothing, or no one knows what.
+
+    Raises:
+        BadInputError: naming one.
+    """
+    names = guide_names(entry.record)
+    if not names:
+        return
+    known = known_guides(Path(model.path))
+    of_domain = {n for c in load_domain(entry.record.domain).conditions for n in known.get(c, [])}
+    unknown = [name for name in names if name not in of_domain]
+    if unknown:
+        raise BadInputError(
+            f"the model '{model.name or model.path}' was not trained with the guide '{unknown[0]}' "
+            f"(it knows {', '.join(sorted(of_domain)) or 'none'}): leave out --guide, or choose "
+            "another --model"
         )
 
 

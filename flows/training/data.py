@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domains.base import Array, BadInputError, Domain, ItemRecord
+from domains.base import Array, BadInputError, Domain, Item, ItemRecord
 from domains.registry import domain_names, load_domain
 from flows.config import TrainSettings
 
@@ -63,12 +63,47 @@ def records_of(settings: TrainSettings, split: str) -> Iterator[tuple[Dataset, I
 def load_windows(settings: TrainSettings, split: str) -> Iterator[tuple[str, Sequence[Array]]]:
     """(condition, its views (c z h w)) of every item of a split that may be used.
 
-    Conditions that nothing is drawn from are left out.
+    Conditions that nothing is drawn from are left out. Where the settings name guides, they are
+    further channels of every view, the last ones, NaN where an item has none.
     """
     sources = _sources(settings)
     for dataset, record in records_of(settings, split):
-        windows = load_domain(record.domain).training_windows(dataset.read(record.item_id))
-        yield from ((name, views) for name, views in windows.items() if name in sources)
+        domain, item = load_domain(record.domain), dataset.read(record.item_id)
+        for name, views in domain.training_windows(item).items():
+            if name in sources:
+                yield name, with_guide_channels(settings, domain, item, name, views)
+
+
+def with_guide_channels(
+    settings: TrainSettings, domain: Domain, item: Item, condition: str, views: Sequence[Array]
+) -> Sequence[Array]:
+    """An item's views (c z h w) of a condition with its guides as last channels, NaN for none."""
+    import numpy as np
+
+    from diffusion_core.model import guide_channels
+
+    names = guide_channels(settings.guides)
+    shown = {name for c in _drawn_by(condition, domain) for name in settings.guides.get(c, [])}
+    joined = list(views)
+    for name in names:
+        if name in item.guides and name in shown:
+            channel = domain.guide_views(item.record, item.guides[name])
+        else:
+            channel = [np.full((1, *view.shape[1:]), np.nan, np.float32) for view in views]
+        joined = [np.concatenate(pair) for pair in zip(joined, channel, strict=True)]
+    return joined
+
+
+def _drawn_by(condition: str, domain: Domain) -> set[str]:
+    """A condition, and those whose patches are made of its images."""
+    return {condition} | {c for c, source in domain.drawn_from.items() if source == condition}
+
+
+def num_guides(settings: TrainSettings) -> int:
+    """Last channels of every view that are guides."""
+    from diffusion_core.model import guide_channels
+
+    return len(guide_channels(settings.guides))
 
 
 def large_views(views: Sequence[Array], settings: TrainSettings) -> list[Array]:
@@ -111,6 +146,8 @@ def patch_source(
             settings.patch_size,
             settings.seed,
             _augmentation(settings, domains),
+            num_guides(settings),
+            settings.guide_drop_share,
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error
@@ -170,8 +207,10 @@ def view_bytes(settings: TrainSettings) -> int:
         dataset, least = min(found, key=lambda one: prod(one[1].shape))
         windows = load_domain(domain).training_windows(dataset.read(least.item_id))
         wanted = [view for name, views in windows.items() if name in sources for view in views]
-        # Views along other axes share their memory.
-        each = sum({_owner(view): view.size * _FLOAT_BYTES for view in wanted}.values())
+        # Views along other axes share their memory, unless guides are joined to each.
+        bare = {_owner(view): view.size * _FLOAT_BYTES for view in wanted}
+        joined = ((len(v) + num_guides(settings)) * v[0].size * _FLOAT_BYTES for v in wanted)
+        each = sum(joined if settings.guides else bare.values())
         total += each / prod(least.shape) * sum(prod(record.shape) for _, record in found)
     return int(total)
 
@@ -213,6 +252,7 @@ def _key(settings: TrainSettings) -> dict[str, Any]:
         "patch_size": settings.patch_size,
         "least_view_scale": settings.least_view_scale,
         "shippable_only": settings.shippable_only,
+        **({"guides": settings.guides} if settings.guides else {}),
     }
 
 

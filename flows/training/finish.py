@@ -15,7 +15,12 @@ from flows.training.choice import chosen_average
 from flows.training.curve import training_curve
 from flows.training.data import condition_channels
 from flows.training.run_folder import steps_done
-from flows.training.validation import calibration_images, denoising_psnr, validation_images
+from flows.training.validation import (
+    calibration_images,
+    denoising_psnr,
+    validation_guides,
+    validation_images,
+)
 
 if TYPE_CHECKING:
     from diffusion_core.networks.precond import Preconditioned
@@ -57,6 +62,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
         model_card(settings, chosen, metrics, sources, curve),
         {
             "training": recipe,
+            **({"guides": settings.guides} if settings.guides else {}),
             "started_from": started_from(settings),
             "num_steps": step,
             "average": chosen.name,
@@ -105,13 +111,28 @@ def registered(
 def covariance_tables(
     settings: TrainSettings, module: Preconditioned
 ) -> dict[str, CovarianceTable]:
-    """The covariance table of each condition, from validation images, at the network's best."""
-    from diffusion_core.networks.precond import ConditionedDenoiser
+    """The covariance table of each condition, from validation images, at the network's best.
+
+    Of a condition with guides a second one, of the validation images that have some, shown them.
+    """
+    from diffusion_core.model import GUIDED
+    from diffusion_core.networks.precond import CarryingDenoiser, ConditionedDenoiser, guided
     from diffusion_core.noise.draws import KeyedDraws
     from diffusion_core.posterior.covariance import fit_covariance
 
     tables = {}
     images = validation_images(settings, _NUM_TABLE_IMAGES, _TABLE_SIDE)
+    if settings.guides:
+        guides = validation_guides(settings, _NUM_TABLE_IMAGES, _TABLE_SIDE)
+        for index, (condition, chosen) in enumerate(images.items()):
+            seen = [i for i, shown in enumerate(guides[condition]) if shown.isfinite().any()]
+            if seen and condition in settings.guides:
+                carrying = CarryingDenoiser(module, index, chosen[0].shape[1])
+                tables[f"{condition}{GUIDED}"] = fit_covariance(
+                    [guided(carrying, guides[condition][i]) for i in seen],
+                    [chosen[i] for i in seen],
+                    lambda number: KeyedDraws(settings.seed, f"covariance-{number}"),
+                )
     for condition, more in calibration_images(settings).items():
         images[condition] = images[condition] + more
     for index, (condition, chosen) in enumerate(images.items()):

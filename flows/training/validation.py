@@ -33,16 +33,37 @@ def validation_images(
         num_images: for each condition, where there are as many.
         side: of the crop in pixels; smaller images are taken whole.
     """
-    training = settings.model_dump_json(include=set(TrainSettings.model_fields))
-    return _images(training, num_images, side)
+    pairs = _pairs(_training_json(settings), num_images, side)
+    return {condition: [image for image, _ in chosen] for condition, chosen in pairs.items()}
+
+
+def validation_guides(
+    settings: TrainSettings, num_images: int, side: int
+) -> dict[str, list[Tensor]]:
+    """The guides (1 g h w) of `validation_images`, as the network takes them; g may be 0."""
+    pairs = _pairs(_training_json(settings), num_images, side)
+    return {condition: [guide for _, guide in chosen] for condition, chosen in pairs.items()}
+
+
+def _training_json(settings: TrainSettings) -> str:
+    """The settings of a training, without those that a kind of its own adds."""
+    return settings.model_dump_json(include=set(TrainSettings.model_fields))
 
 
 @lru_cache(maxsize=4)
-def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Tensor]]:
+def _pairs(
+    settings_json: str, num_images: int, side: int
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(image, its guides) of each condition."""
     import numpy as np
     import torch
 
-    from flows.training.data import condition_channels, condition_domains, load_windows
+    from flows.training.data import (
+        condition_channels,
+        condition_domains,
+        load_windows,
+        num_guides,
+    )
 
     settings = TrainSettings.model_validate_json(settings_json)
     channels = condition_channels(settings)
@@ -50,11 +71,11 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
     volumes: dict[str, list[Sequence[np.ndarray[Any, Any]]]] = {}
     for condition, views in load_windows(settings, "validation"):
         volumes.setdefault(condition, []).append(views)
-    images: dict[str, list[Tensor]] = {}
+    images: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for condition in channels:
         source = domains[condition].drawn_from.get(condition, condition)
         found = volumes.get(condition, []) or volumes.get(source, [])
-        chosen: list[Tensor] = []
+        chosen: list[tuple[Tensor, Tensor]] = []
         for number in range(num_images if found else 0):
             turn, turns = number // len(found), -(-num_images // len(found))
             views = found[number % len(found)]
@@ -63,11 +84,14 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
             volume = views[-1] if number % 2 else views[0]
             depth = volume.shape[1]
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
-            patch = _centre(volume[:, z], side)
+            joined = _centre(volume[:, z], side)
+            patch, guide = np.split(joined, [len(joined) - num_guides(settings)])
             rng = np.random.Generator(np.random.Philox(key=[_SEED, number]))
             if condition in domains[condition].drawn_from:
                 patch = domains[condition].augment(condition, patch, rng)
-            chosen.append(torch.from_numpy(np.ascontiguousarray(patch, np.float32))[None])
+            parts = (np.ascontiguousarray(part, np.float32) for part in (patch, guide))
+            image, shown = (torch.from_numpy(part)[None] for part in parts)
+            chosen.append((image, shown))
         images[condition] = chosen
     return images
 

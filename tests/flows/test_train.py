@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from train_kit import dataset_of, settings
+from train_kit import dataset_of, kill_training, settings
 
 from domains.base import BadInputError
 from flows.api_train import train
@@ -27,22 +26,8 @@ def losses(run: Path) -> dict[int, float]:
 
 def test_killed_with_9_it_goes_on_to_the_undisturbed_curve(dataset, tmp_path):
     undisturbed = train(settings(dataset, tmp_path / "a"))
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        textwrap.dedent("""
-        import sys
-        from flows.api_train import train
-        from flows.config import TrainSettings
-        train(TrainSettings.model_validate_json(sys.argv[1]))
-    """)
-    )
     asked = settings(dataset, tmp_path / "b")
-    process = subprocess.Popen([sys.executable, driver, asked.model_dump_json()], env=os.environ)
-    log = tmp_path / "b" / "small" / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
-        pass
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    log = kill_training(asked, tmp_path)
     before = losses(log.parent)
     assert 5 <= max(before) < 30
 

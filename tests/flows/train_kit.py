@@ -1,5 +1,10 @@
 """A tiny dataset and quick settings for tests of training."""
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,3 +46,25 @@ def settings(dataset: Path, output: Path, **changes: object) -> TrainSettings:
         "compute": ComputeSettings(executor="inline"), "num_threads": 1,
     }  # fmt: skip
     return TrainSettings(**{**values, **changes})
+
+
+def kill_training(asked: TrainSettings, folder: Path, after_readings: int = 5) -> Path:
+    """Train in another process, and kill -9 it after some readings; returns its log."""
+    driver = folder / "driver.py"
+    driver.write_text(
+        textwrap.dedent("""
+        import sys
+        from flows.api_train import train
+        from flows.config import TrainSettings
+        train(TrainSettings.model_validate_json(sys.argv[1]))
+    """)
+    )
+    process = subprocess.Popen([sys.executable, driver, asked.model_dump_json()], env=os.environ)
+    log = asked.output / asked.name / "log.jsonl"
+    while process.poll() is None and (
+        not log.exists() or log.read_text().count("\n") < after_readings
+    ):
+        pass
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    return log
