@@ -70,12 +70,12 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
     """
     from flows.training.checks import check_data, check_settings
     from flows.training.finish import finish
-    from flows.training.run_folder import only_one, open_run, run_path
+    from flows.training.run_folder import only_one, open_run, run_path, steps_done
 
     report = on_event or (lambda _event: None)
     settings = resolved(settings)
     check_settings(settings)
-    settings = settings.model_copy(update={"data": _datasets(settings, report)})
+    settings = learned_from(settings, _datasets(settings, report), Home().home / "datasets")
     check_data(settings)
     with only_one(run_path(settings)):
         run = open_run(settings)
@@ -88,6 +88,10 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
                 "cache_bytes": cache_bytes(settings),
             }
             _run_workers(settings, payload, report)
+            if left := settings.num_steps - steps_done(run):
+                done = settings.num_steps - left
+                told = f"stopped: the last {settings.stop.patience} scores brought no gain"
+                report(Event("train", done, settings.num_steps, told, {}))
         shutil.rmtree(run / VIEWS, ignore_errors=True)
         return finish(settings, run, report)
 
@@ -102,10 +106,14 @@ def resolved(settings: TrainSettings) -> TrainSettings:
 
 
 def steps_left(settings: TrainSettings, run: Path) -> int:
-    """Steps that a run has still to take."""
+    """Steps that a run has still to take; none if its scores ended it."""
     from flows.training.run_folder import steps_done
+    from flows.training.stopping import has_ended, scores_by_step
 
-    return max(0, settings.num_steps - steps_done(run))
+    done = steps_done(run)
+    if has_ended(settings.stop, scores_by_step(run), done):
+        return 0
+    return max(0, settings.num_steps - done)
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
@@ -154,11 +162,14 @@ def _density(settings: TrainSettings) -> SigmaDensity | Histogram:
 def new_network(settings: TrainSettings) -> Preconditioned:
     """The network before its first step: seeded, or with the weights of `init_from`.
 
+    With `low_rank` these are frozen, and have corrections.
+
     Raises:
         BadInputError: if `network` describes none, or `init_from` is another network or lacks a
             condition to begin as.
     """
     from diffusion_core.networks.local_unet import LocalUNet
+    from diffusion_core.networks.low_rank import add_low_rank
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.streams import seeded_initialisation
 
@@ -173,6 +184,9 @@ def new_network(settings: TrainSettings) -> Preconditioned:
         ) from error
     if settings.init_from is not None:
         _begin_from(module, settings, settings.init_from)
+    if settings.low_rank:
+        with seeded_initialisation(settings.seed):
+            add_low_rank(module, settings.low_rank)
     return module
 
 
@@ -209,6 +223,25 @@ def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
     splits = ("train", "validation")
     ingest_samples(path, splits=splits, extra=settings.extra_samples, on_event=report)
     return [path.resolve()]
+
+
+def learned_from(settings: TrainSettings, data: list[Path], folder: Path) -> TrainSettings:
+    """The settings with the datasets that are read: those named, or some of their slices.
+
+    Args:
+        settings: see TrainSettings.
+        data: the datasets named.
+        folder: where the dataset of `few` slices is, or is written.
+
+    Raises:
+        BadInputError: if they do not hold so many slices.
+    """
+    from flows.training.few import few_dataset
+
+    settings = settings.model_copy(update={"data": data})
+    if settings.few is not None:
+        return settings.model_copy(update={"data": [few_dataset(settings, settings.few, folder)]})
+    return settings
 
 
 def known_datasets(settings: TrainSettings) -> list[Path]:

@@ -34,7 +34,7 @@ class Choice:
 
     Attributes:
         step: steps done in all.
-        module: the network with these weights, in evaluation mode.
+        module: the network with these weights, plain ones, in evaluation mode.
         name: "newest", "best-step-4000" or "length-0.05".
         scores: restoration score in dB of every candidate; empty if there was but one.
     """
@@ -58,12 +58,14 @@ def chosen_average(
     Raises:
         FileNotFoundError: if the run has no checkpoint yet.
     """
+    from diffusion_core.networks.low_rank import merged
+
     step = steps_done(run)
     candidates = dict(_candidates(settings, run, step))
     module = new_network(settings).eval().requires_grad_(requires_grad=False)
     if len(candidates) == 1:
         module.load_state_dict(candidates["newest"]())
-        return Choice(step, module)
+        return Choice(step, merged(module))
     scores: dict[str, float] = {}
     for name, weights in candidates.items():
         module.load_state_dict(weights())
@@ -71,7 +73,7 @@ def chosen_average(
         tell(f"{name}: {scores[name]:.3f} dB restored")
     best = max(scores, key=lambda name: scores[name])
     module.load_state_dict(candidates[best]())
-    return Choice(step, module, best, {name: round(db, 4) for name, db in scores.items()})
+    return Choice(step, merged(module), best, {name: round(db, 4) for name, db in scores.items()})
 
 
 def _candidates(settings: TrainSettings, run: Path, step: int) -> Iterator[tuple[str, Weights]]:

@@ -30,14 +30,15 @@ _MAY_CHANGE = {
     "prefetch_threads",
     "data_memory_gb",
     "score",
+    "stop",
     "ema_lengths",
     "data",
     "extra_samples",
 }
 """What may differ when a run is taken up again: none of it changes what is learned. Calibration
 items change the tables, which are measured anew whenever the run is finished, as score and
-ema_lengths change which averaged weights are shipped; data is compared by its content (below),
-wherever it lies."""
+ema_lengths change which averaged weights are shipped and stop how many steps are taken; data is
+compared by its content (below), wherever it lies."""
 
 _DATA, _START = "data_digests", "init_digest"
 _CALLED = {_DATA: "data", _START: "init_from"}

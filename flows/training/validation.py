@@ -74,8 +74,9 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
 def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
     """Whole slices (1 c h w) of the settings' calibration items, spread over each, per condition.
 
-    They are training items: their residuals flatter the network a little, but a table measured at
-    another resolution misleads the solver more (infra/decisions/0002).
+    Where there are `few` slices all items are such. They are training items: their residuals
+    flatter the network a little, but a table measured at another resolution misleads the solver
+    more (infra/decisions/0002).
     """
     import numpy as np
     import torch
@@ -85,7 +86,8 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
     images: dict[str, list[Tensor]] = {}
     for dataset in map(Dataset, settings.data):
         for record in dataset.items():
-            if record.item_id not in settings.calibration_items:
+            named = record.item_id in settings.calibration_items
+            if not named and (settings.few is None or record.split != "train"):
                 continue
             windows = load_domain(record.domain).training_windows(dataset.read(record.item_id))
             for condition, views in windows.items():

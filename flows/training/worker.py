@@ -73,6 +73,8 @@ def work(
     from flows.api_train import new_network, recipe_of
     from flows.training.choice import score_and_keep
     from flows.training.data import patch_source
+    from flows.training.run_folder import steps_done
+    from flows.training.stopping import has_ended, scores_by_step
 
     settings = TrainSettings(**payload["settings"])
     run = Path(payload["run"])
@@ -88,9 +90,12 @@ def work(
             journal.read(step, metrics, averaged)
             tell({"step": step, **metrics})
 
-        def on_score(step: int, averaged: Preconditioned) -> None:
+        def on_score(step: int, averaged: Preconditioned) -> bool:
             journal.score(score_and_keep(settings, run, step, averaged))
+            return has_ended(settings.stop, scores_by_step(run), step)
 
+        if rank == 0 and settings.stop.patience and settings.init_from and not steps_done(run):
+            on_score(0, model.to(device).eval())  # a start that nothing betters is kept
         train(
             model,
             patches,
