@@ -175,7 +175,11 @@ def new_network(settings: TrainSettings) -> Preconditioned:
 
     try:
         with seeded_initialisation(settings.seed):
-            network = LocalUNet(num_conditions=len(settings.conditions), **settings.network)
+            network = LocalUNet(
+                num_conditions=len(settings.conditions),
+                **settings.network,
+                sees_missing=settings.corruption is not None,
+            )
             module = Preconditioned(network)
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise BadInputError(
@@ -202,6 +206,7 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
             f"{STARTER}, the shipped one"
         ) from error
     asked = {**module.network.config, "num_conditions": None}
+    asked.pop("sees_missing", None)
     known = list(start.conditions)
     begin_as = [settings.init_conditions.get(c, c) for c in settings.conditions]
     missing = [c for c in begin_as if c not in known]

@@ -287,6 +287,18 @@ class FewSettings(Settings):
         return self
 
 
+class CorruptionSettings(Settings):
+    """What the training images lack, all of them: nothing clean is ever seen."""
+
+    kind: Literal["mask"] = Field("mask", description="pixels that were not measured")
+    further: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="mean share of the measured pixels that the network is not shown either",
+    )
+
+
 class StopSettings(Settings):
     """When a training ends before its last step: once its score (`score`) gains no more."""
 
@@ -324,6 +336,9 @@ class TrainSettings(Settings):
         "nothing else; 0: all weights",
     )
     few: FewSettings | None = Field(None, description="learn from some slices; default: all")
+    corruption: CorruptionSettings | None = Field(
+        None, description="of stores of measurements in `data`, whose images lack pixels"
+    )
     least_view_scale: float = Field(
         0.0,
         ge=0,

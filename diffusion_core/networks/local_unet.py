@@ -39,6 +39,9 @@ class LocalUNet(nn.Module):
         depths: residual blocks at each resolution, on the way down and again on the way up
             (the last resolution is passed once).
         num_features: length of the modulation vector.
+        sees_missing: whether it is told which pixels hold nothing; for training on images that lack
+            pixels (training/corrupted.py). Where none is missing these inputs are 0, and the
+            network without them is the same one.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class LocalUNet(nn.Module):
         widths: Sequence[int] = (64, 96, 192),
         depths: Sequence[int] = (3, 2, 2),
         num_features: int = 128,
+        *,
+        sees_missing: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -55,9 +60,12 @@ class LocalUNet(nn.Module):
             "depths": list(depths),
             "num_features": num_features,
         }
+        if sees_missing:
+            self.config["sees_missing"] = True
         self.stride = 2 ** len(widths)
         self.features = Features(num_conditions, num_features)
-        self.stem = nn.Conv2d(2 * NUM_CHANNELS * 4, widths[0], 3, padding=1)
+        num_inputs = (3 if sees_missing else 2) * NUM_CHANNELS
+        self.stem = nn.Conv2d(num_inputs * 4, widths[0], 3, padding=1)
 
         def stage(width: int, depth: int) -> nn.ModuleList:
             return nn.ModuleList(ResidualBlock(width, num_features) for _ in range(depth))
@@ -87,10 +95,17 @@ class LocalUNet(nn.Module):
         x_detail: Float[Tensor, "b 3 h w"],
         ln_sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
+        missing: Float[Tensor, "b 3 h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """F(c_in x, detail; ln sigma, condition); h and w must divide by `stride`."""
+        """F(c_in x, detail; ln sigma, condition); h and w must divide by `stride`.
+
+        `missing` is 1 where x holds nothing; a network that is not told of it takes None.
+        """
         features = self.features(ln_sigma, condition)
-        h = F.pixel_unshuffle(torch.cat([x_scaled, x_detail], dim=1), 2)
+        inputs = [x_scaled, x_detail]
+        if self.config.get("sees_missing"):
+            inputs.append(torch.zeros_like(x_scaled) if missing is None else missing)
+        h = F.pixel_unshuffle(torch.cat(inputs, dim=1), 2)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         skips: list[Tensor] = []
         for level, blocks in enumerate(self.down):
@@ -105,6 +120,26 @@ class LocalUNet(nn.Module):
             for block in self.up[level]:  # type: ignore[attr-defined]
                 h = block(h, features)
         return F.pixel_shuffle(self.head(h), 2)
+
+
+def stem_of(weight: Tensor, *, sees_missing: bool) -> Tensor:
+    """The stem's weight for a network that is told of missing pixels, or for one that is not.
+
+    The inputs that are added weigh nothing; those that are left out are 0 where none is missing.
+    """
+    plain = 2 * NUM_CHANNELS * 4
+    weight = weight[:, :plain]
+    return F.pad(weight, (0, 0, 0, 0, 0, plain // 2)) if sees_missing else weight.clone()
+
+
+def filled(x: Tensor, missing: Tensor) -> Tensor:
+    """x with the mean of the known pixels of a 5 x 5 window where it is missing (b c h w).
+
+    0, the middle of the range, where the window has none.
+    """
+    known = 1 - missing
+    mean = _box_mean(x * known, 5) / _box_mean(known, 5).clamp(min=1e-6)
+    return torch.where(missing > 0, mean, x)
 
 
 def local_detail(x: Tensor, sigma: Tensor) -> Tensor:

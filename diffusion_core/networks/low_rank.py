@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from diffusion_core.networks.local_unet import LocalUNet
-from diffusion_core.networks.precond import Preconditioned
+from diffusion_core.networks.local_unet import LocalUNet, stem_of
+from diffusion_core.networks.precond import STEM, Preconditioned
 
 
 class LowRankUpdate(nn.Module):
@@ -57,14 +57,17 @@ def add_low_rank(module: Preconditioned, rank: int) -> None:
 def merged(module: Preconditioned) -> Preconditioned:
     """A network of plain weights, to which the corrections are added for good; in its mode.
 
-    One without corrections is copied.
+    One without corrections is copied; one that is told of missing pixels forgets those inputs, and
+    is the same where none is missing.
     """
     weights = {n: v for n, v in module.state_dict().items() if ".parametrizations." not in n}
     for name, layer in module.named_modules():
         if parametrize.is_parametrized(layer):
             weights[f"{name}.weight"] = layer.weight.detach()
     # A copy would share the class that carries the parametrisation, and lose it for both.
-    plain = Preconditioned(LocalUNet(**module.network.config), module.sigma_data)
+    config = {k: v for k, v in module.network.config.items() if k != "sees_missing"}
+    plain = Preconditioned(LocalUNet(**config), module.sigma_data)
+    weights[STEM] = stem_of(weights[STEM], sees_missing=False)
     plain.load_state_dict(weights)
     plain.train(module.training).requires_grad_(requires_grad=False)
     return plain.to(next(module.parameters()).device)

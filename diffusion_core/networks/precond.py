@@ -9,10 +9,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffusion_core.networks.local_unet import NUM_CHANNELS, LocalUNet, local_detail
+from diffusion_core.networks.local_unet import (
+    NUM_CHANNELS,
+    LocalUNet,
+    filled,
+    local_detail,
+    stem_of,
+)
 
 _CONDITION_WEIGHTS = "network.features.hidden.weight"
 """Its last columns belong to the conditions, one each."""
+STEM = "network.stem.weight"
 
 
 class Preconditioned(nn.Module):
@@ -35,8 +42,15 @@ class Preconditioned(nn.Module):
         x: Float[Tensor, "b 3 h w"],
         sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
+        missing: Float[Tensor, "b 3 h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride."""
+        """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride.
+
+        With `missing` (1 where x holds nothing, for networks that are told of it) an estimate of
+        the whole image from the other pixels.
+        """
+        if missing is not None:
+            x = filled(x, missing)
         s = sigma[:, None, None, None]
         norm = s**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / norm
@@ -44,13 +58,19 @@ class Preconditioned(nn.Module):
         c_in = norm.rsqrt()
         dtype = next(self.network.parameters()).dtype
         F_x = self.network(
-            (c_in * x).to(dtype), local_detail(x, sigma).to(dtype), sigma.log().to(dtype), condition
+            (c_in * x).to(dtype),
+            local_detail(x, sigma).to(dtype),
+            sigma.log().to(dtype),
+            condition,
+            None if missing is None else missing.to(dtype),
         )
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
 
     def begin_from(self, other: Preconditioned, conditions: Sequence[int]) -> None:
         """Take over the weights of a network that differs in its conditions at most.
+
+        One of the two may be told of missing pixels and the other not.
 
         Args:
             other: same widths, depths and features.
@@ -61,6 +81,9 @@ class Preconditioned(nn.Module):
         num_phases = before.shape[1] - other.network.features.num_conditions
         chosen = [num_phases + index for index in conditions]
         weights[_CONDITION_WEIGHTS] = before[:, [*range(num_phases), *chosen]]
+        sees_missing = "sees_missing" in self.network.config
+        if sees_missing != ("sees_missing" in other.network.config):
+            weights[STEM] = stem_of(weights[STEM], sees_missing=sees_missing)
         self.load_state_dict(weights)
 
     def uncertainty(self, sigma: Tensor, condition: Tensor) -> Float[Tensor, " b"]:

@@ -201,8 +201,6 @@ def _micro_batches(count: int, size: int) -> list[slice]:
 
 def move(part: Batch | Tensor, device: str) -> Any:
     """A batch or tensor on `device`."""
-    if isinstance(part, Batch):
-        return Batch(*(t.to(device) for t in (part.x0, part.condition, part.channels)))
     return part.to(device)
 
 

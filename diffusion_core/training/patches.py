@@ -21,6 +21,8 @@ Augment = Callable[[str, Array, np.random.Generator], Array]
 GOLDEN = 0.6180339887498949
 _FLAT_STD = 0.03  # network units: air, sky; worth a look now and then only
 _MAX_REDRAWS = 4
+_FURTHER = 0x5A5B1C0
+"""Parts what is hidden by chance from what is drawn."""
 _SOFT_PX = (0.3, 1.3)
 """Standard deviation of a blur that a sharp picture could have had."""
 
@@ -53,21 +55,33 @@ class Volumes:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of clean patches.
+    """A batch of patches.
 
     Attributes:
-        x0: (b 3 h w) in network units, unused channels at 0.
+        x0: (b 3 h w) in network units, unused channels at 0, and what was never measured too.
         condition: (b,) index of the condition.
         channels: (b 3) 1 where a channel is in use.
+        measured: (b 3 h w) 1 where x0 is known; None: everywhere.
+        shown: (b 3 h w) 1 where the network may see it, no more than `measured`; None likewise.
     """
 
     x0: Tensor
     condition: Tensor
     channels: Tensor
+    measured: Tensor | None = None
+    shown: Tensor | None = None
 
     def part(self, samples: slice) -> Batch:
         """Some of the samples; shares memory."""
-        return Batch(self.x0[samples], self.condition[samples], self.channels[samples])
+        return self._each(lambda tensor: tensor[samples])
+
+    def to(self, device: str) -> Batch:
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (self.x0, self.condition, self.channels, self.measured, self.shown)
+        return Batch(*(None if t is None else change(t) for t in tensors))  # type: ignore[arg-type]
 
 
 class PatchSource:
@@ -80,6 +94,8 @@ class PatchSource:
         seed: of the whole sequence.
         augment: (condition, patch (c h w), rng) -> patch, by the domain; its scale and phase
             changes must be ones that real images could have had.
+        further: None for clean images. For images that lack pixels (NaN) the share of the measured
+            ones that the network is not shown either, in the mean over samples.
     """
 
     def __init__(
@@ -89,6 +105,7 @@ class PatchSource:
         patch_size: int,
         seed: int,
         augment: Augment,
+        further: float | None = None,
     ) -> None:
         missing = [name for name in shares if not items.get(name)]
         if missing:
@@ -102,16 +119,27 @@ class PatchSource:
         self._size = patch_size
         self._seed = seed
         self._augment = augment
+        self._further = further
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of the sequence."""
         drawn = [self._sample(n) for n in range(first, first + count)]
+        x0 = torch.from_numpy(np.stack([patch for _, patch, _ in drawn]))
+        measured = shown = None
+        if self._further is not None:
+            measured = x0.isfinite().float()
+            x0 = x0.nan_to_num(0.0)
+            numbers = range(first, first + count)
+            kept = [further_mask(self._seed, n, self._further, x0.shape[-2:]) for n in numbers]
+            shown = measured * torch.from_numpy(np.stack(kept))
         return Batch(
-            x0=torch.from_numpy(np.stack([patch for _, patch, _ in drawn])),
+            x0=x0,
             condition=torch.tensor([index for index, _, _ in drawn]),
             channels=torch.tensor(
                 [[float(i < used) for i in range(NUM_CHANNELS)] for _, _, used in drawn]
             ),
+            measured=measured,
+            shown=shown,
         )
 
     def _sample(self, n: int) -> tuple[int, Array, int]:
@@ -121,7 +149,7 @@ class PatchSource:
         rng = np.random.Generator(np.random.Philox(key=[self._seed, n]))
         for _ in range(_MAX_REDRAWS):
             patch = self._crop(name, rng)
-            if patch.std() > _FLAT_STD:
+            if _std(patch) > _FLAT_STD:
                 break
         patch = _dihedral(self._augment(name, patch, rng), rng)
         used = patch.shape[0]
@@ -138,6 +166,25 @@ class PatchSource:
         crop: Array = volume[:, z, y : y + self._size, x : x + self._size]
         # In one order of memory: sums of a crop come out alike wherever it was read from.
         return crop.astype(np.float32, order="C")
+
+
+def further_mask(seed: int, number: int, share: float, size: Sequence[int]) -> Array:
+    """(1 h w) float32, 0 where sample `number` is corrupted further: pixels by chance.
+
+    Their share is drawn too, from 0 to twice `share`: a network that learns how its estimate gains
+    as fewer pixels are missing will be asked what it is where none is.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed ^ _FURTHER, number]))
+    own_share = rng.uniform(0, 2 * share)
+    return (rng.random((1, *size)) >= own_share).astype(np.float32)
+
+
+def _std(patch: Array) -> float:
+    """Standard deviation of what is measured of a patch; 0 of nothing."""
+    if not np.isnan(patch).any():
+        return float(patch.std())
+    known = patch[np.isfinite(patch)]
+    return float(known.std()) if known.size else 0.0
 
 
 def _normalised(weights: Array) -> Array:

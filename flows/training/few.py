@@ -16,7 +16,7 @@ import numpy as np
 
 from domains.base import BadInputError, Item, ItemRecord, Split
 from flows.config import FewSettings, TrainSettings
-from flows.training.data import records_of
+from flows.training.data import allowed
 
 if TYPE_CHECKING:
     from flows.store import Dataset
@@ -53,15 +53,24 @@ def few_dataset(settings: TrainSettings, few: FewSettings, folder: Path) -> Path
 
 
 def _items(settings: TrainSettings, few: FewSettings) -> Iterator[Item]:
-    sources = list(records_of(settings, "train"))
+    sources = list(_records(settings, "train"))
     depths = [record.shape[1] for _, record in sources]
     learned, held_out = chosen_slices(depths, few)
     for (dataset, record), own, others in zip(sources, learned, held_out, strict=True):
         yield from _part(dataset, record, own, "train", record.item_id)
         yield from _part(dataset, record, others, "validation", record.item_id + HELD_OUT)
     if not few.held_out:
-        for dataset, record in records_of(settings, "validation"):
+        for dataset, record in _records(settings, "validation"):
             yield dataset.read(record.item_id)
+
+
+def _records(settings: TrainSettings, split: Split) -> Iterator[tuple[Dataset, ItemRecord]]:
+    from flows.store import Dataset
+
+    for dataset in map(Dataset, settings.data):
+        for record in dataset.items():
+            if record.split == split and allowed(record.meta, settings):
+                yield dataset, record
 
 
 def _part(

@@ -15,7 +15,12 @@ from flows.training.choice import chosen_average
 from flows.training.curve import training_curve
 from flows.training.data import condition_channels
 from flows.training.run_folder import steps_done
-from flows.training.validation import calibration_images, denoising_psnr, validation_images
+from flows.training.validation import (
+    calibration_images,
+    denoising_psnr,
+    validation_images,
+    without_holes,
+)
 
 if TYPE_CHECKING:
     from diffusion_core.networks.precond import Preconditioned
@@ -43,9 +48,10 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     chosen = chosen_average(settings, run, lambda line: report(Event("finish", 0, 3, line, {})))
     module = chosen.module
     report(Event("finish", 0, 3, "measuring covariance on validation images", {}))
-    tables = covariance_tables(settings, module)
+    tables = covariance_tables(settings, module, chosen.trained)
     report(Event("finish", 1, 3, "measuring denoising on validation images", {}))
     images = validation_images(settings, _NUM_FIGURE_IMAGES, FIGURE_SIDE)
+    images = without_holes(chosen.trained, images)
     metrics = denoising_psnr(module, images, _FIGURE_SIGMAS)
     sources = training_sources(settings)
     curve = training_curve(settings, run, chosen)
@@ -102,9 +108,15 @@ def _registered(
 
 
 def covariance_tables(
-    settings: TrainSettings, module: Preconditioned
+    settings: TrainSettings, module: Preconditioned, trained: Preconditioned
 ) -> dict[str, CovarianceTable]:
-    """The covariance table of each condition, from validation images, at the network's best."""
+    """The covariance table of each condition, from validation images, at the network's best.
+
+    Args:
+        settings: name the images.
+        module: that is shipped.
+        trained: what fills images that lack pixels.
+    """
     from diffusion_core.networks.precond import ConditionedDenoiser
     from diffusion_core.noise.draws import KeyedDraws
     from diffusion_core.posterior.covariance import fit_covariance
@@ -113,6 +125,7 @@ def covariance_tables(
     images = validation_images(settings, _NUM_TABLE_IMAGES, _TABLE_SIDE)
     for condition, more in calibration_images(settings).items():
         images[condition] = images[condition] + more
+    images = without_holes(trained, images)
     for index, (condition, chosen) in enumerate(images.items()):
         if not chosen:
             continue

@@ -138,11 +138,11 @@ def _refuse_other(run: Path, asked: dict[str, Any]) -> bool:
 
 def asked_of(settings: TrainSettings) -> dict[str, Any]:
     """All that the weights depend on, as JSON: settings, and digests of data and first weights."""
-    from flows.store import Dataset
+    from flows.training.sources import open_source
 
     return {
         **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
-        _DATA: [Dataset(path).digest for path in settings.data],
+        _DATA: [open_source(path).digest for path in settings.data],
         _START: started_from(settings),
     }
 

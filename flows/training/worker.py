@@ -197,10 +197,11 @@ def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndar
 
     from diffusion_core.networks.precond import ConditionedDenoiser
     from diffusion_core.noise.streams import training_noise
-    from flows.training.validation import validation_images
+    from flows.training.validation import validation_images, without_holes
 
     rows = []
-    for index, images in enumerate(validation_images(settings, 1, 128).values()):
+    shown = without_holes(averaged, validation_images(settings, 1, 128))
+    for index, images in enumerate(shown.values()):
         if not images:
             continue
         x0 = images[0]
