@@ -75,7 +75,7 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
     report = on_event or (lambda _event: None)
     settings = resolved(settings)
     check_settings(settings)
-    settings = learned_from(settings, _datasets(settings, report), Home().home / "datasets")
+    settings = learned_from(settings, training_data(settings, report), Home().home / "datasets")
     check_data(settings)
     with only_one(run_path(settings)):
         run = open_run(settings)
@@ -218,7 +218,7 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
     module.begin_from(start.module, [known.index(c) for c in begin_as])
 
 
-def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
+def training_data(settings: TrainSettings, report: OnEvent) -> list[Path]:
     """The datasets to train on; with none named, the samples, ingested once."""
     from flows.api_data import ingest_samples
 

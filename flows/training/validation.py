@@ -10,11 +10,13 @@ from flows.config import TrainSettings
 from flows.training.sources import open_source
 
 _CALIBRATION_SLICES = 4
+_LEAST_SIDE_PX = 32
 _FILL_SIGMA = 0.02
 _SEED = 0
 """Of the phases and bands drawn for validation: not the run's, or no two runs could be compared."""
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from diffusion_core.networks.precond import Preconditioned
@@ -60,7 +62,7 @@ def _images(settings_json: str, num_images: int, side: int) -> dict[str, list[Te
             views = found[number % len(found)]
             # Every other image at the coarsest scale: cameras blur single pixels, and what was
             # made smaller is sharper than what a camera gave.
-            volume = views[-1] if number % 2 else views[0]
+            volume = _coarsest(views) if number % 2 else views[0]
             depth = volume.shape[1]
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
             patch = _centre(volume[:, z], side)
@@ -165,6 +167,12 @@ def denoising_psnr(
             if chosen:
                 figures[f"{condition}/sigma-{sigma:g}"] = total / len(chosen)
     return figures
+
+
+def _coarsest(views: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """The last view that is no sliver: a volume of few slices, seen from the side, is one."""
+    least = min(_LEAST_SIDE_PX, *views[0].shape[-2:])
+    return [view for view in views if min(view.shape[-2:]) >= least][-1]
 
 
 def _centre(image, side: int):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
