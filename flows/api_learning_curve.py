@@ -189,15 +189,19 @@ def _by_image(score: Score) -> list[float]:
 def gain_of(fewer: Point, more: Point) -> Gain:
     """The gain of one point on another, paired by image and by draw.
 
-    Its standard error adds the chance of the images and that of the draws; with one draw the latter
-    is not known and left out.
+    Its variance adds the chance of the images and that of the draws; with one draw the latter is
+    not known and left out.
+
+    Source: Satterthwaite 1946, for the degrees of freedom of a sum of variances.
     """
     pairs = zip(fewer.scores, more.scores, strict=False)
     rows = [[b - a for a, b in zip(one, other, strict=True)] for one, other in pairs]
     by_draw = [_mean(row) for row in rows]
     by_image = [_mean(list(column)) for column in zip(*rows, strict=True)]
-    variance = _variance_of_mean(by_draw) + _variance_of_mean(by_image)
-    half = _quantile(len(by_image) + len(by_draw) - 2) * math.sqrt(variance)
+    parts = [(_variance_of_mean(found), len(found) - 1) for found in (by_draw, by_image)]
+    variance = sum(part for part, _ in parts)
+    spread = sum(part**2 / freedom for part, freedom in parts if freedom)
+    half = _quantile(variance**2 / spread) * math.sqrt(variance) if spread else math.inf
     mean = _mean(by_draw)
     return Gain(fewer.slices, more.slices, mean, mean - half, mean + half)
 
@@ -241,11 +245,11 @@ def _variance_of_mean(values: Sequence[float]) -> float:
     return sum((v - mean) ** 2 for v in values) / (count - 1) / count
 
 
-def _quantile(freedom: int) -> float:
-    """Of Student's t, two-sided; infinite without a degree of freedom."""
+def _quantile(freedom: float) -> float:
+    """Of Student's t, two-sided."""
     from scipy.stats import t as student
 
-    return float(student.ppf(0.5 + LEVEL / 2, freedom)) if freedom > 0 else math.inf
+    return float(student.ppf(0.5 + LEVEL / 2, freedom))
 
 
 def _write(found: LearningCurve) -> None:

@@ -126,6 +126,7 @@ def samples(as_json: bool, **options: Any) -> int:
     help="unassigned, train, validation, test, or by-group: about 80% train, 10% validation, 10% "
     "test, drawn by subfolder (patient or scene).  [default: unassigned]",
 )
+@click.option("--mask", help="What the images lack, to train from the rest; as for restore.")
 @prefect_flag
 @json_flag
 def ingest(prefect: bool, as_json: bool, **options: Any) -> int:

@@ -129,6 +129,18 @@ class IngestSettings(Settings):
         description="by-group: about 80% train, 10% validation, 10% test, drawn by subfolder of "
         "the source (patient or scene)",
     )
+    mask: str | None = Field(
+        None,
+        description="what the images lack, as for restore: masks (white = missing), a file of "
+        "boxes, 'nodata' or 'auto'; they become a store of measurements to train from",
+    )
+
+    @field_validator("mask")
+    @classmethod
+    def _lacks_pixels(cls, mask: str | None) -> str | None:
+        if mask == "slices":
+            raise ValueError("'slices' that are not there teach nothing; leave it out")
+        return mask
 
 
 class InspectSettings(Settings):
