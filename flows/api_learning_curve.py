@@ -126,7 +126,7 @@ def learning_curve(
     if settings.init_from is not None:
         points.append(Point(0, [_by_image(_score(common, None))]))
     for size in sizes:
-        rows = []
+        rows: list[list[float]] = []
         for draw in range(draws):
             run = _run_of(common, size, draw)
             report(Event("curve", len(rows), draws, f"{size} slices, draw {draw}", {}))
