@@ -10,6 +10,7 @@ from flows.console import duration, size, table
 
 if TYPE_CHECKING:
     from flows.api_inspect import Inspected, InspectResult
+    from flows.api_learning_curve import Gain, LearningCurve
     from flows.api_restore import RestoreResult
     from flows.api_train import TrainResult
     from flows.api_upkeep import GcResult, GivenUp, VerifyResult
@@ -160,6 +161,26 @@ def trained_text(result: TrainResult) -> str:
     if not result.versions:
         lines.append("not registered (register_as is empty): name its directory with --model")
     return "\n".join(lines)
+
+
+def curve_text(found: LearningCurve) -> str:
+    """What each number of slices is worth, and the verdict, for people."""
+    gains = {gain.more: gain for gain in found.gains}
+    rows = [
+        [
+            point.slices or "before training",
+            len(point.scores),
+            f"{point.db:.2f}",
+            _gained(gains[point.slices]) if point.slices in gains else "",
+        ]
+        for point in found.points
+    ]
+    names = ["slices", "draws", "score, dB", "gain on the number before"]
+    return "\n".join([table(names, rows), found.verdict, f"figure: {found.path / 'curve.png'}"])
+
+
+def _gained(gain: Gain) -> str:
+    return f"{gain.db:+.2f} ({gain.low:+.2f} to {gain.high:+.2f})"
 
 
 def restored_text(result: RestoreResult) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import yaml
 
 from domains.base import BadInputError, Domain, Item, ItemRecord, Measurement, Split, Task
@@ -37,6 +38,7 @@ from flows.store import (
     MeasurementEntry,
     Measurements,
     MeasurementWriter,
+    open_store,
 )
 
 SHARES: tuple[tuple[Split, float], ...] = (("train", 0.8), ("validation", 0.1), ("test", 0.1))
@@ -118,13 +120,13 @@ def samples(settings: SamplesSettings, on_event: EventHandler = ignore) -> list[
 
 
 def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestResult:
-    """Make a dataset of a user's own files.
+    """Make a dataset of a user's own files; of such as lack pixels a store of measurements.
 
     Items are named by keyed hashes of their content; groups by keyed hashes of the first folder
     below the source. What cannot be read is left out with a reason.
 
     Args:
-        settings: source, domain, output, split.
+        settings: source, domain, output, split, mask.
         on_event: told of each file.
 
     Returns:
@@ -142,13 +144,15 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     key = site_key(Home().home)
     records: list[ItemRecord] = []
     bad: list[Quarantined] = []
-    with DatasetWriter(settings.output) as writer:
+    take = None if settings.mask is None else _as_masked(settings, domain)
+    writing: Any = DatasetWriter if take is None else MeasurementWriter
+    with writing(settings.output) as writer:
         for done, path in enumerate(files, start=1):
             try:
                 item = _own_item(path, settings, key, {r.item_id for r in records})
                 read = guides.read(places[path], lambda guide: read_file(domain, guide))
                 item = with_guides(item, read)
-                writer.add(item)
+                writer.add(item if take is None else take(item, path))
             except BadInputError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 bad.append(Quarantined(path, _place(path, settings.source, key), reason))
@@ -161,7 +165,24 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
         writer.note("quarantined", [{"input": q.code, "reason": q.reason} for q in bad])
     if settings.split == "by-group":
         on_event(told_splits(records))
-    return IngestResult(settings.output, Dataset(settings.output).digest, records, bad)
+    return IngestResult(settings.output, open_store(settings.output).content_digest, records, bad)
+
+
+def _as_masked(settings: IngestSettings, domain: Domain) -> Callable[[Item, Path], Measurement]:
+    """What turns a file's item into the measurement of the pixels that it does not lack."""
+    from flows.config import RestoreSettings
+    from flows.damage import Damage, place_below
+
+    asked = RestoreSettings(input=settings.source, output=settings.output, mask=settings.mask)
+    damage = Damage.of(asked, domain)
+
+    def take(item: Item, path: Path) -> Measurement:
+        place = place_below(path, settings.source)
+        missing = damage.missing(item, place, damage.mask_of(place), domain)
+        mask = np.zeros(item.pixels.shape[2:], bool) if missing is None else missing
+        return domain.given(item, mask=mask, kernel=None, scale=None, sigma_y=0.0)
+
+    return take
 
 
 def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]) -> Item:

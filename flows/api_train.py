@@ -71,12 +71,12 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
     from flows.training.checks import check_data, check_settings
     from flows.training.distilling import finish_student
     from flows.training.finish import finish
-    from flows.training.run_folder import only_one, open_run, run_path
+    from flows.training.run_folder import only_one, open_run, run_path, steps_done
 
     report = on_event or (lambda _event: None)
     settings = resolved(settings)
     check_settings(settings)
-    settings = settings.model_copy(update={"data": _datasets(settings, report)})
+    settings = learned_from(settings, training_data(settings, report), Home().home / "datasets")
     check_data(settings)
     with only_one(run_path(settings)):
         run = open_run(settings)
@@ -89,6 +89,10 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
                 "cache_bytes": cache_bytes(settings),
             }
             _run_workers(settings, payload, report)
+            if left := settings.num_steps - steps_done(run):
+                done = settings.num_steps - left
+                told = f"stopped: the last {settings.stop.patience} scores brought no gain"
+                report(Event("train", done, settings.num_steps, told, {}))
         shutil.rmtree(run / VIEWS, ignore_errors=True)
         if isinstance(settings, DistillSettings):
             return finish_student(settings, run, report)
@@ -105,10 +109,14 @@ def resolved(settings: TrainSettings) -> TrainSettings:
 
 
 def steps_left(settings: TrainSettings, run: Path) -> int:
-    """Steps that a run has still to take."""
+    """Steps that a run has still to take; none if its scores ended it."""
     from flows.training.run_folder import steps_done
+    from flows.training.stopping import has_ended, scores_by_step
 
-    return max(0, settings.num_steps - steps_done(run))
+    done = steps_done(run)
+    if has_ended(settings.stop, scores_by_step(run), done):
+        return 0
+    return max(0, settings.num_steps - done)
 
 
 def recipe_of(settings: TrainSettings) -> Recipe:
@@ -157,12 +165,15 @@ def _density(settings: TrainSettings) -> SigmaDensity | Histogram:
 def new_network(settings: TrainSettings) -> Preconditioned:
     """The network before its first step: seeded, or with the weights of `init_from`.
 
+    With `low_rank` these are frozen, and have corrections.
+
     Raises:
         BadInputError: if `network` describes none, or `init_from` is another network or lacks a
             condition to begin as.
     """
     from diffusion_core.model import guide_channels
     from diffusion_core.networks.local_unet import LocalUNet
+    from diffusion_core.networks.low_rank import add_low_rank
     from diffusion_core.networks.precond import Preconditioned
     from diffusion_core.noise.streams import seeded_initialisation
 
@@ -171,6 +182,7 @@ def new_network(settings: TrainSettings) -> Preconditioned:
             network = LocalUNet(
                 num_conditions=len(settings.conditions),
                 num_guides=len(guide_channels(settings.guides)),
+                sees_missing=settings.corruption is not None,
                 **settings.network,
             )
             module = Preconditioned(network)
@@ -185,6 +197,9 @@ def new_network(settings: TrainSettings) -> Preconditioned:
         from diffusion_core.networks.student import student_of
 
         return student_of(module)
+    if settings.low_rank:
+        with seeded_initialisation(settings.seed):
+            add_low_rank(module, settings.low_rank)
     return module
 
 
@@ -201,6 +216,7 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
         ) from error
     varies = {"num_conditions": None, "num_guides": None}
     asked = {**module.network.config, **varies}
+    asked.pop("sees_missing", None)
     known = list(start.conditions)
     begin_as = [settings.init_conditions.get(c, c) for c in settings.conditions]
     missing = [c for c in begin_as if c not in known]
@@ -217,7 +233,7 @@ def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> 
     module.begin_from(start.module, [known.index(c) for c in begin_as])
 
 
-def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
+def training_data(settings: TrainSettings, report: OnEvent) -> list[Path]:
     """The datasets to train on; with none named, the samples, ingested once."""
     from flows.api_data import ingest_samples
 
@@ -227,6 +243,25 @@ def _datasets(settings: TrainSettings, report: OnEvent) -> list[Path]:
     splits = ("train", "validation")
     ingest_samples(path, splits=splits, extra=settings.extra_samples, on_event=report)
     return [path.resolve()]
+
+
+def learned_from(settings: TrainSettings, data: list[Path], folder: Path) -> TrainSettings:
+    """The settings with the datasets that are read: those named, or some of their slices.
+
+    Args:
+        settings: see TrainSettings.
+        data: the datasets named.
+        folder: where the dataset of `few` slices is, or is written.
+
+    Raises:
+        BadInputError: if they do not hold so many slices.
+    """
+    from flows.training.few import few_dataset
+
+    settings = settings.model_copy(update={"data": data})
+    if settings.few is not None:
+        return settings.model_copy(update={"data": [few_dataset(settings, settings.few, folder)]})
+    return settings
 
 
 def known_datasets(settings: TrainSettings) -> list[Path]:

@@ -39,6 +39,7 @@ from flows.cli_options import (
     json_flag,
     method_of,
     model_option,
+    numbers,
     options_of,
     prefect_flag,
     seed_option,
@@ -127,6 +128,7 @@ def samples(as_json: bool, **options: Any) -> int:
     "test, drawn by subfolder (patient or scene).  [default: unassigned]",
 )
 @guide_option
+@click.option("--mask", help="What the images lack, to train from the rest; as for restore.")
 @prefect_flag
 @json_flag
 def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
@@ -182,10 +184,18 @@ def simulate(as_json: bool, **options: Any) -> int:
 @click.argument("config", type=PATH)
 @click.option("--set", "changes", multiple=True, metavar="A.B=C", help="Change a setting.")
 @click.option("--plan", "plan_only", is_flag=True, help="Print what it would take, do nothing.")
+@click.option("--curve", metavar="N,N,...", help="Would more data help? Train on so many slices.")
+@click.option("--draws", default=2, show_default=True, help="Of the slices, for --curve.")
 @prefect_flag
 @json_flag
 def train(
-    config: Path, changes: Sequence[str], plan_only: bool, prefect: bool, as_json: bool
+    config: Path,
+    changes: Sequence[str],
+    plan_only: bool,
+    curve: str | None,
+    draws: int,
+    prefect: bool,
+    as_json: bool,
 ) -> int:
     """Train a model as a configuration file says.
 
@@ -199,6 +209,14 @@ def train(
 
         planned = plan_training(settings)
         _answer(planned, train_plan_text(planned), as_json=as_json)
+        return OK
+    if curve is not None:
+        from flows.answers import curve_text
+        from flows.api_learning_curve import learning_curve
+
+        with Terminal() as terminal:
+            found = learning_curve(settings, numbers(curve), draws=draws, on_event=terminal)
+        _answer(found, curve_text(found), as_json=as_json)
         return OK
     result = _run("train", settings, prefect=prefect)
     _answer(result, trained_text(result), as_json=as_json)

@@ -146,6 +146,18 @@ guide_option = click.option(
 )
 
 
+def numbers(text: str) -> list[int]:
+    """Whole numbers of "2,4,8".
+
+    Raises:
+        click.BadParameter: if it is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"'{text}' is no list of whole numbers such as 2,4,8") from error
+
+
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the user gave: the settings know the defaults of the others."""
     told = {k: v for k, v in options.items() if v is not None and v != ()}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from zoneinfo import available_timezones
 
 import yaml
@@ -24,6 +24,7 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -138,6 +139,24 @@ class IngestSettings(Settings):
         "the source (patient or scene)",
     )
     guides: dict[GuideName, Path] = GUIDES
+    mask: str | None = Field(
+        None,
+        description="what the images lack, as for restore: masks (white = missing), a file of "
+        "boxes, 'nodata' or 'auto'; they become a store of measurements to train from",
+    )
+
+    @field_validator("mask")
+    @classmethod
+    def _lacks_pixels(cls, mask: str | None) -> str | None:
+        if mask == "slices":
+            raise ValueError("'slices' that are not there teach nothing; leave it out")
+        return mask
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if self.mask is not None and self.guides:
+            raise ValueError("guides go with whole images: leave out --mask or --guide")
+        return self
 
 
 class InspectSettings(Settings):
@@ -294,6 +313,47 @@ class ScoreSettings(Settings):
     )
 
 
+class FewSettings(Settings):
+    """Little data: which slices of the training items are learned from, and which are held out."""
+
+    slices: int = Field(
+        0, ge=0, description="taken in all, spread over the training items; 0: every slice"
+    )
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="of these, to score the network by instead of the validation items, unlearned",
+    )
+    draw: int = Field(0, ge=0, lt=2**63, description="which choice; 0 is evenly spread")
+
+    @model_validator(mode="after")
+    def _leave_some(self) -> Self:
+        if self.slices and self.held_out >= self.slices:
+            raise ValueError(f"of {self.slices} slices {self.held_out} cannot be held out")
+        return self
+
+
+class CorruptionSettings(Settings):
+    """What the training images lack, all of them: nothing clean is ever seen."""
+
+    kind: Literal["mask"] = Field("mask", description="pixels that were not measured")
+    further: float = Field(
+        0.1,
+        ge=0,
+        lt=0.5,
+        description="mean share of the measured pixels that the network is not shown either",
+    )
+
+
+class StopSettings(Settings):
+    """When a training ends before its last step: once its score (`score`) gains no more."""
+
+    patience: int = Field(
+        0, ge=0, description="scores in a row without a gain that end it; 0: it runs to the end"
+    )
+    min_gain_db: float = Field(0.0, ge=0, allow_inf_nan=False, description="less is no gain")
+
+
 class TrainSettings(Settings):
     """`sashiko train configs/train-*.yaml`."""
 
@@ -313,6 +373,17 @@ class TrainSettings(Settings):
     init_conditions: dict[str, str] = Field(
         default_factory=dict,
         description="condition that init_from lacks -> the one of its conditions to begin as",
+    )
+    low_rank: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="train corrections of this rank of each convolution that init_from brings, and "
+        "nothing else; 0: all weights",
+    )
+    few: FewSettings | None = Field(None, description="learn from some slices; default: all")
+    corruption: CorruptionSettings | None = Field(
+        None, description="of stores of measurements in `data`, whose images lack pixels"
     )
     least_view_scale: float = Field(
         0.0,
@@ -359,6 +430,7 @@ class TrainSettings(Settings):
         description="to choose from: standard deviations as shares of the run; needs ema_snapshots",
     )
     score: ScoreSettings = Field(default_factory=ScoreSettings)
+    stop: StopSettings = Field(default_factory=StopSettings)
     ln_sigma_mean: float = Field(-1.5, ge=-20, le=20)
     ln_sigma_std: float = Field(1.3, gt=0, le=20)
     uniform_share: float = Field(0.25, ge=0, le=1)
@@ -408,6 +480,14 @@ class TrainSettings(Settings):
                 raise ValueError(f"the share of '{name}' must be above 0")
         return conditions
 
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.guides and self.corruption is not None:
+            raise ValueError("guides go with whole images: leave out guides or corruption")
+        if self.guides and self.low_rank:
+            raise ValueError("what guides add is learned from nothing: leave out low_rank")
+        return self
+
     @field_validator("soft_shares", "guides")
     @classmethod
     def _are_of_conditions(cls, shares: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -422,6 +502,21 @@ class TrainSettings(Settings):
         if not all(0 < length <= 0.288 for length in lengths):
             raise ValueError("lengths are above 0 and at most .288, that of the mean of all steps")
         return lengths
+
+    @field_validator("low_rank")
+    @classmethod
+    def _has_weights_to_correct(cls, rank: int, info: ValidationInfo) -> int:
+        if rank and info.data.get("init_from") is None:
+            raise ValueError("it corrects the weights of init_from: name a model there")
+        return rank
+
+    @field_validator("stop")
+    @classmethod
+    def _is_scored(cls, stop: StopSettings, info: ValidationInfo) -> StopSettings:
+        score = info.data.get("score")
+        if stop.patience and score is not None and not score.every_steps:
+            raise ValueError("stop.patience counts scores: set score.every_steps")
+        return stop
 
     @field_validator("level_mass")
     @classmethod
@@ -485,6 +580,13 @@ class DistillSettings(TrainSettings):
             if not operators.get(name):
                 raise ValueError(f"the condition '{name}' has no operator to be measured by")
         return operators
+
+    @model_validator(mode="after")
+    def _learns_whole(self) -> Self:
+        given = [n for n in ("low_rank", "corruption", "guides") if getattr(self, n)]
+        if given:
+            raise ValueError(f"a student learns from clean images, all weights: no {given[0]}")
+        return self
 
     @field_validator("inflation")
     @classmethod

@@ -348,7 +348,7 @@ def _images(
     files = find_files(folder, domain)
     is_output = cache(_is_output)
     given = (settings.mask, settings.kernel, *settings.guides.values())
-    tools = [Path(p).resolve() for p in given if is_file(p)]
+    tools = [Path(p).resolve() for p in given if p is not None and is_file(p)]
     output = settings.output
     if isinstance(output, Path):
         tools.append(output.resolve())

@@ -44,6 +44,9 @@ class LocalUNet(nn.Module):
             (the last resolution is passed once).
         num_features: length of the modulation vector.
         num_guides: further images that it can be shown, one channel each.
+        sees_missing: whether it is told which pixels hold nothing; for training on images that lack
+            pixels (training/corrupted.py). Where none is missing these inputs are 0, and the
+            network without them is the same one.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class LocalUNet(nn.Module):
         depths: Sequence[int] = (3, 2, 2),
         num_features: int = 128,
         num_guides: int = 0,
+        sees_missing: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
@@ -62,10 +66,13 @@ class LocalUNet(nn.Module):
             "num_features": num_features,
             **({"num_guides": num_guides} if num_guides else {}),
         }
+        if sees_missing:
+            self.config["sees_missing"] = True
         self.num_guides = num_guides
         self.stride = 2 ** len(widths)
         self.features = Features(num_conditions, num_features)
-        self.stem = nn.Conv2d(2 * NUM_CHANNELS * 4, widths[0], 3, padding=1)
+        num_inputs = (3 if sees_missing else 2) * NUM_CHANNELS
+        self.stem = nn.Conv2d(num_inputs * 4, widths[0], 3, padding=1)
 
         def stage(width: int, depth: int) -> nn.ModuleList:
             return nn.ModuleList(ResidualBlock(width, num_features) for _ in range(depth))
@@ -101,13 +108,18 @@ class LocalUNet(nn.Module):
         ln_sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
         guide: Float[Tensor, "b guides h w"] | None = None,
+        missing: Float[Tensor, "b 3 h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """F(c_in x, detail; ln sigma, condition, guide); h and w must divide by `stride`.
 
-        A guide is NaN where it is not given; None: nowhere.
+        A guide is NaN where it is not given; None: nowhere. `missing` is 1 where x holds nothing; a
+        network that is not told of it takes None.
         """
         features = self.features(ln_sigma, condition)
-        h = F.pixel_unshuffle(torch.cat([x_scaled, x_detail], dim=1), 2)
+        inputs = [x_scaled, x_detail]
+        if self.config.get("sees_missing"):
+            inputs.append(torch.zeros_like(x_scaled) if missing is None else missing)
+        h = F.pixel_unshuffle(torch.cat(inputs, dim=1), 2)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))
         if guide is not None and self.guide_stem is not None:
             h = h + self.guide_stem(_shown(guide).contiguous(memory_format=torch.channels_last))
@@ -131,6 +143,26 @@ def _shown(guide: Tensor) -> Tensor:
     given = guide.isfinite()
     values = torch.where(given, guide, torch.zeros_like(guide))
     return F.pixel_unshuffle(torch.cat([values, given.to(guide.dtype)], dim=1), 2)
+
+
+def stem_of(weight: Tensor, *, sees_missing: bool) -> Tensor:
+    """The stem's weight for a network that is told of missing pixels, or for one that is not.
+
+    The inputs that are added weigh nothing; those that are left out are 0 where none is missing.
+    """
+    plain = 2 * NUM_CHANNELS * 4
+    weight = weight[:, :plain]
+    return F.pad(weight, (0, 0, 0, 0, 0, plain // 2)) if sees_missing else weight.clone()
+
+
+def filled(x: Tensor, missing: Tensor) -> Tensor:
+    """x with the mean of the known pixels of a 5 x 5 window where it is missing (b c h w).
+
+    0, the middle of the range, where the window has none.
+    """
+    known = 1 - missing
+    mean = _box_mean(x * known, 5) / _box_mean(known, 5).clamp(min=1e-6)
+    return torch.where(missing > 0, mean, x)
 
 
 def local_detail(x: Tensor, sigma: Tensor) -> Tensor:

@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from diffusion_core.networks.local_unet import NUM_CHANNELS, LocalUNet, local_detail
+from diffusion_core.networks.local_unet import (
+    NUM_CHANNELS,
+    LocalUNet,
+    filled,
+    local_detail,
+    stem_of,
+)
 from diffusion_core.protocols import Denoiser, Sigma, Signal
 
 _CONDITION_WEIGHTS = "network.features.hidden.weight"
 """Its last columns belong to the conditions, one each."""
 _GUIDE_WEIGHTS = "network.guide_stem."
+STEM = "network.stem.weight"
 
 
 class Preconditioned(nn.Module):
@@ -37,14 +44,24 @@ class Preconditioned(nn.Module):
         x: Float[Tensor, "b 3 h w"],
         sigma: Float[Tensor, " b"],
         condition: Int[Tensor, " b"],
+        *,
         inputs: Float[Tensor, "b inputs h w"] | None = None,
         guide: Float[Tensor, "b guides h w"] | None = None,
+        missing: Float[Tensor, "b 3 h w"] | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """D(x; sigma) in float32, whatever precision F computes in; h, w divide by the stride.
 
-        `inputs` are shown to a network that takes some (student.py). A guide is on [-1, 1], about,
-        and NaN where it is not given.
+        Args:
+            x: noisy images.
+            sigma: their noise.
+            condition: index of each image's condition.
+            inputs: what a student is shown besides (student.py).
+            guide: another image of the same thing, on [-1, 1], about, NaN where it is not given.
+            missing: 1 where x holds nothing, for networks that are told of it; the estimate is of
+                the whole image then, from the other pixels.
         """
+        if missing is not None:
+            x = filled(x, missing)
         s = sigma[:, None, None, None]
         norm = s**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / norm
@@ -59,6 +76,7 @@ class Preconditioned(nn.Module):
             sigma.log().to(dtype),
             condition,
             None if guide is None else guide.to(dtype),
+            None if missing is None else missing.to(dtype),
         )
         D_x: Tensor = c_skip * x + c_out * F_x.to(x.dtype)
         return D_x
@@ -67,6 +85,8 @@ class Preconditioned(nn.Module):
         """Take over the weights of a network that differs in its conditions and guides at most.
 
         Where it knows no guides, ours begin without an influence.
+
+        One of the two may be told of missing pixels and the other not.
 
         Args:
             other: same widths, depths and features; the same guides, or none.
@@ -77,6 +97,9 @@ class Preconditioned(nn.Module):
         num_phases = before.shape[1] - other.network.features.num_conditions
         chosen = [num_phases + index for index in conditions]
         weights[_CONDITION_WEIGHTS] = before[:, [*range(num_phases), *chosen]]
+        sees_missing = "sees_missing" in self.network.config
+        if sees_missing != ("sees_missing" in other.network.config):
+            weights[STEM] = stem_of(weights[STEM], sees_missing=sees_missing)
         self.load_state_dict(weights)
 
     def _of_guides(self) -> dict[str, Tensor]:
@@ -128,7 +151,7 @@ class ConditionedDenoiser:
         index = torch.full((b,), self._condition, dtype=torch.long, device=x.device)
         if guide is not None:
             guide = pad_to_multiple(guide.float(), self.stride)
-        D_x = self._network(padded, sigma.float(), index, guide)
+        D_x = self._network(padded, sigma.float(), index, guide=guide)
         return D_x[:, :c, :h, :w].to(x.dtype)
 
 

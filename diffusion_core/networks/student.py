@@ -45,13 +45,18 @@ class StudentUNet(LocalUNet):
         self.stem = nn.Conv2d(_CELL * (2 * NUM_CHANNELS + num_inputs), widths[0], 3, padding=1)
 
     def forward(
-        self, x_scaled: Tensor, x_detail: Tensor, ln_sigma: Tensor, condition: Tensor
+        self,
+        x_scaled: Tensor,
+        x_detail: Tensor,
+        ln_sigma: Tensor,
+        condition: Tensor,
+        guide: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> Tensor:
         """F; see LocalUNet."""
-        missing = NUM_CHANNELS + self.config["num_inputs"] - x_detail.shape[1]
-        return super().forward(
-            x_scaled, F.pad(x_detail, (0, 0, 0, 0, 0, missing)), ln_sigma, condition
-        )
+        lacking = NUM_CHANNELS + self.config["num_inputs"] - x_detail.shape[1]
+        shown = F.pad(x_detail, (0, 0, 0, 0, 0, lacking))
+        return super().forward(x_scaled, shown, ln_sigma, condition, guide, missing)
 
 
 def student_of(teacher: Preconditioned, num_inputs: int = NUM_INPUTS) -> Preconditioned:
@@ -118,6 +123,6 @@ class StudentDenoiser:
         padded = pad_to_multiple(torch.cat([image, x[:, c:].float()], dim=1), stride)
         index = torch.full((b,), self._condition, dtype=torch.long, device=x.device)
         D_x = self._network(
-            padded[:, :NUM_CHANNELS], sigma.float(), index, padded[:, NUM_CHANNELS:]
+            padded[:, :NUM_CHANNELS], sigma.float(), index, inputs=padded[:, NUM_CHANNELS:]
         )
         return torch.cat([D_x[:, :c, :h, :w].to(x.dtype), x[:, c:]], dim=1)

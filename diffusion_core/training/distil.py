@@ -65,10 +65,10 @@ class Measured(Batch):
             change(self.x0),
             change(self.condition),
             change(self.channels),
-            change(self.start),
-            change(self.inputs),
-            change(self.variance),
-            guides,
+            start=change(self.start),
+            inputs=change(self.inputs),
+            variance=change(self.variance),
+            guides=guides,
         )
 
 
@@ -101,7 +101,15 @@ class MeasuredPatches(PatchSource):
         inputs = torch.cat([guide.inputs for guide in guides])
         errors = inputs[:, -NUM_CHANNELS:].square().mean(dim=(2, 3)).sum(dim=1)
         variance = (errors / clean.channels.sum(dim=1)).clamp_min(_LEAST_VARIANCE)
-        return Measured(clean.x0, clean.condition, clean.channels, start, inputs, variance, guides)
+        return Measured(
+            clean.x0,
+            clean.condition,
+            clean.channels,
+            start=start,
+            inputs=inputs,
+            variance=variance,
+            guides=guides,
+        )
 
     def _guide(self, clean: Batch, place: int, number: int) -> Guide:
         index = int(clean.condition[place])
@@ -150,7 +158,7 @@ class DistillationLoss:
         m, means, estimates = batch.start, [], []
         for number, level in enumerate(self.levels):
             levels = torch.full_like(batch.variance, level)
-            mu = model(m, levels, batch.condition, batch.inputs) * in_use
+            mu = model(m, levels, batch.condition, inputs=batch.inputs) * in_use
             means.append((levels, mu))
             if number + 1 < len(self.levels) or self.consistency:
                 m = _after(batch, number, mu)
@@ -185,5 +193,6 @@ def _padded(image: Signal) -> Tensor:
     return F.pad(image.float(), (0, 0, 0, 0, 0, NUM_CHANNELS - image.shape[1]))
 
 
-def _never(_x: Signal, _sigma: Tensor) -> Signal:
+def _never(x: Signal, sigma: Tensor) -> Signal:
+    del x, sigma
     raise AssertionError("the network is called by the objective")

@@ -90,13 +90,14 @@ class Callbacks:
     Attributes:
         on_log: (step, metrics, averaged model) every `log_every_steps`.
         on_checkpoint: (step, folder) after each.
-        on_score: (step, averaged model) every `score_every_steps`, on rank 0; the others wait.
+        on_score: (step, averaged model) every `score_every_steps`, on rank 0; the others wait. True
+            ends the training there.
         average: averages tensors over the workers in place: gradients and losses, before the step.
     """
 
     on_log: Callable[[int, dict[str, float], Preconditioned], None] = lambda *_: None
     on_checkpoint: Callable[[int, Path], None] = lambda *_: None
-    on_score: Callable[[int, Preconditioned], None] = lambda *_: None
+    on_score: Callable[[int, Preconditioned], bool] = lambda *_: False
     average: Callable[[Iterable[Tensor]], None] = lambda *_: None
 
 
@@ -125,7 +126,8 @@ def train(
         num_workers: workers in all; must divide the batch.
         device: of the model.
     Returns:
-        The state after the last step; `state.ema.module` is what to ship.
+        The state after the last step, or the one that `on_score` ended with; `state.ema.module` is
+        what to ship.
     Raises:
         ValueError: if the workers do not divide the batch.
     """
@@ -173,18 +175,23 @@ def train(
         if state.step % recipe.log_every_steps == 0:
             metrics = {**meter.read(), "rate": recipe.rate(step)}
             callbacks.on_log(state.step, metrics, state.ema.module)
-        if rank != 0:
-            continue
-        if recipe.score_every_steps and state.step % recipe.score_every_steps == 0:
-            with meter.paused():
-                callbacks.on_score(state.step, state.ema.module)
-        if state.step in snapshots_after:
-            save_snapshot(folder.with_name("snapshots"), state.step, state.family)
         is_last = state.step == recipe.num_steps
-        if is_last or time.monotonic() - last_saved > recipe.checkpoint_every_s:
+        if recipe.score_every_steps and state.step % recipe.score_every_steps == 0:
+            ended = torch.zeros(1, device=device)
+            if rank == 0:
+                with meter.paused():
+                    ended += bool(callbacks.on_score(state.step, state.ema.module))
+            callbacks.average([ended])  # so that all workers end at one step
+            is_last = is_last or bool(ended > 0)
+        if rank == 0 and (state.step in snapshots_after or (is_last and state.family)):
+            save_snapshot(folder.with_name("snapshots"), state.step, state.family)
+        is_due = is_last or time.monotonic() - last_saved > recipe.checkpoint_every_s
+        if rank == 0 and is_due:
             path = save_checkpoint(folder, state, meter.facts())
             callbacks.on_checkpoint(state.step, path)
             last_saved = time.monotonic()
+        if is_last:
+            break
     return state
 
 
@@ -200,18 +207,20 @@ def move(part: Batch | Tensor, device: str) -> Any:
 
 
 def _optimisers(model: Preconditioned, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden convolutions, AdamW for the head, the vectors and the features."""
-    hidden = [
-        p
-        for name, p in model.named_parameters()
-        if p.ndim == 4 and not name.startswith("network.head")
-    ]
+    """Muon for the hidden convolutions, AdamW for the head, the vectors and the features.
+
+    What is frozen has no optimiser; low-rank factors are AdamW's.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in trained if p.ndim == 4 and not name.startswith("network.head")]
     chosen = {id(p) for p in hidden}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(hidden, lr=recipe.learning_rate)
+    rest = [p for _, p in trained if id(p) not in chosen]
     adamw = torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    muon.param_groups[0]["ratio"] = 1.0
     adamw.param_groups[0]["ratio"] = recipe.adamw_ratio
+    if not hidden:
+        return [adamw]
+    muon = Muon(hidden, lr=recipe.learning_rate)
+    muon.param_groups[0]["ratio"] = 1.0
     return [muon, adamw]
 
 

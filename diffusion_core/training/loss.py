@@ -63,16 +63,26 @@ def denoising_loss(
 
     Args:
         model: D and its uncertainty head.
-        batch: clean patches; the loss looks at channels in use only.
+        batch: patches; the loss looks at channels in use only, and of images that lack pixels at
+            all measured ones, of which the network is shown a part. So it cannot know which of the
+            pixels it lacks will be asked for, and what is best is E[x0 | shown pixels of x].
         sigma: noise level of each sample.
         eps: standard normal noise.
-    Source: Karras et al. 2024 (arXiv:2312.02696), equation 14; lambda = 1 / c_out^2.
+    Source: Karras et al. 2024 (arXiv:2312.02696), equation 14; lambda = 1 / c_out^2. For missing
+    pixels Daras et al. 2023 (arXiv:2305.19256), equation 3.2.
     """
     in_use = batch.channels[:, :, None, None]
     x = (batch.x0 + sigma[:, None, None, None] * eps) * in_use
-    D_x = model(x, sigma, batch.condition, batch.guide)
     weight = (sigma**2 + model.sigma_data**2) / (sigma * model.sigma_data) ** 2
-    squared = ((D_x - batch.x0) * in_use).square().mean(dim=(2, 3)).sum(dim=1)
-    weighted = weight * squared / batch.channels.sum(dim=1)
+    if batch.measured is None or batch.shown is None:
+        D_x = model(x, sigma, batch.condition, guide=batch.guide)
+        squared = ((D_x - batch.x0) * in_use).square().mean(dim=(2, 3)).sum(dim=1)
+        weighted = weight * squared / batch.channels.sum(dim=1)
+    else:
+        missing = (1 - batch.shown) * in_use
+        D_x = model(x * batch.shown, sigma, batch.condition, guide=batch.guide, missing=missing)
+        asked = batch.measured * in_use
+        squared = ((D_x - batch.x0) * asked).square().sum(dim=(1, 2, 3))
+        weighted = weight * squared / asked.sum(dim=(1, 2, 3)).clamp(min=1)
     u = model.uncertainty(sigma, batch.condition)
     return (weighted * (-u).exp() + u).mean(), weighted.detach()

@@ -21,6 +21,8 @@ Augment = Callable[[str, Array, np.random.Generator], Array]
 GOLDEN = 0.6180339887498949
 _FLAT_STD = 0.03  # network units: air, sky; worth a look now and then only
 _MAX_REDRAWS = 4
+_FURTHER = 0x5A5B1C0
+"""Parts what is hidden by chance from what is drawn."""
 _SOFT_PX = (0.3, 1.3)
 """Standard deviation of a blur that a sharp picture could have had."""
 _GUIDE_GAIN = (0.7, 1.4)
@@ -55,19 +57,23 @@ class Volumes:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of clean patches.
+    """A batch of patches.
 
     Attributes:
-        x0: (b 3 h w) in network units, unused channels at 0.
+        x0: (b 3 h w) in network units, unused channels at 0, and what was never measured too.
         condition: (b,) index of the condition.
         channels: (b 3) 1 where a channel is in use.
         guide: (b g h w) on [-1, 1], NaN where it is not given; None: no guides are learned.
+        measured: (b 3 h w) 1 where x0 is known; None: everywhere.
+        shown: (b 3 h w) 1 where the network may see it, no more than `measured`; None likewise.
     """
 
     x0: Tensor
     condition: Tensor
     channels: Tensor
     guide: Tensor | None = None
+    measured: Tensor | None = None
+    shown: Tensor | None = None
 
     def part(self, samples: slice) -> Batch:
         """Some of the samples; shares memory."""
@@ -78,12 +84,8 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        guide = None if self.guide is None else change(self.guide)
-        return Batch(change(self.x0), change(self.condition), change(self.channels), guide)
-
-    def to(self, device: str) -> Batch:
-        """The batch on a device."""
-        return Batch(*(t.to(device) for t in (self.x0, self.condition, self.channels)))
+        tensors = (self.x0, self.condition, self.channels, self.guide, self.measured, self.shown)
+        return Batch(*(None if t is None else change(t) for t in tensors))  # type: ignore[arg-type]
 
 
 class PatchSource:
@@ -99,6 +101,8 @@ class PatchSource:
         num_guides: last channels of every view that are guides, NaN where there is none. They are
             cut, turned and flipped with the image, and what else is varied of it is not of them.
         drop_share: of the samples, each guide by itself, that are shown without it.
+        further: None for clean images. For images that lack pixels (NaN) the share of the measured
+            ones that the network is not shown either, in the mean over samples.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class PatchSource:
         augment: Augment,
         num_guides: int = 0,
         drop_share: float = 0.0,
+        further: float | None = None,
     ) -> None:
         missing = [name for name in shares if not items.get(name)]
         if missing:
@@ -124,12 +129,21 @@ class PatchSource:
         self._seed = seed
         self._augment = augment
         self._num_guides, self._drop_share = num_guides, drop_share
+        self._further = further
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples first .. first + count - 1 of the sequence."""
         drawn = [self._sample(n) for n in range(first, first + count)]
+        x0 = torch.from_numpy(np.stack([patch for _, patch, _, _ in drawn]))
+        measured = shown = None
+        if self._further is not None:
+            measured = x0.isfinite().float()
+            x0 = x0.nan_to_num(0.0)
+            numbers = range(first, first + count)
+            kept = [further_mask(self._seed, n, self._further, x0.shape[-2:]) for n in numbers]
+            shown = measured * torch.from_numpy(np.stack(kept))
         return Batch(
-            x0=torch.from_numpy(np.stack([patch for _, patch, _, _ in drawn])),
+            x0=x0,
             condition=torch.tensor([index for index, _, _, _ in drawn]),
             channels=torch.tensor(
                 [[float(i < used) for i in range(NUM_CHANNELS)] for _, _, used, _ in drawn]
@@ -137,6 +151,8 @@ class PatchSource:
             guide=torch.from_numpy(np.stack([guide for _, _, _, guide in drawn]))
             if self._num_guides
             else None,
+            measured=measured,
+            shown=shown,
         )
 
     def _sample(self, n: int) -> tuple[int, Array, int, Array]:
@@ -147,7 +163,7 @@ class PatchSource:
         for _ in range(_MAX_REDRAWS):
             crop = self._crop(name, rng)
             patch, guide = np.split(crop, [len(crop) - self._num_guides])
-            if patch.std() > _FLAT_STD:
+            if _std(patch) > _FLAT_STD:
                 break
         patch = self._augment(name, patch, rng)
         used = patch.shape[0]
@@ -173,6 +189,25 @@ class PatchSource:
         crop: Array = volume[:, z, y : y + self._size, x : x + self._size]
         # In one order of memory: sums of a crop come out alike wherever it was read from.
         return crop.astype(np.float32, order="C")
+
+
+def further_mask(seed: int, number: int, share: float, size: Sequence[int]) -> Array:
+    """(1 h w) float32, 0 where sample `number` is corrupted further: pixels by chance.
+
+    Their share is drawn too, from 0 to twice `share`: a network that learns how its estimate gains
+    as fewer pixels are missing will be asked what it is where none is.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed ^ _FURTHER, number]))
+    own_share = rng.uniform(0, 2 * share)
+    return (rng.random((1, *size)) >= own_share).astype(np.float32)
+
+
+def _std(patch: Array) -> float:
+    """Standard deviation of what is measured of a patch; 0 of nothing."""
+    if not np.isnan(patch).any():
+        return float(patch.std())
+    known = patch[np.isfinite(patch)]
+    return float(known.std()) if known.size else 0.0
 
 
 def _normalised(weights: Array) -> Array:

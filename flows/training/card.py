@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.api_train import recipe_of
 from flows.config import DistillSettings, TrainSettings
 from flows.training.data import allowed
+from flows.training.sources import open_source
 
 if TYPE_CHECKING:
     from flows.training.choice import Choice
@@ -25,8 +26,6 @@ def started_from(settings: TrainSettings) -> str | None:
 
 def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
     """What the model learned from and was measured on: label, digest, licence, split."""
-    from flows.store import Dataset
-
     return [
         {
             "item": record.item_id,
@@ -38,7 +37,7 @@ def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
             "shape_czhw": list(record.shape),
         }
         for path in settings.data
-        for record in Dataset(path).items()
+        for record in open_source(path).items()
         if record.split in ("train", "validation") and allowed(record.meta, settings)
     ]
 

@@ -13,6 +13,7 @@ from flows.training.data import (
     large_views,
     load_windows,
 )
+from flows.training.sources import open_source
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -44,15 +45,29 @@ def check_data(settings: TrainSettings) -> None:
     Raises:
         BadInputError: if one cannot be read, or names what they lack.
     """
-    from flows.store import Dataset
-
-    held = {record.item_id: record for path in settings.data for record in Dataset(path).items()}
+    sources = [open_source(path) for path in settings.data]
+    held = {record.item_id: record for source in sources for record in source.items()}
     absent = [name for name in settings.calibration_items if name not in held]
     scored = settings.score.every_steps or (settings.ema_snapshots and settings.ema_lengths)
     if scored and not any(record.split == "validation" for record in held.values()):
         raise BadInputError(
             "no validation image to score the network by: give the data a validation split, or "
             "set score.every_steps=0 and ema_snapshots=0"
+        )
+    if settings.corruption is None and any(source.has_holes for source in sources):
+        raise BadInputError(
+            "the data lack pixels: set corruption={kind: mask} to learn from what was measured"
+        )
+    holes_to_score = [
+        record.item_id
+        for source in sources
+        for record in source.items()
+        if source.has_holes and record.split == "validation"
+    ]
+    if scored and holes_to_score:
+        raise BadInputError(
+            f"the validation image '{holes_to_score[0]}' lacks pixels, and what fills them would "
+            "change with every score: give whole ones, or set score.every_steps=0, ema_snapshots=0"
         )
     if absent:
         raise BadInputError(

@@ -34,13 +34,15 @@ class Choice:
 
     Attributes:
         step: steps done in all.
-        module: the network with these weights, in evaluation mode.
+        module: the network with these weights, plain ones, in evaluation mode.
+        trained: the same as it was trained: with low-rank corrections, told of missing pixels.
         name: "newest", "best-step-4000" or "length-0.05".
         scores: restoration score in dB of every candidate; empty if there was but one.
     """
 
     step: int
     module: Preconditioned
+    trained: Preconditioned
     name: str = "newest"
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -58,12 +60,14 @@ def chosen_average(
     Raises:
         FileNotFoundError: if the run has no checkpoint yet.
     """
+    from diffusion_core.networks.low_rank import merged
+
     step = steps_done(run)
     candidates = dict(_candidates(settings, run, step))
     module = new_network(settings).eval().requires_grad_(requires_grad=False)
     if len(candidates) == 1:
         module.load_state_dict(candidates["newest"]())
-        return Choice(step, module)
+        return Choice(step, merged(module), module)
     scores: dict[str, float] = {}
     for name, weights in candidates.items():
         module.load_state_dict(weights())
@@ -71,7 +75,8 @@ def chosen_average(
         tell(f"{name}: {scores[name]:.3f} dB restored")
     best = max(scores, key=lambda name: scores[name])
     module.load_state_dict(candidates[best]())
-    return Choice(step, module, best, {name: round(db, 4) for name, db in scores.items()})
+    told = {name: round(db, 4) for name, db in scores.items()}
+    return Choice(step, merged(module), module, best, told)
 
 
 def _candidates(settings: TrainSettings, run: Path, step: int) -> Iterator[tuple[str, Weights]]:

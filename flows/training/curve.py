@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from flows.api_train import new_network
 from flows.config import TrainSettings
-from flows.store import Dataset
-from flows.training.run_folder import LOG, SCORES
+from flows.training.run_folder import LOG
 from flows.training.score import restoration_score
+from flows.training.sources import open_source
+from flows.training.stopping import scores_by_step
 
 if TYPE_CHECKING:
     from flows.training.choice import Choice
@@ -33,7 +34,7 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
     how = {
         "score": settings.score.model_dump(mode="json", exclude={"every_steps", "decides"}),
         "conditions": sorted(settings.conditions),
-        "data": [Dataset(path).digest for path in settings.data],
+        "data": [open_source(path).digest for path in settings.data],
     }
     points = _points_before(settings, how)
     seen, spent = (points[-1]["megapixels"], points[-1]["hours"]) if points else (0.0, 0.0)
@@ -46,7 +47,7 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
             "score_db": round(score_db, 3),
         }
 
-    points += [point(step, db) for step, db in sorted(_scores_by_step(run).items())]
+    points += [point(step, db) for step, db in sorted(scores_by_step(run).items()) if step]
     module = chosen.module
     last = point(chosen.step, restoration_score(settings, module).db)
     return {
@@ -66,13 +67,6 @@ def _points_before(settings: TrainSettings, how: dict[str, Any]) -> list[dict[st
     module = new_network(settings).eval().requires_grad_(requires_grad=False)
     score = restoration_score(settings, module).db
     return [{"megapixels": 0.0, "hours": 0.0, "score_db": round(score, 3)}]
-
-
-def _scores_by_step(run: Path) -> dict[int, float]:
-    """The score of every step; the newest, where a resumed run scored it again."""
-    path = run / SCORES
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {entry["step"]: entry["score_db"] for entry in map(json.loads, lines)}
 
 
 def hours_until(hours: Mapping[int, float], step: int) -> float:

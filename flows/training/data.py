@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from domains.base import Array, BadInputError, Domain, Item, ItemRecord
 from domains.registry import domain_names, load_domain
 from flows.config import TrainSettings
+from flows.training.sources import Source, open_source
 
 if TYPE_CHECKING:
     import numpy as np
 
     from diffusion_core.training.patches import Augment, PatchSource, View, Volumes
-    from flows.store import Dataset
 
 VIEWS = "views.zarr"
 _SHARE_OF_MEMORY = 0.4
@@ -50,14 +50,12 @@ def allowed(meta: Any, settings: TrainSettings) -> bool:
     return bool(meta.get("ships", True)) or not settings.shippable_only
 
 
-def records_of(settings: TrainSettings, split: str) -> Iterator[tuple[Dataset, ItemRecord]]:
-    """(its dataset, record) of every item of a split that may be used."""
-    from flows.store import Dataset
-
-    for dataset in map(Dataset, settings.data):
-        for record in dataset.items():
+def records_of(settings: TrainSettings, split: str) -> Iterator[tuple[Source, ItemRecord]]:
+    """(where it comes from, record) of every item of a split that may be used."""
+    for source in map(open_source, settings.data):
+        for record in source.items():
             if record.split == split and allowed(record.meta, settings):
-                yield dataset, record
+                yield source, record
 
 
 def load_windows(settings: TrainSettings, split: str) -> Iterator[tuple[str, Sequence[Array]]]:
@@ -66,22 +64,24 @@ def load_windows(settings: TrainSettings, split: str) -> Iterator[tuple[str, Seq
     Conditions that nothing is drawn from are left out. Where the settings name guides, they are
     further channels of every view, the last ones, NaN where an item has none.
     """
-    sources = _sources(settings)
-    for dataset, record in records_of(settings, split):
-        domain, item = load_domain(record.domain), dataset.read(record.item_id)
-        for name, views in domain.training_windows(item).items():
-            if name in sources:
-                yield name, with_guide_channels(settings, domain, item, name, views)
+    wanted = _sources(settings)
+    for source, record in records_of(settings, split):
+        item = source.item(record) if settings.guides else None
+        for name, views in source.windows(record).items():
+            if name in wanted:
+                shown = views if item is None else with_guides_shown(settings, item, name, views)
+                yield name, shown
 
 
-def with_guide_channels(
-    settings: TrainSettings, domain: Domain, item: Item, condition: str, views: Sequence[Array]
+def with_guides_shown(
+    settings: TrainSettings, item: Item, condition: str, views: Sequence[Array]
 ) -> Sequence[Array]:
     """An item's views (c z h w) of a condition with its guides as last channels, NaN for none."""
     import numpy as np
 
     from diffusion_core.model import guide_channels
 
+    domain = load_domain(item.record.domain)
     names = guide_channels(settings.guides)
     shown = {name for c in _drawn_by(condition, domain) for name in settings.guides.get(c, [])}
     joined = list(views)
@@ -148,6 +148,7 @@ def patch_source(
             _augmentation(settings, domains),
             num_guides(settings),
             settings.guide_drop_share,
+            None if settings.corruption is None else settings.corruption.further,
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error
@@ -199,13 +200,13 @@ def views_fit(settings: TrainSettings, num_bytes: int) -> bool:
 def view_bytes(settings: TrainSettings) -> int:
     """Bytes of all training views, about: the least item of each kind is turned into views."""
     sources = _sources(settings)
-    kinds: dict[tuple[str, int], list[tuple[Dataset, ItemRecord]]] = {}
-    for dataset, record in records_of(settings, "train"):
-        kinds.setdefault((record.domain, record.shape[0]), []).append((dataset, record))
+    kinds: dict[tuple[str, int], list[tuple[Source, ItemRecord]]] = {}
+    for source, record in records_of(settings, "train"):
+        kinds.setdefault((record.domain, record.shape[0]), []).append((source, record))
     total = 0.0
-    for (domain, _), found in kinds.items():
-        dataset, least = min(found, key=lambda one: prod(one[1].shape))
-        windows = load_domain(domain).training_windows(dataset.read(least.item_id))
+    for found in kinds.values():
+        source, least = min(found, key=lambda one: prod(one[1].shape))
+        windows = source.windows(least)
         wanted = [view for name, views in windows.items() if name in sources for view in views]
         # Views along other axes share their memory, unless guides are joined to each.
         bare = {_owner(view): view.size * _FLOAT_BYTES for view in wanted}
@@ -244,10 +245,8 @@ def _evenly(own: list[Volumes], drawn: list[Volumes]) -> list[Volumes]:
 
 def _key(settings: TrainSettings) -> dict[str, Any]:
     """What stored views depend on: the data's content, and which of it is wanted."""
-    from flows.store import Dataset
-
     return {
-        "data": [Dataset(path).digest for path in settings.data],
+        "data": [open_source(path).digest for path in settings.data],
         "conditions": sorted(_sources(settings)),
         "patch_size": settings.patch_size,
         "least_view_scale": settings.least_view_scale,

@@ -20,6 +20,7 @@ from flows.training.validation import (
     denoising_psnr,
     validation_guides,
     validation_images,
+    without_holes,
 )
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     chosen = chosen_average(settings, run, lambda line: report(Event("finish", 0, 3, line, {})))
     module = chosen.module
     report(Event("finish", 0, 3, "measuring covariance on validation images", {}))
-    tables = covariance_tables(settings, module)
+    tables = covariance_tables(settings, module, chosen.trained)
     report(Event("finish", 1, 3, "measuring denoising on validation images", {}))
     images = validation_images(settings, _NUM_FIGURE_IMAGES, FIGURE_SIDE)
+    images = without_holes(chosen.trained, images)
     metrics = denoising_psnr(module, images, _FIGURE_SIGMAS)
     sources = training_sources(settings)
     curve = training_curve(settings, run, chosen)
@@ -109,11 +111,16 @@ def registered(
 
 
 def covariance_tables(
-    settings: TrainSettings, module: Preconditioned
+    settings: TrainSettings, module: Preconditioned, trained: Preconditioned
 ) -> dict[str, CovarianceTable]:
     """The covariance table of each condition, from validation images, at the network's best.
 
     Of a condition with guides a second one, of the validation images that have some, shown them.
+
+    Args:
+        settings: name the images.
+        module: that is shipped.
+        trained: what fills images that lack pixels.
     """
     from diffusion_core.model import GUIDED
     from diffusion_core.networks.precond import CarryingDenoiser, ConditionedDenoiser, guided
@@ -135,6 +142,7 @@ def covariance_tables(
                 )
     for condition, more in calibration_images(settings).items():
         images[condition] = images[condition] + more
+    images = without_holes(trained, images)
     for index, (condition, chosen) in enumerate(images.items()):
         if not chosen:
             continue

@@ -17,7 +17,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.api_train import known_datasets, new_network, recipe_of, resolved, steps_left
+from flows.api_train import (
+    known_datasets,
+    learned_from,
+    new_network,
+    recipe_of,
+    resolved,
+    steps_left,
+)
 from flows.config import TrainSettings
 from flows.engine.memory import machine_bytes, peak_memory
 from flows.training.data import cache_bytes, records_of, view_bytes, views_fit
@@ -127,15 +134,16 @@ def plan_training(settings: TrainSettings) -> TrainPlan:
 
     settings = resolved(settings)
     check_settings(settings)
-    if datasets := known_datasets(settings):
-        settings = settings.model_copy(update={"data": datasets})
-        check_data(settings)
-        check_run(settings)
-    left = steps_left(settings, run_path(settings))
-    num_workers, device = _workers(settings), _device(settings)
-    num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // num_workers)
-    with _threads(num_threads):
-        return _measured(settings, left, num_workers, device, num_threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if datasets := known_datasets(settings):
+            settings = learned_from(settings, datasets, Path(folder))
+            check_data(settings)
+            check_run(settings)
+        left = steps_left(settings, run_path(settings))
+        num_workers, device = _workers(settings), _device(settings)
+        num_threads = settings.num_threads or max(1, (os.cpu_count() or 1) // num_workers)
+        with _threads(num_threads):
+            return _measured(settings, left, num_workers, device, num_threads)
 
 
 def _measured(

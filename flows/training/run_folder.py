@@ -30,14 +30,15 @@ _MAY_CHANGE = {
     "prefetch_threads",
     "data_memory_gb",
     "score",
+    "stop",
     "ema_lengths",
     "data",
     "extra_samples",
 }
 """What may differ when a run is taken up again: none of it changes what is learned. Calibration
 items change the tables, which are measured anew whenever the run is finished, as score and
-ema_lengths change which averaged weights are shipped; data is compared by its content (below),
-wherever it lies."""
+ema_lengths change which averaged weights are shipped and stop how many steps are taken; data is
+compared by its content (below), wherever it lies."""
 
 _DATA, _START = "data_digests", "init_digest"
 _CALLED = {_DATA: "data", _START: "init_from"}
@@ -137,11 +138,11 @@ def _refuse_other(run: Path, asked: dict[str, Any]) -> bool:
 
 def asked_of(settings: TrainSettings) -> dict[str, Any]:
     """All that the weights depend on, as JSON: settings, and digests of data and first weights."""
-    from flows.store import Dataset
+    from flows.training.sources import open_source
 
     return {
         **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
-        _DATA: [Dataset(path).digest for path in settings.data],
+        _DATA: [open_source(path).digest for path in settings.data],
         _START: started_from(settings),
     }
 

@@ -37,10 +37,12 @@ class Score:
     Attributes:
         db: mean PSNR over conditions and operators.
         parts: PSNR by condition and operator: {"ct/random70": 30.1, "ct/pool4": ...}.
+        images: PSNR of each image: {"ct/random70": [30.3, 29.9], ...}.
     """
 
     db: float
     parts: dict[str, float]
+    images: dict[str, list[float]]
 
 
 def restoration_score(settings: TrainSettings, module: Preconditioned) -> Score:
@@ -58,29 +60,30 @@ def restoration_score(settings: TrainSettings, module: Preconditioned) -> Score:
     from domains.base import BadInputError
 
     asked = settings.score
-    parts: dict[str, float] = {}
+    each: dict[str, list[float]] = {}
     device = next(module.parameters()).device
     images = validation_images(settings, asked.num_images, asked.side)
     with torch.no_grad():
         for index, (condition, found) in enumerate(images.items()):
             if found:
                 x0 = _stacked(found).to(device)
-                parts |= {
+                each |= {
                     f"{condition}/{name}": psnr
                     for name, psnr in _restored(settings, module, index, x0).items()
                 }
-    if not parts:
+    if not each:
         raise BadInputError(
             "no validation image to score the network by: give the data a validation split, or "
             "set score.every_steps=0 and ema_snapshots=0"
         )
-    return Score(sum(parts.values()) / len(parts), parts)
+    parts = {name: sum(found) / len(found) for name, found in each.items()}
+    return Score(sum(parts.values()) / len(parts), parts, each)
 
 
 def _restored(
     settings: TrainSettings, module: Preconditioned, index: int, x0: Tensor
-) -> dict[str, float]:
-    """PSNR in dB of one condition's crops (b c h w), by operator."""
+) -> dict[str, list[float]]:
+    """PSNR in dB of each of one condition's crops (b c h w), by operator."""
     import torch
 
     from diffusion_core.noise.draws import KeyedDraws
@@ -101,7 +104,7 @@ def _restored(
         draws = KeyedDraws(_SEED, f"{name}-chain")
         x = solver(denoise, operator, y, GaussianNoise(_SIGMA_Y), sigmas.to(x0), draws).x
         errors = (x - x0).square().mean(dim=(1, 2, 3))
-        psnr[name] = float((10 * torch.log10(4 / errors)).mean())
+        psnr[name] = [float(db) for db in 10 * torch.log10(4 / errors)]
     return psnr
 
 

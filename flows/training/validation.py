@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from domains.registry import load_domain
 from flows.config import TrainSettings
+from flows.training.sources import open_source
 
 _CALIBRATION_SLICES = 4
+_LEAST_SIDE_PX = 32
+_FILL_SIGMA = 0.02
 _SEED = 0
 """Of the phases and bands drawn for validation: not the run's, or no two runs could be compared."""
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from diffusion_core.networks.precond import Preconditioned
@@ -81,7 +84,7 @@ def _pairs(
             views = found[number % len(found)]
             # Every other image at the coarsest scale: cameras blur single pixels, and what was
             # made smaller is sharper than what a camera gave.
-            volume = views[-1] if number % 2 else views[0]
+            volume = _coarsest(views) if number % 2 else views[0]
             depth = volume.shape[1]
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
             joined = _centre(volume[:, z], side)
@@ -99,20 +102,20 @@ def _pairs(
 def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
     """Whole slices (1 c h w) of the settings' calibration items, spread over each, per condition.
 
-    They are training items: their residuals flatter the network a little, but a table measured at
-    another resolution misleads the solver more (infra/decisions/0002).
+    Where there are `few` slices all items are such. They are training items: their residuals
+    flatter the network a little, but a table measured at another resolution misleads the solver
+    more (infra/decisions/0002).
     """
     import numpy as np
     import torch
 
-    from flows.store import Dataset
-
     images: dict[str, list[Tensor]] = {}
-    for dataset in map(Dataset, settings.data):
-        for record in dataset.items():
-            if record.item_id not in settings.calibration_items:
+    for source in map(open_source, settings.data):
+        for record in source.items():
+            named = record.item_id in settings.calibration_items
+            if not named and (settings.few is None or record.split != "train"):
                 continue
-            windows = load_domain(record.domain).training_windows(dataset.read(record.item_id))
+            windows = source.windows(record)
             for condition, views in windows.items():
                 depth = views[0].shape[1]
                 for turn in range(_CALIBRATION_SLICES):
@@ -120,6 +123,47 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
                     image = np.ascontiguousarray(views[0][:, z], np.float32)
                     images.setdefault(condition, []).append(torch.from_numpy(image)[None])
     return {c: chosen for c, chosen in images.items() if c in settings.conditions}
+
+
+def without_holes(
+    module: Preconditioned, images: dict[str, list[Tensor]]
+) -> dict[str, list[Tensor]]:
+    """The images (1 c h w) with what was never measured (NaN) as the network estimates it.
+
+    Nobody knows the truth there: figures taken on them flatter the network, by the share that
+    is filled. Whole images stay as they are.
+
+    Args:
+        module: told of missing pixels in training, where there are any.
+        images: by condition, in the order of the network's index.
+    """
+    return {
+        condition: [_whole(module, index, image) for image in found]
+        for index, (condition, found) in enumerate(images.items())
+    }
+
+
+def _whole(module: Preconditioned, index: int, image: Tensor) -> Tensor:
+    """D's estimate at the least noise, wherever an image (1 c h w) holds NaN."""
+    import torch
+    import torch.nn.functional as F
+
+    from diffusion_core.networks.local_unet import NUM_CHANNELS
+    from diffusion_core.noise.streams import training_noise
+
+    lacking = image.isnan()
+    if not lacking.any():
+        return image
+    _, c, h, w = image.shape
+    # The canvas is padded to the network's stride by pixels that are missing too.
+    pad = (0, -w % module.network.stride, 0, -h % module.network.stride)
+    noisy = image.nan_to_num(0.0) + _FILL_SIGMA * training_noise(_SEED, 0, image)
+    x = F.pad(noisy, (*pad, 0, NUM_CHANNELS - c))
+    missing = F.pad(F.pad(lacking.float(), pad, value=1.0), (0, 0, 0, 0, 0, NUM_CHANNELS - c))
+    sigma, condition = torch.full((1,), _FILL_SIGMA), torch.full((1,), index)
+    with torch.no_grad():
+        D_x = module(x * (1 - missing), sigma, condition, missing=missing)
+    return torch.where(lacking, D_x[:, :c, :h, :w], image)
 
 
 def denoising_psnr(
@@ -148,6 +192,12 @@ def denoising_psnr(
             if chosen:
                 figures[f"{condition}/sigma-{sigma:g}"] = total / len(chosen)
     return figures
+
+
+def _coarsest(views: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """The last view that is no sliver: a volume of few slices, seen from the side, is one."""
+    least = min(_LEAST_SIDE_PX, *views[0].shape[-2:])
+    return [view for view in views if min(view.shape[-2:]) >= least][-1]
 
 
 def _centre(image, side: int):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202

@@ -74,6 +74,8 @@ def work(
     from flows.training.choice import score_and_keep
     from flows.training.data import patch_source
     from flows.training.distilling import measured, objective_of, settings_of
+    from flows.training.run_folder import steps_done
+    from flows.training.stopping import has_ended, scores_by_step
 
     settings = settings_of(payload["settings"])
     run = Path(payload["run"])
@@ -89,9 +91,12 @@ def work(
             journal.read(step, metrics, averaged)
             tell({"step": step, **metrics})
 
-        def on_score(step: int, averaged: Preconditioned) -> None:
+        def on_score(step: int, averaged: Preconditioned) -> bool:
             journal.score(score_and_keep(settings, run, step, averaged))
+            return has_ended(settings.stop, scores_by_step(run), step)
 
+        if rank == 0 and settings.stop.patience and settings.init_from and not steps_done(run):
+            on_score(0, model.to(device).eval())  # a start that nothing betters is kept
         train(
             model,
             patches,
@@ -196,10 +201,11 @@ def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndar
 
     from diffusion_core.networks.precond import ConditionedDenoiser
     from diffusion_core.noise.streams import training_noise
-    from flows.training.validation import validation_images
+    from flows.training.validation import validation_images, without_holes
 
     rows = []
-    for index, images in enumerate(validation_images(settings, 1, 128).values()):
+    shown = without_holes(averaged, validation_images(settings, 1, 128))
+    for index, images in enumerate(shown.values()):
         if not images:
             continue
         x0 = images[0]

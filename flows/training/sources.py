@@ -1,0 +1,99 @@
+"""What is trained on: datasets of clean items, or stores of images that lack pixels.
+
+A store of measurements holds y and the mask and no truth; a pixel that was not measured is NaN
+from here on, whatever y has in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from domains.base import Array, BadInputError, Item, ItemRecord
+from domains.registry import load_domain
+
+if TYPE_CHECKING:  # zarr takes its time to import, and the command line comes by here
+    from flows.store import Dataset, MeasurementEntry, Measurements
+
+Windows: TypeAlias = Mapping[str, Sequence[Array]]
+
+
+class CleanItems:
+    """A dataset, every pixel of it."""
+
+    has_holes = False
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self.digest = dataset.digest
+
+    def items(self) -> list[ItemRecord]:
+        """Records of all items."""
+        return self._dataset.items()
+
+    def item(self, record: ItemRecord) -> Item:
+        """An item with its guides."""
+        return self._dataset.read(record.item_id)
+
+    def windows(self, record: ItemRecord) -> Windows:
+        """{condition: views (c z h w) in network units} of an item."""
+        item = self._dataset.read(record.item_id)
+        return load_domain(record.domain).training_windows(item)
+
+
+class MaskedItems:
+    """Measurements of images by masks: their measured pixels, and NaN for the others.
+
+    Raises:
+        BadInputError: if the store holds other measurements, or noisy ones.
+    """
+
+    has_holes = True
+
+    def __init__(self, store: Measurements) -> None:
+        self._store = store
+        self.digest = store.content_digest
+        self._entries: dict[str, MeasurementEntry] = {}
+        for entry in store.entries():
+            noisy = float(entry.noise.get("sigma_y", 1.0)) > 0
+            if entry.operator != "mask" or noisy or entry.item_id in self._entries:
+                raise BadInputError(
+                    f"{store.path}: its '{entry.task}' of {entry.item_id} is no training image; "
+                    "a store to train on holds images that lack pixels and have no noise, each once"
+                )
+            self._entries[entry.item_id] = entry
+
+    def items(self) -> list[ItemRecord]:
+        """Records of all items."""
+        return [entry.record for entry in self._entries.values()]
+
+    def item(self, record: ItemRecord) -> None:
+        """None: what lacks pixels is no clean item, and has no guides."""
+
+    def windows(self, record: ItemRecord) -> Windows:
+        """{condition: [view (c z h w) in network units, NaN where nothing was measured]}."""
+        import numpy as np
+
+        measurement = self._store.read(record.item_id, self._entries[record.item_id].task)
+        problem = load_domain(record.domain).problem(measurement)
+        if problem.known is None:
+            raise BadInputError(f"{self._store.path}: {record.item_id} says of no pixel what it is")
+        y = problem.y.numpy()
+        view = np.where(problem.known.numpy(), y, np.float32(np.nan)).astype(np.float32)
+        return {problem.condition: [np.moveaxis(view, 0, 1)]}
+
+
+Source: TypeAlias = CleanItems | MaskedItems
+
+
+def open_source(path: Path) -> Source:
+    """A store to train on.
+
+    Raises:
+        BadInputError: if it cannot be read or trained on.
+    """
+    from flows.store import Dataset, open_store
+
+    store = open_store(path)
+    return CleanItems(store) if isinstance(store, Dataset) else MaskedItems(store)
