@@ -30,6 +30,7 @@ from flows.answers import (
 from flows.cli_options import (
     AnyPlace,
     LocalPath,
+    along_z_option,
     compute_options,
     computing,
     damage_options,
@@ -238,6 +239,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
 @click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
 @click.option("--report", type=PATH, help="Write a page with pictures into this folder.")
+@along_z_option
 @model_option
 @compute_options
 @prefect_flag
@@ -262,6 +264,7 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 @input_option
 @click.option("--output", type=ROOT, required=True, help="A folder, or s3://BUCKET/PREFIX.")
 @damage_options
+@along_z_option
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
 @model_option
 @compute_options

@@ -58,6 +58,8 @@ S = TypeVar("S", bound=Settings)
 
 MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
 
+ALONG_Z = "whether slices or frames are restored jointly; default: frames of clips are"
+
 STARTER = "starter"
 """Name of the shipped model."""
 
@@ -179,6 +181,7 @@ class RestoreSettings(Settings):
         "gaussian", description="rician: of MRI magnitude images, whose noise is all that is wrong"
     )
     method: MethodSettings | None = Field(None, description="default: the task's own")
+    along_z: bool | None = Field(None, description=ALONG_Z)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     block_size: int = Field(512, description="write region of a tiled block, pixels")
@@ -207,6 +210,7 @@ class ExplainSettings(RestoreSettings):
         "float32", description="bfloat16 rounds more than the changes that are tried"
     )
     slices_per_block: int = 1
+    along_z: bool | None = Field(False, description="explained is what one slice's data say")
     batch_px: int | None = Field(0, ge=0)
     compute: ComputeSettings = Field(default_factory=lambda: ComputeSettings(executor="inline"))
 
@@ -222,6 +226,7 @@ class EvaluateSettings(Settings):
     methods: list[str] | None = Field(None, description="default: all that the task names")
     items: list[str] | None = None
     num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
+    along_z: bool | None = Field(None, description=ALONG_Z)
     explain: int = Field(0, ge=0, le=100, description="first items of each task that are explained")
     json_path: Path | None = None
     seed: int = 0

@@ -46,6 +46,14 @@ HOLES = {"tolerance": 1e-4, "max_steps": 400}
 hole converges last. At the usual tolerance a hole of half the side was 3 dB worse, its middle still
 at the mean of all images; small holes take hardly more steps (infra/decisions/0024)."""
 
+COUPLING = "z_coupling"
+"""Option of covprox: how much is made of the likeness of neighbouring slices or frames."""
+
+ALONG_Z: Mapping[str, float] = {"mask": 0.3}
+"""That option by kind of operator, as fitted on frames 137 to 186 of bikes.mp4 and on lung1
+(infra/decisions/0028)."""
+OTHERWISE_ALONG_Z = 0.1
+
 GIVEN = "given"
 """The task of a user's own damaged image."""
 
@@ -86,6 +94,8 @@ def resolve_method(
     asked: MethodSettings | None,
     entry: MeasurementEntry,
     calibrated: Mapping[str, Any] | None = None,
+    *,
+    along_z: bool | None = None,
 ) -> MethodSettings:
     """A method with every setting that its pixels depend on.
 
@@ -93,6 +103,7 @@ def resolve_method(
         asked: what the user set; fields that were not set are open.
         entry: the measurement to be restored.
         calibrated: the model's solver settings (diffusion_core.model.solver_settings).
+        along_z: whether slices or frames are restored jointly (coupled).
     """
     like = reference_task(entry.task, entry.operator, entry.noise)
     own = _load_method(like) if like else MethodSettings()
@@ -118,8 +129,30 @@ def resolve_method(
     if entry.operator == "mask" and name in _SOLVED:
         asked_of_task = {key: own.options[key] for key in HOLES if key in own.options}
         options = {**(HOLES if entry.task == GIVEN else asked_of_task), **options}
+    if name == "covprox" and mode == "mean":
+        options = coupled(options, entry, along_z)
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
+
+
+def coupled(
+    options: Mapping[str, Any], entry: MeasurementEntry, along_z: bool | None
+) -> dict[str, Any]:
+    """Options of covprox with the coupling of slices or frames, if there is to be one.
+
+    Args:
+        options: an explicit z_coupling stays, unless `along_z` is False.
+        entry: the measurement.
+        along_z: True: whatever it is; False: none; None: frames of a clip, whose coupling helped
+            wherever it was measured. Slices of volumes lie too far apart for it as a rule.
+    """
+    rest = {name: value for name, value in options.items() if name != COUPLING}
+    if along_z is False or entry.record.shape[1] < 2:
+        return rest
+    is_clip = entry.record.source_format == "video"
+    if COUPLING in options or not (along_z or is_clip):
+        return dict(options)
+    return {**rest, COUPLING: ALONG_Z.get(entry.operator, OTHERWISE_ALONG_Z)}
 
 
 def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None) -> MethodSettings:

@@ -55,6 +55,8 @@ COLUMNS = {
     "ssim": ("SSIM", "", "structural similarity; 1 is identical"),
     "ssim_body": ("SSIM, body", "", "structural similarity inside the body mask"),
     "edge_error": ("Edge error", "", "RMS difference of gradient magnitudes; lower is better"),
+    "z_gradient_error": ("Error along z", "", "mean error of the difference to the slice or frame"
+                         " before; lower is steadier"),
     "residual": ("Residual", "", "weighted misfit per measurement; about 1 explains the data,"
                  " below 1 fits its noise too; largest misfit where the data are exact"),
     "gain_db": ("Gain", "dB", "above the best classical method, kriging included"),
