@@ -343,6 +343,7 @@ def view(output: Root, as_json: bool) -> int:
 @click.option("--condition", help="Of the network, such as city-grey.  [default: domain's first]")
 @click.option("--num", type=int, help="Images.  [default: 4]")
 @click.option("--size", type=int, help="Side in pixels.  [default: 256]")
+@click.option("--frames", type=int, help="Of clips, whose frames hang together.  [default: 1]")
 @click.option("--sampler", help="ancestral, ddim, euler, heun, dpm-solver, churn.  [default: heun]")
 @click.option("--levels", "num_levels", type=int, help="Noise levels.  [default: 40]")
 @model_option

@@ -415,6 +415,16 @@ class GenerateSettings(Settings):
     condition: str | None = Field(None, description="of the network; default: the domain's first")
     num: int = Field(4, ge=1, le=10_000)
     size: int = Field(256, ge=16, le=1024, description="side in pixels")
+    frames: int = Field(1, ge=1, le=100, description="of a clip; 1: still images")
+    frames_alike: float = Field(
+        6.0, gt=0, description="frames over which the noise of a clip stays alike; inf: one noise"
+    )
+    frame_coupling: float = Field(
+        0.01,
+        ge=0,
+        allow_inf_nan=False,
+        description="of neighbouring frames, as in restoring; 0: none",
+    )
     model: str = "starter"
     sampler: Literal["ancestral", "ddim", "euler", "heun", "dpm-solver", "churn"] = "heun"
     num_levels: int = Field(40, ge=2, le=1000)

@@ -35,7 +35,7 @@ WINDOW_PX = 5
 LEAST = 0.1
 """Least variance of a difference, of the errors' own: W is bounded, and so is the solve's effort."""
 
-TOLERANCE, MAX_STEPS = 1e-2, 30
+TOLERANCE, MAX_STEPS = 1e-2, 40
 """Of the solve: its relative residual, and its products with Sigma."""
 
 

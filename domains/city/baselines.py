@@ -23,6 +23,7 @@ from diffusion_core.operators import (
 )
 from diffusion_core.protocols import Signal
 from domains.base import Array, BadInputError, Baseline, Measurement, Problem
+from domains.between_slices import cubic_z, linear_z
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.inpainting import biharmonic, smoothing_spline
 from domains.nlm import nlm
@@ -164,6 +165,8 @@ BASELINES: Mapping[str, Baseline] = {
     "richardson-lucy": richardson_lucy,
     "nlm": nlm,
     "tv": tv,
+    "linear-z": linear_z,
+    "cubic-z": cubic_z,
 }
 
 

@@ -146,10 +146,11 @@ def coupled(
         along_z: True: whatever it is; False: none; None: frames of a clip, whose coupling helped
             wherever it was measured. Slices of volumes lie too far apart for it as a rule.
     """
+    record = entry.record
     rest = {name: value for name, value in options.items() if name != COUPLING}
-    if along_z is False or entry.record.shape[1] < 2:
+    if along_z is False or record.shape[1] < 2:
         return rest
-    is_clip = entry.record.source_format == "video"
+    is_clip = record.source_format == "video" and not record.meta.get("turned")
     if COUPLING in options or not (along_z or is_clip):
         return dict(options)
     return {**rest, COUPLING: ALONG_Z.get(entry.operator, OTHERWISE_ALONG_Z)}
