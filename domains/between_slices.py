@@ -48,7 +48,7 @@ def turned_record(record: ItemRecord) -> ItemRecord:
 
 
 def unturned(item: Item) -> Item:
-    """A turned item the way it was; pixels share memory. Spacing and affine are not brought back."""
+    """A turned item as it was, sharing its pixels; spacing and affine are not brought back."""
     c, h, z, w = item.record.shape
     meta = {name: value for name, value in item.record.meta.items() if name != "turned"}
     record = replace(item.record, shape=(c, z, h, w), spacing_mm=None, affine=None, meta=meta)
@@ -102,7 +102,8 @@ def simulate(item: Item, task: Task, seed: int, units: Any) -> Measurement:
     Args:
         item: three slices or more.
         task: "mask" with {pattern: slices, every: n}: of n slices the last n - 1 are missing, the
-            volume's last is kept (frames of a clip: pattern "frames"); "pool-rows" with {factor: n}: means of n slices.
+            volume's last is kept (frames of a clip: pattern "frames"); "pool-rows" with
+            {factor: n}: means of n slices.
         seed: of the noise.
         units: of the network scale.
 

@@ -120,8 +120,8 @@ class _Source:
     def image(self, number: int) -> Array:
         """Image number `number`, (t c h w) float32 in network units, t its frames.
 
-        The frames of a clip come out of noise that changes little from one to the next, and at every
-        level neighbours are coupled as those of a clip that is restored.
+        The frames of a clip come out of noise that changes little from one to the next, and at
+        every level neighbours are coupled as those of a clip that is restored.
         """
         import torch
 

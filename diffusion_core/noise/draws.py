@@ -91,7 +91,8 @@ class KeyedDraws:
         digest: content digest of the source, so that two sites draw alike.
         origin_zyx: global coordinates of the first voxel of the tensors asked for.
         length_z: slices or frames over which the noise stays alike: those k apart have the
-            correlation exp(-k^2 / (2 length_z^2)); 0: each has noise of its own; inf: all share one.
+            correlation exp(-k^2 / (2 length_z^2)); 0: each has noise of its own, inf: all share
+            one.
     """
 
     seed: int
@@ -140,19 +141,18 @@ class KeyedDraws:
         skip = x0 - first * _LANES
         return row[..., skip : skip + w].to(like.dtype).reshape(like.shape)
 
-
     def _alike(self, level: int, like: Tensor, stream: int) -> Tensor:
         """Noise that is alike over neighbouring slices: a moving average of white noise.
 
         The average is that of the global slices about each: a part of a stack has the noise of the
         whole.
         """
-        z0, *yx = self.origin_zyx
+        z0, y0, x0 = self.origin_zyx
         if math.isinf(self.length_z):
-            one = replace(self, origin_zyx=(0, *yx), length_z=0.0)
+            one = replace(self, origin_zyx=(0, y0, x0), length_z=0.0)
             return one.normal(level, like[:1], stream).expand_as(like).clone()
         reach = math.ceil(_TAPS * self.length_z)
-        white = replace(self, origin_zyx=(z0 - reach, *yx), length_z=0.0)
+        white = replace(self, origin_zyx=(z0 - reach, y0, x0), length_z=0.0)
         padded = like.new_empty(len(like) + 2 * reach, *like.shape[1:], dtype=torch.float64)
         drawn = white.normal(level, padded, stream)
         places = torch.arange(-reach, reach + 1, dtype=torch.float64, device=like.device)

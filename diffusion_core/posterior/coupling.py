@@ -6,8 +6,8 @@ that as on one more measurement, 0 = W^(1/2) D x + n, n ~ N(0, I):
 
     mu' = mu - Sigma D' W^(1/2) v,     (I + W^(1/2) D Sigma D' W^(1/2)) v = W^(1/2) D mu
 
-by conjugate gradients, the whole stack one system. v is the dual of the differences; a chain carries
-it from level to level as the first guess of the next solve.
+by conjugate gradients, the whole stack one system. v is the dual of the differences; a chain
+carries it from level to level as the first guess of the next solve.
 
 W is read from the estimates. Two estimates with errors of variance s_i and s_j differ by
 delta^2 + s_i + s_j in the mean square, so that
@@ -33,7 +33,7 @@ WINDOW_PX = 5
 """Side of the window in which squared differences are averaged."""
 
 LEAST = 0.1
-"""Least variance of a difference, of the errors' own: W is bounded, and so is the solve's effort."""
+"""Least variance of a difference, of the errors' own: it bounds W, and the effort of the solve."""
 
 TOLERANCE, MAX_STEPS = 1e-2, 40
 """Of the solve: its relative residual, and its products with Sigma."""
@@ -110,9 +110,7 @@ def couple(
         return v + (root * differences(spread(v[0]), stride))[None]
 
     b = (root * differences(mu, stride))[None]
-    solved = conjugate_gradient(
-        matrix, b, tolerance=tolerance, max_steps=max_steps, start=start
-    )
+    solved = conjugate_gradient(matrix, b, tolerance=tolerance, max_steps=max_steps, start=start)
     return mu - spread(solved.x[0]), solved
 
 

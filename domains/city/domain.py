@@ -104,8 +104,10 @@ class City(Domain):
         from domains.between_slices import lacks_slices, turned, turned_mask
 
         item = stand_in(item, mask)
-        if mask is not None and item.record.source_format == "video" and lacks_slices(
-            mask, item.record
+        if (
+            mask is not None
+            and item.record.source_format == "video"
+            and lacks_slices(mask, item.record)
         ):
             item, mask = turned(item), turned_mask(mask, item.record)
         units = units_of(item.record)

@@ -410,7 +410,7 @@ def _to_source(problem: Problem, x: Tensor, item: ItemPlan, block: Block) -> Arr
 
 
 def _residuals(problem: Problem, x: Tensor, block: Block) -> tuple[tuple[float, ...], bool]:
-    """The residual of each batch element of the write region, within it, and whether data are exact."""
+    """The residual of each element of the write region, and whether data are exact."""
     measured = reached(problem.operator, x)
     slices, rows, columns = _inner(block)
     if block.read.shape[1:] != block.write.shape[1:]:

@@ -49,10 +49,13 @@ at the mean of all images; small holes take hardly more steps (infra/decisions/0
 COUPLING = "z_coupling"
 """Option of covprox: how much is made of the likeness of neighbouring slices or frames."""
 
-ALONG_Z: Mapping[str, float] = {"mask": 0.3}
-"""That option by kind of operator, as fitted on frames 137 to 186 of bikes.mp4 and on lung1
+ALONG_Z: Mapping[str, float] = {"mask": 0.3, "identity": 0.03}
+"""That option by kind of operator, as fitted on frames 137 to 186 of bikes.mp4 and on a CT volume
 (infra/decisions/0028)."""
 OTHERWISE_ALONG_Z = 0.1
+THIN_SLICES_MM = 3.0
+"""Slices as near to each other as that are denoised jointly; where they lie 5 mm apart or more they
+say too little of each other."""
 
 GIVEN = "given"
 """The task of a user's own damaged image."""
@@ -143,15 +146,17 @@ def coupled(
     Args:
         options: an explicit z_coupling stays, unless `along_z` is False.
         entry: the measurement.
-        along_z: True: whatever it is; False: none; None: frames of a clip, whose coupling helped
-            wherever it was measured. Slices of volumes lie too far apart for it as a rule.
+        along_z: True: whatever it is; False: none; None: where it helped whenever it was measured:
+            frames of a clip, and noisy slices that lie near to each other.
     """
     record = entry.record
     rest = {name: value for name, value in options.items() if name != COUPLING}
     if along_z is False or record.shape[1] < 2:
         return rest
     is_clip = record.source_format == "video" and not record.meta.get("turned")
-    if COUPLING in options or not (along_z or is_clip):
+    is_noisy = entry.operator == "identity" and entry.noise.get("kind") == "gaussian"
+    is_thin = record.spacing_mm is not None and record.spacing_mm[0] <= THIN_SLICES_MM
+    if COUPLING in options or not (along_z or is_clip or (is_noisy and is_thin)):
         return dict(options)
     return {**rest, COUPLING: ALONG_Z.get(entry.operator, OTHERWISE_ALONG_Z)}
 

@@ -16,7 +16,6 @@ No filter of that kind that does not know the truth does as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad, unfold
 
@@ -164,7 +164,12 @@ def row_of(case: Case, method: str, coupling: float, figures: Mapping[str, float
     names = ("psnr", "psnr_hole", "ssim", "z_gradient_error")
     kept: dict[str, Any] = {n: round(figures[n], 6) for n in names if n in figures}
     same = {"item": case.stack.label, "split": case.stack.split, "task": case.task.name}
-    return {**same, "method": method, "z_coupling": coupling, "num_slices": case.problem.shape[0]} | kept
+    return {
+        **same,
+        "method": method,
+        "z_coupling": coupling,
+        "num_slices": case.problem.shape[0],
+    } | kept
 
 
 def run(case: Case, model: Model, rows: Rows, couplings: Sequence[float]) -> None:
@@ -203,6 +208,42 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+SHOWN = (("bikes-3", "video-strokes"), ("vtest", "denoise-25"), ("abdomen", "denoise-25"))
+"""What the pictures show: the profile of each, and the clip of the first."""
+
+
+def draw(folder: Path, case: Case, model: Model, coupling: float) -> None:
+    """A profile along the stack, and a clip: each alone, jointly, and true, side by side.
+
+    The profile is the middle row of every slice, below each other: what is steady stands as lines.
+    """
+    results = [restored(case, model, c) for c in (ALONE, coupling)]
+    stacks = [*(case.pixels(x) for x in results), case.truth.pixels]
+    low, gain = case.domain.unit_scale(case.truth.pixels, case.truth.record)
+    grey = [np.clip((np.asarray(s, np.float64) - low) * gain, 0, 1) for s in stacks]
+    middle = grey[0].shape[2] // 2
+    profiles = [np.repeat(s[:, :, middle], 8, axis=1).repeat(3, axis=2) for s in grey]
+    name = f"sequence-{case.stack.label}-{case.task.name}"
+    _image(_beside(profiles)).save(folder / f"{name}.png", optimize=True)
+    num_frames = grey[0].shape[1]
+    each = [[s[:, z].repeat(2, axis=1).repeat(2, axis=2) for s in grey] for z in range(num_frames)]
+    first, *rest = (_image(_beside(frame)) for frame in each)
+    playing = {"save_all": True, "append_images": rest, "duration": 120, "loop": 0}
+    first.save(folder / f"{name}.webp", quality=70, **playing)
+
+
+def _beside(images: Sequence[Array]) -> Array:
+    """Images (c h w) side by side, white between them."""
+    gap = np.ones((*images[0].shape[:2], 6))
+    return np.concatenate([part for image in images for part in (image, gap)][:-1], axis=2)
+
+
+def _image(unit: Array) -> Image.Image:
+    """(c h w) on [0, 1] as a picture."""
+    levels = np.round(255 * unit).astype(np.uint8).transpose(1, 2, 0)
+    return Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0])
+
+
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--clip", type=click.Path(path_type=Path))
@@ -210,6 +251,7 @@ def table(rows: Rows) -> str:
 @click.option("--only", multiple=True, help="Stacks of these labels.")
 @click.option("--task", "tasks", multiple=True, help="These tasks alone.")
 @click.option("--coupling", "couplings", type=float, multiple=True, default=COUPLINGS)
+@click.option("--pictures", type=click.Path(path_type=Path), help="Draw, and measure nothing.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def main(
     data: Path,
@@ -218,6 +260,7 @@ def main(
     only: Sequence[str],
     tasks: Sequence[str],
     couplings: Sequence[float],
+    pictures: Path | None,
     results: Path,
 ) -> None:
     """Restore every stack alone and jointly, and write the figures."""
@@ -228,8 +271,13 @@ def main(
         chosen = [replace(s, tasks=[t for t in s.tasks if t in tasks]) for s in chosen]
     for case in cases(chosen, dataset, clip):
         click.echo(f"{case.stack.label} {case.task.name}")
+        if pictures is not None:
+            if (case.stack.label, case.task.name) in SHOWN:
+                draw(pictures, case, model, couplings[0])
+            continue
         run(case, model, rows, couplings)
-    click.echo(table(rows))
+    if pictures is None:
+        click.echo(table(rows))
 
 
 if __name__ == "__main__":

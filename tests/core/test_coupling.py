@@ -107,9 +107,7 @@ def test_equal_slices_of_independent_errors_become_their_mean():
 def test_a_dual_that_is_carried_on_saves_steps_and_changes_nothing():
     mu, covariance, precision = stack()
     cold, first = couple(mu, covariance, precision, tolerance=1e-10, max_steps=500)
-    warm, again = couple(
-        mu, covariance, precision, start=first.x, tolerance=1e-10, max_steps=500
-    )
+    warm, again = couple(mu, covariance, precision, start=first.x, tolerance=1e-10, max_steps=500)
     assert again.num_steps < 0.1 * first.num_steps
     torch.testing.assert_close(warm, cold, rtol=0, atol=1e-7)
 
@@ -143,7 +141,7 @@ def test_bands_that_lie_between_slices_are_stacks_of_their_own():
 
 
 def test_the_precision_is_high_where_the_scene_is_still_and_low_where_it_moves():
-    """Independent errors of variance s: d^2 is 2 s in the mean, and 2 s + 4 where a step went by."""
+    """Independent errors of variance s: mean d^2 is 2 s, and 2 s + 4 where a step went by."""
     s, side = 0.04, 64
     still = torch.zeros(2, 1, side, side, dtype=torch.float64)
     still[1, :, :, 32:] = 2.0

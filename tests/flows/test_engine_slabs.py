@@ -18,8 +18,6 @@ from flows.engine.executor import InlineExecutor
 from flows.engine.grid import SLAB_HALO, make_grid
 from flows.engine.methods import ALONG_Z, COUPLING, resolve_method
 from flows.engine.plan import content_of, make_plan
-from flows.engine.receipt import load_receipt
-from flows.engine.objects import LocalObjects
 from flows.store import Measurements, MeasurementWriter
 
 FRAMES = 14
@@ -29,9 +27,7 @@ def clip(path, *, source_format="video", bands=3, frames=FRAMES):
     """A still scene under moving strokes, as a measurement store."""
     scene = picture(1, (bands, 1, 24, 32))
     pixels = np.repeat(scene, frames, axis=1)
-    record = ItemRecord(
-        "clip", "city", pixels.shape, "uint8", "intensity", "c" * 64, source_format
-    )
+    record = ItemRecord("clip", "city", pixels.shape, "uint8", "intensity", "c" * 64, source_format)
     measurement = load_domain("city").simulate(Item(pixels, record), load_task("video-strokes"), 0)
     with MeasurementWriter(path) as writer:
         writer.add(measurement)
