@@ -79,26 +79,21 @@ def edge_error(truth: Array, image: Array, where: Array | None = None) -> float:
     return math.sqrt(float(_counted(squared, where).mean()))
 
 
-def z_gradient_error(
-    truth: Array, image: Array, offset: float = 0.0, gain: float = 1.0
-) -> list[float]:
-    """Mean |d(image) - d(truth)| of each slice, d the difference to the slice or frame before.
+def z_gradient_error(truth: Array, image: Array) -> float:
+    """Mean |d(image) - d(truth)|, d the difference from one slice or frame to the next.
 
     What flickers from frame to frame, or steps from slice to slice in a cut across them, stands
-    here and nowhere in PSNR; the mean over the slices is that over the volume.
+    here and nowhere in PSNR.
 
     Args:
-        truth: (c z h w), in source units.
+        truth: (c z h w) on [0, 1], two slices or more.
         image: same shape.
-        offset: source value that is 0 on [0, 1].
-        gain: to [0, 1] from there; one scale for all slices.
-
-    Returns:
-        z figures; the first, which has no slice before it, is NaN.
+    Raises:
+        ValueError: if there is no second slice.
     """
-    clean, restored = to_unit(truth, offset, gain), to_unit(image, offset, gain)
-    wrong = np.abs(np.diff(restored, axis=1) - np.diff(clean, axis=1))
-    return [math.nan, *(float(value) for value in wrong.mean(axis=(0, 2, 3)))]
+    if truth.shape[1] < 2:
+        raise ValueError("one slice has no difference to another")
+    return float(np.abs(np.diff(image, axis=1) - np.diff(truth, axis=1)).mean())
 
 
 def residual(
@@ -161,7 +156,7 @@ def score(
     Returns:
         One dict a slice: psnr, ssim, edge_error; psnr_body, ssim_body where the domain knows a body
         and the slice shows some of it; psnr_hole where `region` is given and not empty there;
-        z_gradient_error from the second slice on, on the scale of the whole item.
+        z_gradient_error to the slice before, from the second on, on the scale of the later one.
     Raises:
         ValueError: if the shapes differ.
     """
@@ -169,9 +164,6 @@ def score(
         raise ValueError(f"restored {restored.shape} is not of the truth's {truth.pixels.shape}")
     body = domain.body_mask(truth.pixels, truth.record)
     hole = region if region is None or region.ndim == 4 else region[None]
-    along_z = z_gradient_error(
-        truth.pixels, restored, *domain.unit_scale(truth.pixels, truth.record)
-    )
     rows = []
     for z in range(restored.shape[1]):
         part = truth.slices(z, z + 1)
@@ -189,7 +181,9 @@ def score(
         if hole is not None and hole[:, z].any():
             row["psnr_hole"] = psnr(clean, image, hole[:, z])
         if z:
-            row["z_gradient_error"] = along_z[z]
+            pair = slice(z - 1, z + 1)
+            both = (to_unit(pixels[:, pair], offset, gain) for pixels in (truth.pixels, restored))
+            row["z_gradient_error"] = z_gradient_error(*both)
         rows.append(row)
     return rows
 

@@ -119,8 +119,8 @@ def measurement_words(task: Task) -> str:
             f"the {p['centre_share']:.0%} in the centre all kept"
         ),
         "mask": lambda: (
-            f"Slices seen from the side, one of {p['every']} kept"
-            if p["pattern"] == "slices"
+            f"{p['pattern'].capitalize()} seen from the side, one of {p['every']} kept"
+            if p["pattern"] in BETWEEN
             else f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})"
         ),
         "pool-rows": lambda: f"Means of {p['factor']} slices, seen from the side",
@@ -178,11 +178,15 @@ def _ordinal(number: int) -> str:
     return {4: "fourth", 8: "eighth"}.get(number, f"{number}th")
 
 
+BETWEEN = ("slices", "frames")
+"""Patterns of masks that take away whole slices, or frames."""
+
+
 def _mask_title(params: Mapping[str, Any]) -> str:
     share = f"{params.get('missing_share', 0):.0%}"
     pattern = params.get("pattern", "")
-    if pattern == "slices":
-        return f"{params['every'] - 1} of {params['every']} slices missing"
+    if pattern in BETWEEN:
+        return f"{params['every'] - 1} of {params['every']} {pattern} missing"
     if pattern == "random":
         return f"{share} of the pixels missing"
     return f"Free-form {pattern} over {share} of the picture"

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 MISSING = (38, 46, 92)  # colour of pixels that were not measured
 ROW_FIGURES = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error",
-               "z_gradient_error", "residual", "nfe", "num_operator_calls", "seconds", "peak_bytes")  # fmt: skip
+               "z_gradient_error", "residual", "nfe", "num_operator_calls", "seconds",
+               "peak_bytes")  # fmt: skip
 
 
 @dataclass(frozen=True)

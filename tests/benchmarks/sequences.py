@@ -5,11 +5,12 @@
     python -m tests.benchmarks.sequences --data DATASET --clip vtest.avi --pictures infra/pictures
 
 DATASET holds the sample items (`sashiko samples`); vtest.avi is of Debian's opencv-doc. Stacks are
-windows of the samples, as STACKS says, 12 or 16 slices of about 96^2: whole items would take hours. For every stack and task the same measurement is restored with every coupling that is asked
-for (0: each slice by itself), at 12 evaluations with the product's settings, and each slice's PSNR
-(of the hole where the task looks at holes) and error along z are averaged.
+windows of the samples, as STACKS says, 12 or 16 slices of about 96^2: whole items would take hours.
+For every stack and task the same measurement is restored with every coupling that is asked for (0:
+each slice by itself), at 12 evaluations with the product's settings (denoising takes 2), and each
+slice's PSNR (of the hole where the task looks at holes) and error along z are averaged.
 
-`linear_bound` is what neighbours can tell at all, where slices are seen in white noise: the gain of
+`linear-bound` is what neighbours can tell at all, where slices are seen in white noise: the gain of
 the best linear filter of 3 slices x 5 x 5 pixels of the denoised stack, fitted on the truth itself.
 No filter of that kind that does not know the truth does as well.
 """
@@ -83,8 +84,8 @@ STACKS = (
     Stack("bikes-3", "test", (8, 20), (60, 200, 96, 128), CLIP),
     Stack("vtest", "test", (100, 112), (200, 300, 96, 128), CLIP),
 )
-"""lung1, brain1 and bikes-2 are of the training's items or beside them; what is fitted on them is one
-number, the coupling. Slices of torso and abdomen lie 3 mm apart, of the lungs 5, of the brains 6.5."""
+"""lung1 and brain1 are of the training's items; what is fitted on validation stacks is one number,
+the coupling. Slices of torso and abdomen lie 3 mm apart, of the lungs 5, of the brains 6.5."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,9 @@ def row_of(case: Case, method: str, coupling: float, figures: Mapping[str, float
     """A row of the results."""
     names = ("psnr", "psnr_hole", "ssim", "z_gradient_error")
     kept: dict[str, Any] = {n: round(figures[n], 6) for n in names if n in figures}
-    same = {"item": case.stack.label, "split": case.stack.split, "task": case.task.name}
-    return {
-        **same,
-        "method": method,
-        "z_coupling": coupling,
-        "num_slices": case.problem.shape[0],
-    } | kept
+    stack = case.stack
+    named = {"item": stack.label, "split": stack.split, "task": case.task.name, "method": method}
+    return {**named, "z_coupling": coupling, "num_images": case.problem.shape[0], **kept}
 
 
 def run(case: Case, model: Model, rows: Rows, couplings: Sequence[float]) -> None:
