@@ -1,5 +1,7 @@
 """Volumes seen from the side: where slices are missing or thick, images across them are restored.
 
+A clip that lacks frames is such a volume: cut along y, it shows how each row of the scene changes.
+
 A slice that is missing as a whole leaves nothing in its own plane to go on from, but a volume cut
 the other way, along y, shows it as a missing row with its neighbours above and below. A turned item
 has the axes (c y z x); its affine is turned with it, so that writing returns to the source's.
@@ -46,6 +48,14 @@ def turned_record(record: ItemRecord) -> ItemRecord:
         affine=tuple(tuple(float(v) for v in row) for row in affine[:, [0, 2, 1, 3]]),
         meta={**meta, "turned": True},
     )
+
+
+def unturned(item: Item) -> Item:
+    """A turned item as it was, sharing its pixels; spacing and affine are not brought back."""
+    c, h, z, w = item.record.shape
+    meta = {name: value for name, value in item.record.meta.items() if name != "turned"}
+    record = replace(item.record, shape=(c, z, h, w), spacing_mm=None, affine=None, meta=meta)
+    return Item(item.pixels.swapaxes(1, 2), record)
 
 
 def _plain_affine(record: ItemRecord) -> Array:
@@ -155,7 +165,8 @@ def simulate(item: Item, task: Task, seed: int, units: Units) -> Measurement:
     Args:
         item: three slices or more.
         task: "mask" with {pattern: slices, every: n}: of n slices the last n - 1 are missing, the
-            volume's last is kept; "pool-rows" with {factor: n}: means of n slices.
+            volume's last is kept (frames of a clip: pattern "frames"); "pool-rows" with
+            {factor: n}: means of n slices.
         seed: of the noise.
         units: of the network scale.
 

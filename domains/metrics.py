@@ -79,6 +79,23 @@ def edge_error(truth: Array, image: Array, where: Array | None = None) -> float:
     return math.sqrt(float(_counted(squared, where).mean()))
 
 
+def z_gradient_error(truth: Array, image: Array) -> float:
+    """Mean |d(image) - d(truth)|, d the difference from one slice or frame to the next.
+
+    What flickers from frame to frame, or steps from slice to slice in a cut across them, stands
+    here and nowhere in PSNR.
+
+    Args:
+        truth: (c z h w) on [0, 1], two slices or more.
+        image: same shape.
+    Raises:
+        ValueError: if there is no second slice.
+    """
+    if truth.shape[1] < 2:
+        raise ValueError("one slice has no difference to another")
+    return float(np.abs(np.diff(image, axis=1) - np.diff(truth, axis=1)).mean())
+
+
 def residual(
     operator: LinearOperator,
     y: torch.Tensor,
@@ -138,7 +155,8 @@ def score(
         region: (z h w) or (1|c z h w), True where PSNR is wanted beside the image's own: the hole.
     Returns:
         One dict a slice: psnr, ssim, edge_error; psnr_body, ssim_body where the domain knows a body
-        and the slice shows some of it; psnr_hole where `region` is given and not empty there.
+        and the slice shows some of it; psnr_hole where `region` is given and not empty there;
+        z_gradient_error to the slice before, from the second on, on the scale of the later one.
     Raises:
         ValueError: if the shapes differ.
     """
@@ -162,6 +180,10 @@ def score(
             row["ssim_body"] = ssim(clean, image, body[z])
         if hole is not None and hole[:, z].any():
             row["psnr_hole"] = psnr(clean, image, hole[:, z])
+        if z:
+            pair = slice(z - 1, z + 1)
+            both = (to_unit(pixels[:, pair], offset, gain) for pixels in (truth.pixels, restored))
+            row["z_gradient_error"] = z_gradient_error(*both)
         rows.append(row)
     return rows
 

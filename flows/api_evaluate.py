@@ -68,6 +68,7 @@ same measurement; its noise and masks are keyed by the image's content and the s
 | model_digest | sha256 of the model directory; null for classical baselines |
 | seconds, peak_bytes | wall time of the item over its slices; the worker's highest memory |
 | psnr, ssim, edge_error | on [0, 1] after clipping, see below |
+| z_gradient_error | mean error of the difference to the slice or frame before; none of the first |
 | psnr_hole | PSNR of the missing pixels alone, where the operator is a mask |
 | psnr_body, ssim_body | inside the body, where the domain knows one |
 | residual | squared misfit in units of the noise, per real number measured, see below |
@@ -352,6 +353,7 @@ def _restore(
                 num_lanes=compute.lanes,
                 memory_limit_bytes=compute.memory_limit_bytes,
                 methods_for=methods_for,
+                along_z=settings.along_z,
             )
             tell = _prefixed(on_event, which)
             blocks = f"{plan.num_blocks} blocks"

@@ -116,6 +116,7 @@ def explain_first(
         device_class="cuda" if settings.compute.num_gpus_per_worker > 0 else "cpu",
         dtype="float32",
         slices_per_block=1,
+        along_z=False,
         batch_px=0,
         methods_for=lambda entry: [resolve_method(MethodSettings(name=OURS), entry, calibrated)],
     )

@@ -2,7 +2,9 @@
 
 OUTPUT/
   city-000.png ...   previews, 8 bits; each says in its metadata that it was generated
-  samples.npz        pixels (n c h w) float32, in the units that provenance.json names
+                     (with --frames an animated PNG, which browsers play)
+  samples.npz        pixels (n c h w) float32, or (n t c h w) of t frames, in the units that
+                     provenance.json names
   provenance.json    model digest, sampler, noise levels, seed, sha256 of the files above
 """
 
@@ -20,6 +22,7 @@ from domains.base import Array, BadInputError, Domain, Generated
 from domains.registry import load_domain
 from flows.config import GenerateSettings
 from flows.engine.events import Event, EventHandler, ignore
+from flows.engine.grid import DENOISER_BATCH_PX
 from flows.registry import ResolvedModel, resolve_model
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
     from diffusion_core.model import Model
     from diffusion_core.posterior.covariance import CovarianceTable
+
+FRAME_MS = 80
+"""How long a frame of a preview is shown."""
 
 SAMPLES, PROVENANCE = "samples.npz", "provenance.json"
 
@@ -49,7 +55,7 @@ class GenerateResult:
 
 
 def generate(settings: GenerateSettings, on_event: EventHandler | None = None) -> GenerateResult:
-    """Draw images from a model's prior. Image n is the same however many are asked for.
+    """Draw images, or clips, from a model's prior: number n is the same however many are asked for.
 
     Args:
         settings: what, how many, by which sampler.
@@ -80,7 +86,7 @@ def generate(settings: GenerateSettings, on_event: EventHandler | None = None) -
         images.append(source.image(number))
         message = f"generating {condition} images"
         report(Event("image", number + 1, settings.num, message))
-    shown = domain.generated(condition, np.stack(images))
+    shown = domain.generated(condition, np.concatenate(images))
     files = _write(settings, shown, _provenance(settings, found, source, shown))
     return GenerateResult(settings.output, files, source.num_calls, found.digest)
 
@@ -109,29 +115,53 @@ class _Source:
         )
         self.sigmas = torch.cat([positive, torch.zeros(1, dtype=positive.dtype)])
         self.num_calls = 0
+        self._dual: torch.Tensor | None = None
 
     def image(self, number: int) -> Array:
-        """Image number `number`, (c h w) float32 in network units."""
+        """Image number `number`, (t c h w) float32 in network units, t its frames.
+
+        The frames of a clip come out of noise that changes little from one to the next, and at
+        every level neighbours are coupled as those of a clip that is restored.
+        """
         import torch
 
         from diffusion_core.noise.draws import KeyedDraws
         from diffusion_core.samplers.start import gaussian_start
 
-        side = self._settings.size
-        draws = KeyedDraws(self._settings.seed, f"generate-{self.condition}-{number}")
-        self.num_calls = 0
+        settings, side = self._settings, self._settings.size
+        length = settings.frames_alike if settings.frames > 1 else 0.0
+        digest = f"generate-{self.condition}-{number}"
+        draws = KeyedDraws(settings.seed, digest, length_z=length)
+        self.num_calls, self._dual = 0, None
         with torch.no_grad():
-            like = torch.empty(1, self._num_channels, side, side)
-            x = gaussian_start(self.prior, like, self._settings.sigma_max, draws)
+            like = torch.empty(settings.frames, self._num_channels, side, side)
+            x = gaussian_start(self.prior, like, settings.sigma_max, draws)
             x = self._sampler(self._counted, x, self.sigmas, draws)
         if not torch.isfinite(x).all():
             raise RuntimeError(f"image {number} has values that are not finite")
-        pixels: Array = x[0].float().numpy()
+        pixels: Array = x.float().numpy()
         return pixels
 
     def _counted(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        import torch
+
         self.num_calls += 1
-        return self._denoise(x, sigma)
+        step = max(1, DENOISER_BATCH_PX // self._settings.size**2)
+        parts = zip(x.split(step), sigma.split(step), strict=True)
+        return self._coupled(torch.cat([self._denoise(*part) for part in parts]), float(sigma[0]))
+
+    def _coupled(self, mu: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Neighbouring frames brought together, where the model knows how far D errs."""
+        from diffusion_core.posterior.coupling import couple, difference_precision
+
+        coupling = self._settings.frame_coupling
+        if self.prior is None or not coupling or len(mu) < 2:
+            return mu
+        covariance = self.prior.at(sigma).on(mu)
+        precision = difference_precision(mu, covariance, coupling)
+        coupled, solved = couple(mu, covariance, precision, start=self._dual)
+        self._dual = solved.x
+        return coupled
 
 
 def _condition(domain: Domain, asked: str | None) -> str:
@@ -157,11 +187,23 @@ def _provenance(
         "start": "noise" if source.prior is None else "Gaussian prior of the model, and noise",
         "seed": settings.seed,
         "num_images": settings.num,
+        **_clip_facts(settings),
         "size_px": settings.size,
         "dtype": settings.dtype,
         "num_denoiser_calls": source.num_calls,
         "units": shown.units,
         "preview_range": [shown.low, shown.high],
+    }
+
+
+def _clip_facts(settings: GenerateSettings) -> dict[str, Any]:
+    """How the frames of clips hang together; nothing of still images."""
+    if settings.frames == 1:
+        return {}
+    return {
+        "num_frames": settings.frames,
+        "frames_alike": settings.frames_alike,
+        "frame_coupling": settings.frame_coupling,
     }
 
 
@@ -172,13 +214,15 @@ def _write(settings: GenerateSettings, shown: Generated, facts: dict[str, Any]) 
     from flows.report.write import write_whole
 
     settings.output.mkdir(parents=True, exist_ok=True)
+    clips = shown.pixels.reshape(settings.num, settings.frames, *shown.pixels.shape[1:])
     contents = {
-        f"{facts['condition']}-{n:03d}.png": _png(image, shown, facts)
-        for n, image in enumerate(shown.pixels)
+        f"{facts['condition']}-{n:03d}.png": _png(clip, shown, facts)
+        for n, clip in enumerate(clips)
     }
     names = tuple(contents)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, pixels=shown.pixels.astype(np.float32))
+    pixels = clips if settings.frames > 1 else shown.pixels
+    np.savez_compressed(buffer, pixels=pixels.astype(np.float32))
     contents[SAMPLES] = buffer.getvalue()
     for name, data in contents.items():
         write_whole(settings.output / name, data)
@@ -188,8 +232,8 @@ def _write(settings: GenerateSettings, shown: Generated, facts: dict[str, Any]) 
     return names
 
 
-def _png(image: Array, shown: Generated, facts: dict[str, Any]) -> bytes:
-    """A preview of (c h w), grey or colour, that says what it is."""
+def _png(frames: Array, shown: Generated, facts: dict[str, Any]) -> bytes:
+    """A preview of (t c h w), grey or colour, that says what it is; animated if t > 1."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -198,8 +242,10 @@ def _png(image: Array, shown: Generated, facts: dict[str, Any]) -> bytes:
     note = PngInfo()
     note.add_text("Description", f"{facts['what']} (model {facts['model']['digest'][:12]})")
     buffer = io.BytesIO()
-    grey_levels = Window("", shown.low, shown.high).show(image)
-    Image.fromarray(grey_levels).save(buffer, "PNG", pnginfo=note)
+    window = Window("", shown.low, shown.high)
+    first, *rest = (Image.fromarray(window.show(frame)) for frame in frames)
+    playing = {"save_all": True, "append_images": rest, "duration": FRAME_MS, "loop": 0}
+    first.save(buffer, "PNG", pnginfo=note, **(playing if rest else {}))
     return buffer.getvalue()
 
 

@@ -215,6 +215,7 @@ def _plan(settings: RestoreSettings, given: Given, model: ModelRef | None) -> Pl
         block_size=settings.block_size,
         slices_per_block=settings.slices_per_block,
         batch_px=settings.batch_px,
+        along_z=settings.along_z,
         num_lanes=compute.lanes,
         num_workers=_num_workers(settings),
         memory_limit_bytes=compute.memory_limit_bytes,

@@ -30,6 +30,7 @@ from flows.answers import (
 from flows.cli_options import (
     AnyPlace,
     LocalPath,
+    along_z_option,
     compute_options,
     computing,
     damage_options,
@@ -277,6 +278,7 @@ def calibrate(as_json: bool, **options: Any) -> int:
 @click.option("--output", type=PATH, default=Path("evaluation"), show_default=True)
 @click.option("--json", "json_path", type=PATH, help="Where the rows go as JSON.")
 @click.option("--report", type=PATH, help="Write a page with pictures into this folder.")
+@along_z_option
 @model_option
 @compute_options
 @prefect_flag
@@ -301,6 +303,7 @@ def evaluate(prefect: bool, report: Path | None, **options: Any) -> int:
 @input_option
 @click.option("--output", type=ROOT, required=True, help="A folder, or s3://BUCKET/PREFIX.")
 @damage_options
+@along_z_option
 @click.option("--plan", "plan_only", is_flag=True, help="Print what would be done, do nothing.")
 @model_option
 @compute_options
@@ -383,6 +386,7 @@ def view(output: Root, as_json: bool) -> int:
 @click.option("--condition", help="Of the network, such as city-grey.  [default: domain's first]")
 @click.option("--num", type=int, help="Images.  [default: 4]")
 @click.option("--size", type=int, help="Side in pixels.  [default: 256]")
+@click.option("--frames", type=int, help="Of clips, whose frames hang together.  [default: 1]")
 @click.option("--sampler", help="ancestral, ddim, euler, heun, dpm-solver, churn.  [default: heun]")
 @click.option("--levels", "num_levels", type=int, help="Noise levels.  [default: 40]")
 @model_option

@@ -49,6 +49,11 @@ model_option = click.option(
     help="champion, starter, a directory or models:/NAME@ALIAS.  "
     "[default: champion of the domain, the starter while it has none]",
 )
+along_z_option = click.option(
+    "--along-z/--no-along-z",
+    default=None,
+    help="Restore slices or frames jointly, or each by itself.  [default: jointly in clips]",
+)
 seed_option = click.option("--seed", type=int, help="Of all noise.  [default: 0]")
 
 

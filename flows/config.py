@@ -59,6 +59,8 @@ S = TypeVar("S", bound=Settings)
 
 MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
 
+ALONG_Z = "whether slices or frames are restored jointly; default: frames of clips are"
+
 STARTER = "starter"
 """Name of the shipped model."""
 
@@ -222,6 +224,7 @@ class RestoreSettings(Settings):
         "estimated",
     )
     method: MethodSettings | None = Field(None, description="default: the task's own")
+    along_z: bool | None = Field(None, description=ALONG_Z)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     block_size: int = Field(512, description="write region of a tiled block, pixels")
@@ -250,6 +253,7 @@ class ExplainSettings(RestoreSettings):
         "float32", description="bfloat16 rounds more than the changes that are tried"
     )
     slices_per_block: int = 1
+    along_z: bool | None = Field(False, description="explained is what one slice's data say")
     batch_px: int | None = Field(0, ge=0)
     compute: ComputeSettings = Field(default_factory=lambda: ComputeSettings(executor="inline"))
 
@@ -269,6 +273,7 @@ class EvaluateSettings(Settings):
     )
     items: list[str] | None = None
     num_samples: int = Field(0, ge=0, description="posterior samples an image, 0 or 2 and more")
+    along_z: bool | None = Field(None, description=ALONG_Z)
     explain: int = Field(0, ge=0, le=100, description="first items of each task that are explained")
     json_path: Path | None = None
     seed: int = 0
@@ -604,6 +609,16 @@ class GenerateSettings(Settings):
     condition: str | None = Field(None, description="of the network; default: the domain's first")
     num: int = Field(4, ge=1, le=10_000)
     size: int = Field(256, ge=16, le=1024, description="side in pixels")
+    frames: int = Field(1, ge=1, le=100, description="of a clip; 1: still images")
+    frames_alike: float = Field(
+        6.0, gt=0, description="frames over which the noise of a clip stays alike; inf: one noise"
+    )
+    frame_coupling: float = Field(
+        0.01,
+        ge=0,
+        allow_inf_nan=False,
+        description="of neighbouring frames, as in restoring; 0: none",
+    )
     model: str = "starter"
     sampler: Literal["ancestral", "ddim", "euler", "heun", "dpm-solver", "churn"] = "heun"
     num_levels: int = Field(40, ge=2, le=1000)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from flows.engine.restored import Restored, RestoredEntry
     from flows.store import Dataset, Measurements
 
-FIGURES = ("psnr", "ssim", "psnr_hole", "psnr_body", "ssim_body", "edge_error", "residual")
+FIGURES = ("psnr", "ssim", "psnr_hole", "psnr_body", "ssim_body", "edge_error",
+           "z_gradient_error", "residual")  # fmt: skip
 
 
 def score_entries(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_TAPS = 3.0
+"""Reach of the average along z, in lengths: exp(-9) is left out."""
 _LANES = 4  # one Philox block gives four words, hence four normals: neighbours along x
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -88,15 +90,19 @@ class KeyedDraws:
         seed: of the campaign.
         digest: content digest of the source, so that two sites draw alike.
         origin_zyx: global coordinates of the first voxel of the tensors asked for.
+        length_z: slices or frames over which the noise stays alike: those k apart have the
+            correlation exp(-k^2 / (2 length_z^2)); 0: each has noise of its own, inf: all share
+            one.
     """
 
     seed: int
     digest: str
     origin_zyx: tuple[int, int, int] = (0, 0, 0)
+    length_z: float = 0.0
 
     def at(self, origin_zyx: tuple[int, int, int]) -> KeyedDraws:
         """The same noise seen from another origin."""
-        return KeyedDraws(self.seed, self.digest, origin_zyx)
+        return replace(self, origin_zyx=origin_zyx)
 
     def normal(self, level: int, like: Tensor, stream: int = 0) -> Tensor:
         """Standard normal noise for the voxels of `like`.
@@ -115,6 +121,8 @@ class KeyedDraws:
         """
         if not like.is_floating_point():
             raise TypeError(f"noise is drawn in floating dtypes, not {like.dtype}")
+        if self.length_z:
+            return self._alike(level, like, stream)
         b, c, h, w = _as_voxels(like.shape)
         z0, y0, x0 = self.origin_zyx
         first, last = x0 // _LANES, (x0 + w - 1) // _LANES + 1
@@ -132,6 +140,26 @@ class KeyedDraws:
         row = box_muller(words).reshape(b, c, h, -1)
         skip = x0 - first * _LANES
         return row[..., skip : skip + w].to(like.dtype).reshape(like.shape)
+
+    def _alike(self, level: int, like: Tensor, stream: int) -> Tensor:
+        """Noise that is alike over neighbouring slices: a moving average of white noise.
+
+        The average is that of the global slices about each: a part of a stack has the noise of the
+        whole.
+        """
+        z0, y0, x0 = self.origin_zyx
+        if math.isinf(self.length_z):
+            one = replace(self, origin_zyx=(0, y0, x0), length_z=0.0)
+            return one.normal(level, like[:1], stream).expand_as(like).clone()
+        reach = math.ceil(_TAPS * self.length_z)
+        white = replace(self, origin_zyx=(z0 - reach, y0, x0), length_z=0.0)
+        padded = like.new_empty(len(like) + 2 * reach, *like.shape[1:], dtype=torch.float64)
+        drawn = white.normal(level, padded, stream)
+        places = torch.arange(-reach, reach + 1, dtype=torch.float64, device=like.device)
+        # Its correlation with itself is a Gaussian sqrt(2) times as wide.
+        taps = torch.exp(-((places / self.length_z) ** 2))
+        windows = drawn.unfold(0, 2 * reach + 1, 1)
+        return (windows @ (taps / taps.norm())).to(like.dtype)
 
 
 def _as_voxels(shape: torch.Size) -> tuple[int, int, int, int]:

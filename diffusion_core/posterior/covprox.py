@@ -14,7 +14,8 @@ D. The chain's error is
 larger than a fresh-noise residual, hence the inflation c > 1. Fresh noise keeps D in the regime it
 was trained in, but what of it the data do not see stays in m: so zeta fades along the levels. Where
 the data say nothing a level brings the chain nearer by a share sigma^2 / (P + sigma^2) only: beta,
-a heavy ball, makes up for few levels.
+a heavy ball, makes up for few levels. The elements of a batch may be a stack, whose neighbours are
+expected to be alike: mu is conditioned on that before the data are heard (coupling.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffusion_core.operators import Identity
+from diffusion_core.posterior.coupling import couple, difference_precision
 from diffusion_core.posterior.covariance import CovarianceTable
 from diffusion_core.posterior.descent import descend
 from diffusion_core.posterior.gaussian import Covariance
@@ -87,6 +89,10 @@ class CovProx:
             the first level added.
         tolerance: relative residual of the linear solves (of a descent: see descent.py).
         max_steps: CG steps, or gradients, a level at most.
+        z_coupling: how much is made of the likeness of neighbours in a stack: a factor on the
+            precision of their differences, 0 for slices or frames each by itself; mean mode only.
+        z_inflation: > 0, factor on the Sigma that they are coupled by, apart from the data step's.
+        z_stride: batch elements from one slice to the next.
     """
 
     prior: CovarianceTable
@@ -100,6 +106,9 @@ class CovProx:
     start: Start = "kriging"
     tolerance: float = 1e-2
     max_steps: int = 40
+    z_coupling: float = 0.0
+    z_inflation: float = 1.0
+    z_stride: int = 1
 
     def __post_init__(self) -> None:
         if self.mode not in _ZETA or self.renoise not in {"fresh", "deterministic"}:
@@ -114,6 +123,13 @@ class CovProx:
         for name in ("zeta", "momentum"):
             if not all(map(math.isfinite, _values(getattr(self, name)))):
                 raise ValueError(f"{name} must be finite, not {getattr(self, name)}")
+        if not 0 <= self.z_coupling < math.inf or not 0 < self.z_inflation < math.inf:
+            raise ValueError(
+                "z_coupling must be 0 or more and z_inflation more than 0, both finite, not "
+                f"{self.z_coupling} and {self.z_inflation}"
+            )
+        if self.z_coupling and self.mode != "mean":
+            raise ValueError("stacks are coupled in mean mode alone: set z_coupling to 0 to sample")
 
     def __call__(
         self,
@@ -129,7 +145,7 @@ class CovProx:
             return _graded(denoise, operator, y, noise, sigmas)
         chain = Chain(self, denoise, operator, y, noise, sigmas, draws)
         for level in range(len(chain.levels)):
-            mu = chain.denoise(level)
+            mu = chain.couple(level, chain.denoise(level))
             chain.advance(level, chain.condition(level, mu))
         return chain.calls.restoration(chain.m, levels=chain.trace)
 
@@ -179,6 +195,7 @@ class Chain:
         self._padding = 0 if self._step is None else self._step.padding
         self._y, self._noise, self._draws = y, noise, draws
         self._misfit: Tensor | None = None
+        self._dual: Tensor | None = None
         self._accuracy = Accuracy(solver.tolerance, solver.max_steps)
         self.m = initial_estimate(
             solver.start, solver.prior, self.calls, self._step, y, noise, self._accuracy
@@ -192,6 +209,18 @@ class Chain:
     def denoise(self, level: int) -> Signal:
         """mu = D(x; sigma)."""
         return self.calls.denoise(self.x, self.levels[level])
+
+    def couple(self, level: int, mu: Signal) -> Signal:
+        """What mu becomes once neighbours in the stack are heard; mu itself if it has none."""
+        solver = self.solver
+        if not solver.z_coupling or len(mu) <= solver.z_stride:
+            return mu
+        table = solver.prior.at(self.levels[level])
+        covariance = table.on(mu, solver.z_inflation)
+        precision = difference_precision(mu, covariance, solver.z_coupling, solver.z_stride)
+        coupled, solved = couple(mu, covariance, precision, solver.z_stride, self._dual)
+        self._dual = solved.x
+        return coupled
 
     def condition(self, level: int, mu: Signal, inflation: float | None = None) -> Signal:
         """m: what mu becomes, or a draw about it, once the data are heard.

@@ -26,6 +26,7 @@ from diffusion_core.operators import (
 )
 from diffusion_core.protocols import Signal
 from domains.base import Array, BadInputError, Baseline, Measurement, Problem
+from domains.between_slices import cubic_z, linear_z
 from domains.city.brightening import anscombe_nlm, clahe, gamma, inversion
 from domains.classical import TVSettings, restore_tv, settings_from
 from domains.inpainting import biharmonic, smoothing_spline
@@ -192,6 +193,8 @@ BASELINES: Mapping[str, Baseline] = {
     "gamma": gamma,
     "clahe": clahe,
     "anscombe-nlm": anscombe_nlm,
+    "linear-z": linear_z,
+    "cubic-z": cubic_z,
 }
 
 

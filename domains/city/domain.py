@@ -56,22 +56,33 @@ class City(Domain):
 
     def write(self, item: Item, stem: Path) -> Path:
         """Write PNG, TIFF or a clip, in the source's dtype."""
+        from domains.between_slices import unturned
         from domains.city.writer import write
 
+        if item.record.meta.get("turned"):
+            item = unturned(item)
         return write(item, stem)
 
     def write_large(self, record: ItemRecord, read: ReadBox, stem: Path) -> Path | None:
         """Write as `write` does, tile by tile."""
         from domains.city.writer import write_large
 
+        if record.meta.get("turned"):
+            return None
         return write_large(record, read, stem)
 
     def simulate(self, item: Item, task: Task, seed: int) -> Measurement:
-        """Damage a clean image; y is in network units, (z c h' w'), or speckled intensities."""
+        """Damage a clean image; y is in network units, (z c h' w'), or speckled intensities.
+
+        A clip from which frames are taken is measured cut along y (see between_slices.py).
+        """
+        from domains import between_slices
         from domains.city import haze, jpeg, low_light, speckle
         from domains.city.degradations import simulate
 
         require_task(task, self.name, (*IMAGE_OPERATORS, jpeg.OPERATOR))
+        if task.operator == "mask" and task.operator_params.get("pattern") == "frames":
+            return between_slices.simulate(item, task, seed, units_of(item.record))
         of_noise = {
             "speckle": speckle.simulate,
             haze.KIND: haze.simulate,
@@ -92,9 +103,18 @@ class City(Domain):
     ) -> Measurement:
         """Take a damaged image as a measurement; for `scale` the record has the enlarged shape.
 
-        Pixels without data that no mask asks for stay without: see stand_in.
+        Pixels without data that no mask asks for stay without: see stand_in. Where a mask takes
+        whole frames, the measurement is of the clip cut along y.
         """
+        from domains.between_slices import lacks_slices, turned, turned_mask
+
         item = stand_in(item, mask)
+        if (
+            mask is not None
+            and item.record.source_format == "video"
+            and lacks_slices(mask, item.record)
+        ):
+            item, mask = turned(item), turned_mask(mask, item.record)
         units = units_of(item.record)
         return take_damaged(item, units, mask=mask, kernel=kernel, scale=scale, sigma_y=sigma_y)
 
@@ -136,12 +156,19 @@ class City(Domain):
 
         from domains.city import speckle
 
+        item = self.as_measured(item, measurement.record)
         units: Units | speckle.LogUnits = units_of(measurement.record)
         _, fold = condition_of(measurement.record)
         if speckle.is_speckled(measurement):
             units, fold = speckle.log_units(measurement.record, units_of(measurement.record)), True
         x = torch.from_numpy(slices_first(units.to_network(item.pixels)))
         return x.reshape(-1, 1, *x.shape[2:]) if fold else x
+
+    def as_measured(self, item: Item, record: ItemRecord) -> Item:
+        """Cut along y where frames are missing."""
+        from domains.between_slices import as_measured
+
+        return as_measured(item, record)
 
     def baselines(self) -> Mapping[str, Baseline]:
         """Classical methods for photographs."""

@@ -181,9 +181,12 @@ class Restorer:
         """
         method, model = item.method, self.model_of(item)
         guide = _guide(model, problem)
-        solver = self._solver(model, problem, method.name, method.options, item.grid.reach)
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
+        options = dict(method.options)
+        if options.get("z_coupling"):
+            options["z_stride"] = bands
+        solver = self._solver(model, problem, method.name, options, item.grid.reach)
         origin = (block.read.z0 * bands, block.read.y0, block.read.x0)
         denoise = self._denoiser(model, problem.condition, item, origin[1:], guide)
         denoise = denoise if watch is None else watch(denoise)
@@ -426,18 +429,19 @@ def _bounded(denoise: Denoiser, origin_yx: tuple[int, int]) -> Denoiser:
     return _tiled(split, origin_yx, max_batch=1)
 
 
-def _inner(block: Block) -> tuple[slice, slice]:
-    """Rows and columns of the write region inside the read region."""
+def _inner(block: Block) -> tuple[slice, slice, slice]:
+    """Slices, rows and columns of the write region inside the read region."""
     write, read = block.write, block.read
+    slices = slice(write.z0 - read.z0, write.z1 - read.z0)
     rows = slice(write.y0 - read.y0, write.y1 - read.y0)
-    return rows, slice(write.x0 - read.x0, write.x1 - read.x0)
+    return slices, rows, slice(write.x0 - read.x0, write.x1 - read.x0)
 
 
 def _to_source(problem: Problem, x: Tensor, item: ItemPlan, block: Block) -> Array:
     """Network units (b c h w) of the read region -> source units (c z h w) of the write region."""
     image = problem.to_source(x.float().cpu()).numpy()
-    rows, columns = _inner(block)
-    pixels = np.ascontiguousarray(image.swapaxes(0, 1)[..., rows, columns], dtype=np.float32)
+    inner = image.swapaxes(0, 1)[:, *_inner(block)]
+    pixels = np.ascontiguousarray(inner, dtype=np.float32)
     expected = (item.grid.shape[0], *block.write.shape)
     if pixels.shape != expected:
         raise RuntimeError(f"the method returned pixels {pixels.shape}, not {expected}")
@@ -448,13 +452,15 @@ def _to_source(problem: Problem, x: Tensor, item: ItemPlan, block: Block) -> Arr
 
 
 def _residuals(problem: Problem, x: Tensor, block: Block) -> tuple[tuple[float, ...], bool]:
-    """The residual of each batch element within the write region, and whether data are exact."""
+    """The residual of each element of the write region, and whether data are exact."""
     measured = reached(problem.operator, x)
-    if block.read != block.write:
-        rows, columns = _inner(block)
+    slices, rows, columns = _inner(block)
+    if block.read.shape[1:] != block.write.shape[1:]:
         inside = torch.zeros_like(measured)
         inside[..., rows, columns] = measured[..., rows, columns]
         measured = inside
     values = residual(problem.operator, problem.y, x, problem.noise, measured)
     variance = problem.noise.variance(problem.operator.A(x))
-    return tuple(values), bool(variance.max() <= EXACT_VARIANCE)
+    bands = len(values) // block.read.shape[0]
+    written = values[slices.start * bands : slices.stop * bands]
+    return tuple(written), bool(variance.max() <= EXACT_VARIANCE)

@@ -9,14 +9,17 @@
     +-----------------------+
 
 Operators that see a whole plane get whole planes, several slices deep; pixelwise ones get whole
-planes too while these are small, and tiles when they are not.
+planes too while these are small, and tiles when they are not. Stacks whose slices are restored
+jointly are cut into slabs: some slices that are written, and some more on either side that are only
+read. How deep a slab is depends on the size of a plane alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 Shape4 = tuple[int, int, int, int]
 
@@ -28,6 +31,16 @@ HALO_PX = 96
 
 MAX_CANVAS_PX = 1536**2
 """Largest plane of a pixelwise operator that is done in one block."""
+
+SLAB_PX = 2**22
+"""Pixels of the slices that a slab writes, where stacks are restored jointly."""
+
+SLAB_SLICES = (4, 64)
+"""Slices that a slab writes at least and at most."""
+
+SLAB_HALO = 4
+"""Slices read on either side of a slab: what one slice says of another fades by the slices between
+(infra/decisions/0028)."""
 
 MAX_CHUNK_PX = 512
 """Longest side of a stored chunk."""
@@ -92,6 +105,7 @@ class Grid:
         tile_h: rows of a write region; h if planes are whole.
         tile_w: columns of a write region; w if planes are whole.
         halo: pixels read around a write region.
+        halo_z: slices read on either side of it.
     """
 
     shape: Shape4
@@ -99,6 +113,15 @@ class Grid:
     tile_h: int
     tile_w: int
     halo: int
+    halo_z: int = 0
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What of it can change a pixel, JSON-able."""
+        content = asdict(self)
+        if not self.halo_z:
+            del content["halo_z"]  # of grids that were cut before there were slabs
+        return {**content, "reach": self.reach} if self.tiled else content
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -135,7 +158,7 @@ class Grid:
         """(z, h, w) of the largest read region."""
         _, z, h, w = self.shape
         tall, wide = self.tile_h + 2 * self.halo, self.tile_w + 2 * self.halo
-        return min(self.slices, z), min(tall, h), min(wide, w)
+        return min(self.slices + 2 * self.halo_z, z), min(tall, h), min(wide, w)
 
     def block(self, index: int) -> Block:
         """The block of an index: z slowest, x fastest.
@@ -154,8 +177,8 @@ class Grid:
         x0, x1 = _span(ix, self.tile_w, w)
         write = Region(z0, z1, y0, y1, x0, x1)
         read = Region(
-            z0,
-            z1,
+            max(z0 - self.halo_z, 0),
+            min(z1 + self.halo_z, z),
             max(y0 - self.halo, 0),
             min(y1 + self.halo, h),
             max(x0 - self.halo, 0),
@@ -174,7 +197,14 @@ class Grid:
         return (self.block(i) for i in range(self.num_blocks))
 
 
-def make_grid(shape: Shape4, operator: str, *, slices_per_block: int, block_size: int) -> Grid:
+def make_grid(
+    shape: Shape4,
+    operator: str,
+    *,
+    slices_per_block: int,
+    block_size: int,
+    jointly: bool = False,
+) -> Grid:
     """Cut an item by the reach of its operator.
 
     Args:
@@ -182,6 +212,7 @@ def make_grid(shape: Shape4, operator: str, *, slices_per_block: int, block_size
         operator: kind of operator.
         slices_per_block: depth where planes are whole and seen whole.
         block_size: side of a tile's write region, a multiple of 8 pixels.
+        jointly: whether slices are restored jointly: then slabs, whatever slices_per_block says.
 
     Raises:
         ValueError: if a size is not usable.
@@ -192,12 +223,24 @@ def make_grid(shape: Shape4, operator: str, *, slices_per_block: int, block_size
             f"{slices_per_block=}, {block_size=}"
         )
     _, z, h, w = shape
+    if jointly:
+        whole = operator not in PIXELWISE or h * w <= MAX_CANVAS_PX
+        tall, wide, halo = (h, w, 0) if whole else (block_size, block_size, HALO_PX)
+        slices, halo_z = _slab(z, h * w)
+        return Grid(shape, slices, min(tall, h), min(wide, w), halo, halo_z)
     if operator not in PIXELWISE:
         # Photographs come one at a time; several small slices share the work of a large operator.
         return Grid(shape, min(slices_per_block, z), h, w, 0)
     if h * w <= MAX_CANVAS_PX:
         return Grid(shape, 1, h, w, 0)
     return Grid(shape, 1, min(block_size, h), min(block_size, w), HALO_PX)
+
+
+def _slab(num_slices: int, plane_px: int) -> tuple[int, int]:
+    """Slices that a slab writes, and its halo: none where one slab holds the stack."""
+    fewest, most = SLAB_SLICES
+    slices = min(max(SLAB_PX // plane_px, fewest), most)
+    return (num_slices, 0) if num_slices <= slices + SLAB_HALO else (slices, SLAB_HALO)
 
 
 def _span(index: int, step: int, length: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from domains.registry import domain_names, load_domain
 from flows.config import MethodSettings
 from flows.engine.cost import Cost, driver_bytes, predict
 from flows.engine.grid import DEVICE_BATCH_PX, Block, Grid, make_grid
-from flows.engine.methods import converged, resolve_method
+from flows.engine.methods import COUPLING, converged, resolve_method
 from flows.roots import Root, absolute_root
 
 if TYPE_CHECKING:
@@ -224,6 +224,7 @@ def make_plan(
     num_lanes: int = 1,
     memory_limit_bytes: int | None = None,
     methods_for: Callable[[MeasurementEntry], Sequence[MethodSettings]] | None = None,
+    along_z: bool | None = None,
 ) -> Plan:
     """Plan the restoration of a measurement store.
 
@@ -246,6 +247,8 @@ def make_plan(
         num_lanes: blocks that each worker computes at the same time.
         memory_limit_bytes: of driver and workers together; None: no limit.
         methods_for: chooses the methods of each measurement; overrides `method`.
+        along_z: whether the slices or frames of an item are restored jointly; None: where that
+            was measured to help (methods.coupled).
 
     Raises:
         BadInputError: if nothing is left to restore, a name is unusable, or a solver has no model.
@@ -261,16 +264,17 @@ def make_plan(
         batch_px = 0 if device_class == "cpu" else DEVICE_BATCH_PX
     planned: dict[str, ItemPlan] = {}
     for entry in chosen:
-        grid = make_grid(
-            entry.record.shape,
-            entry.operator,
-            slices_per_block=slices_per_block,
-            block_size=block_size,
-        )
         for way in methods_for(entry) if methods_for else asked:
-            full = resolve_method(way, entry, calibrated)
+            full = resolve_method(way, entry, calibrated, along_z=along_z)
             if reference and full.kind == "solver":
                 _require_known_guides(entry, reference)
+            grid = make_grid(
+                entry.record.shape,
+                entry.operator,
+                slices_per_block=slices_per_block,
+                block_size=block_size,
+                jointly=full.options.get(COUPLING, 0.0) > 0,
+            )
             full = converged(full, way) if grid.tiled else full
             item = _plan_item(
                 entry, full, reference, grid, seed, dtype, device_class, batch_px,
@@ -329,7 +333,7 @@ def content_of(item: ItemPlan) -> dict[str, Any]:
         "seed": item.seed if solver else None,
         "dtype": item.dtype if solver else None,
         "device_class": item.device_class,
-        "grid": {**asdict(item.grid), **({"reach": item.grid.reach} if item.grid.tiled else {})},
+        "grid": item.grid.content,
         # Rounding goes by a batch's shape; without shared batches it is the grid's.
         **({"batch_px": item.batch_px} if item.batch_px else {}),
     }

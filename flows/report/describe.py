@@ -62,6 +62,8 @@ COLUMNS = {
     "ssim": ("SSIM", "", "structural similarity; 1 is identical"),
     "ssim_body": ("SSIM, body", "", "structural similarity inside the body mask"),
     "edge_error": ("Edge error", "", "RMS difference of gradient magnitudes; lower is better"),
+    "z_gradient_error": ("Error along z", "", "mean error of the difference to the slice or frame"
+                         " before; lower is steadier"),
     "residual": ("Residual", "", "weighted misfit per measurement; about 1 explains the data,"
                  " below 1 fits its noise too; largest misfit where the data are exact"),
     "gain_db": ("Gain", "dB", "above the best classical method, kriging included"),
@@ -130,8 +132,8 @@ def measurement_words(task: Task) -> str:
             f"the {p['centre_share']:.0%} in the centre all kept"
         ),
         "mask": lambda: (
-            f"Slices seen from the side, one of {p['every']} kept"
-            if p["pattern"] == "slices"
+            f"{p['pattern'].capitalize()} seen from the side, one of {p['every']} kept"
+            if p["pattern"] in BETWEEN
             else f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})"
         ),
         "pool-rows": lambda: f"Means of {p['factor']} slices, seen from the side",
@@ -199,11 +201,15 @@ def _ordinal(number: int) -> str:
     return {4: "fourth", 8: "eighth"}.get(number, f"{number}th")
 
 
+BETWEEN = ("slices", "frames")
+"""Patterns of masks that take away whole slices, or frames."""
+
+
 def _mask_title(params: Mapping[str, Any]) -> str:
     share = f"{params.get('missing_share', 0):.0%}"
     pattern = params.get("pattern", "")
-    if pattern == "slices":
-        return f"{params['every'] - 1} of {params['every']} slices missing"
+    if pattern in BETWEEN:
+        return f"{params['every'] - 1} of {params['every']} {pattern} missing"
     if pattern == "random":
         return f"{share} of the pixels missing"
     return f"Free-form {pattern} over {share} of the picture"

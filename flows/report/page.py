@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 MISSING = (38, 46, 92)  # colour of pixels that were not measured
-ROW_FIGURES = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error", "residual",
-               "nfe", "num_operator_calls", "seconds", "peak_bytes")  # fmt: skip
+ROW_FIGURES = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error",
+               "z_gradient_error", "residual", "nfe", "num_operator_calls", "seconds",
+               "peak_bytes")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _columns(summary: TaskSummary) -> list[str]:
     """The columns of the table: the main figure first, its gain, then what any method has."""
     known = {key for method in summary.methods for key in method.means}
     order = (summary.metric, "gain_db", "psnr", "psnr_hole", "psnr_body", "ssim", "edge_error",
-             "residual", "nfe", "seconds", "peak_bytes")  # fmt: skip
+             "z_gradient_error", "residual", "nfe", "seconds", "peak_bytes")  # fmt: skip
     return [key for key in dict.fromkeys(order) if key == "gain_db" or key in known]
 
 

@@ -18,9 +18,10 @@ from typing import Any
 Row = dict[str, Any]
 
 OURS = "covprox"
-METRICS = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error", "residual")
+METRICS = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error",
+           "z_gradient_error", "residual")  # fmt: skip
 COSTS = ("nfe", "num_operator_calls", "seconds", "peak_bytes")
-LOWER_IS_BETTER = frozenset({"edge_error", "seconds", "peak_bytes"})
+LOWER_IS_BETTER = frozenset({"edge_error", "z_gradient_error", "seconds", "peak_bytes"})
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def figure(key: str, value: float | None) -> str:
         return f"{value:.2f}"
     if key.startswith("ssim"):
         return f"{value:.3f}"
-    if key == "edge_error":
+    if key.endswith("_error"):
         return f"{value:.4f}"
     if key == "peak_bytes":
         return f"{value / 2**20:.0f}"

@@ -1,5 +1,7 @@
 """Keyed noise: equal to the bit by counter, whatever the order, window or batch."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -81,6 +83,37 @@ def test_channels_and_slices_have_noise_of_their_own():
     noise = KeyedDraws(0, "a").normal(0, torch.empty(3, 2, 8, 8)).reshape(6, -1)
     assert (torch.corrcoef(noise) - torch.eye(6)).abs().max() < 0.6
     assert len({float(row[0]) for row in noise}) == 6
+
+
+def correlation(one, other):
+    return float((one * other).mean() / (one.square().mean() * other.square().mean()).sqrt())
+
+
+def test_noise_along_z_is_alike_over_its_length_and_normal_in_each_slice():
+    length, shape = 3.0, torch.empty(12, 1, 96, 96, dtype=torch.float64)
+    noise = KeyedDraws(1, "along", length_z=length).normal(2, shape, 3)
+    error = 4 / 96  # four standard errors of a correlation of 96^2 pixels
+    for lag in (1, 2, 3, 6, 9):
+        expected = math.exp(-(lag**2) / (2 * length**2))
+        assert abs(correlation(noise[0], noise[lag]) - expected) < error
+        assert abs(correlation(noise[2], noise[2 + lag]) - expected) < error
+    assert abs(float(noise.mean())) < 4 / 96
+    assert all(abs(float(slab.std()) - 1) < 4 / 96 for slab in noise)
+
+
+def test_a_part_of_a_stack_has_the_alike_noise_of_the_whole():
+    whole = KeyedDraws(1, "along", length_z=2.5)
+    like = torch.empty(9, 2, 5, 7, dtype=torch.float64)
+    part = whole.at((4, 2, 3)).normal(0, like[4:7, :, 2:, 3:])
+    torch.testing.assert_close(part, whole.normal(0, like)[4:7, :, 2:, 3:], rtol=0, atol=1e-14)
+
+
+def test_noise_of_endless_length_is_one_slice_s_for_all():
+    like = torch.empty(3, 1, 4, 5)
+    one = KeyedDraws(1, "along").normal(0, like[:1])
+    for origin in ((0, 0, 0), (7, 0, 0)):
+        shared = KeyedDraws(1, "along", origin, length_z=math.inf).normal(0, like)
+        assert torch.equal(shared, one.expand_as(like))
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 5), (3, 2, 4, 5), (3, 2, 2, 4, 5)])

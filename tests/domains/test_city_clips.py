@@ -1,8 +1,11 @@
 """Clips: frames in, the same frames out, and a mask that moves over them."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from sample_kit import sample_path
 
@@ -110,3 +113,42 @@ def test_a_damaged_clip_is_restored_to_a_clip(tmp_path, clip, monkeypatch):
     assert rate == pytest.approx(RATE, rel=1e-5)
     np.testing.assert_array_equal(again[:, mask == 0], frames[:, mask == 0])
     assert np.abs(again[:, mask > 0].astype(int) - frames[:, mask > 0]).max() <= 1
+
+
+def test_missing_frames_come_back_between_their_neighbours(tmp_path, clip, monkeypatch):
+    monkeypatch.setenv("SASHIKO_HOME", str(tmp_path / "home"))
+    frames, path = clip
+    mask = np.zeros((6, 36, 50), np.uint8)
+    mask[[1, 4]] = 255
+    tifffile.imwrite(tmp_path / "gone.tif", mask)
+    result = restore(
+        RestoreSettings(
+            input=path.parent, output=tmp_path / "out", domain="city",
+            mask=str(tmp_path / "gone.tif"), compute=ComputeSettings(executor="inline"),
+            method=MethodSettings(name="linear-z", kind="baseline"),
+        )
+    )  # fmt: skip
+    again, rate = frames_of(result.files[0])
+    assert rate == pytest.approx(RATE, rel=1e-5)
+    kept = [0, 2, 3, 5]
+    np.testing.assert_array_equal(again[kept], frames[kept])
+    middle = (frames[0].astype(float) + frames[2]) / 2
+    assert abs(again[1] - middle).max() <= 1
+    assert abs(again[4] - (frames[3].astype(float) + frames[5]) / 2).max() <= 1
+
+
+def test_the_task_of_missing_frames_is_scored_against_the_clip_cut_along_y(clip):
+    domain, item = load_domain("city"), reader.read(clip[1])
+    measured = domain.simulate(item, load_task("video-missing"), 0)
+    assert measured.record.shape == (3, 36, 6, 50)
+    gone = ~measured.arrays["mask"][0, 0].any(axis=1)
+    assert np.flatnonzero(gone).tolist() == [1, 3]
+    truth = domain.as_measured(item, measured.record)
+    np.testing.assert_array_equal(truth.pixels[:, 7, 2], item.pixels[:, 2, 7])
+    problem = domain.problem(measured)
+    signal = domain.truth_signal(item, measured)
+    assert tuple(signal.shape) == problem.shape
+    seen = problem.operator.A(signal)
+    np.testing.assert_allclose(seen.numpy(), problem.y.numpy(), atol=1e-6)
+    written = domain.write(replace(truth, record=measured.record), clip[1].parent / "back")
+    np.testing.assert_array_equal(frames_of(written)[0], clip[0])

@@ -14,7 +14,16 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from diffusion_core.noise.likelihood import GaussianNoise, PoissonTransmission
 from diffusion_core.operators import Fourier, Identity, Mask
 from domains.base import Array, Domain, Item, ItemRecord, Problem
-from domains.metrics import edge_error, hole_of, mean_score, psnr, residual, score, ssim
+from domains.metrics import (
+    edge_error,
+    hole_of,
+    mean_score,
+    psnr,
+    residual,
+    score,
+    ssim,
+    z_gradient_error,
+)
 
 
 @pytest.fixture
@@ -139,8 +148,24 @@ def test_score_scales_each_slice_clips_and_knows_body_and_hole() -> None:
     assert "psnr_hole" not in first
     assert second["psnr_hole"] == pytest.approx(20.0)
     assert second["psnr"] == pytest.approx(20 + 10 * math.log10(16))
+    assert "z_gradient_error" not in first
+    # On the scale of the second slice (200): its own error, -20 or +10 clipped to 0, less the +10
+    # that the first has.
+    above, below = 10 / 200, 10 / 200
+    expected = (4 * (20 / 200 + above) + 28 * above + 32 * below) / 64
+    assert second["z_gradient_error"] == pytest.approx(expected)
     with pytest.raises(ValueError, match="of the truth"):
         score(cast(Domain, Counts()), _item(truth), restored[:, :1])
+
+
+def test_a_constant_error_is_no_error_along_z_and_flicker_is() -> None:
+    truth = np.linspace(0.2, 0.8, 2 * 5 * 4 * 3).reshape(2, 5, 4, 3)
+    assert z_gradient_error(truth, truth + 0.1) == pytest.approx(0.0, abs=1e-12)
+    flicker = truth + 0.1 * (-1.0) ** np.arange(5)[None, :, None, None]
+    assert z_gradient_error(truth, flicker) == pytest.approx(0.2)
+    assert z_gradient_error(truth, truth[:, ::-1]) > 0.1
+    with pytest.raises(ValueError, match="one slice"):
+        z_gradient_error(truth[:, :1], truth[:, :1])
 
 
 def test_mean_score_averages_what_rows_have() -> None:

@@ -22,7 +22,7 @@ from flows.tracking import open_client
 KEYS = {
     "domain", "task", "item", "slice", "group", "region", "method", "nfe", "num_operator_calls",
     "model_digest", "seconds", "peak_bytes", "psnr", "ssim", "psnr_hole", "psnr_body", "ssim_body",
-    "edge_error", "residual",
+    "edge_error", "z_gradient_error", "residual",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from diffusion_core.samplers.start import gaussian_start
 from domains.base import BadInputError
 from domains.registry import load_domain
 from flows import cli, quiet
-from flows.api_generate import generate
+from flows.api_generate import _Source, generate
 from flows.config import GenerateSettings
 
 
@@ -146,3 +146,46 @@ def test_the_command_answers_and_refuses_in_one_sentence(
     assert "generated: 1 images" in capsys.readouterr().out
     assert cli.run(common) == 2
     assert "something already" in capsys.readouterr().err
+
+
+def steps(clip):
+    """Mean change from a frame to the next."""
+    return float(abs(np.diff(clip, axis=0)).mean())
+
+
+def test_frames_of_a_clip_hang_together_and_clips_do_not(model, tmp_path):
+    asked = {"frames": 5, "size": 32, "frame_coupling": 0.0}
+    result = generate(settings(model, tmp_path / "clip", **asked))
+    clips = pixels_of(result)
+    assert clips.shape == (2, 5, 3, 32, 32)
+    stills = pixels_of(generate(settings(model, tmp_path / "stills", num=5, size=32)))
+    assert steps(clips[0]) < 0.5 * steps(stills)
+    assert float(abs(clips[0] - clips[1]).mean()) > 0.5 * steps(stills)
+    one = generate(settings(model, tmp_path / "one", frames_alike=math.inf, **asked))
+    assert steps(pixels_of(one)[0]) < 1e-3 * steps(stills), "one noise, one image"
+
+
+def test_a_clip_is_shown_as_a_film_and_says_how_it_was_made(model, tmp_path):
+    result = generate(settings(model, tmp_path / "out", num=1, frames=4, size=32))
+    with Image.open(result.output / result.files[0]) as film:
+        assert film.n_frames == 4
+        assert "generated" in film.text["Description"]
+        film.seek(3)
+        last = np.asarray(film.convert("RGB"))
+    expected = np.clip(pixels_of(result)[0, 3], 0, 255).round().transpose(1, 2, 0)
+    np.testing.assert_allclose(last, expected, atol=1)
+    facts = json.loads((result.output / "provenance.json").read_text())
+    assert (facts["num_frames"], facts["frame_coupling"]) == (4, 0.01)
+
+
+def test_the_frames_of_a_clip_are_coupled_at_every_level(model, tmp_path):
+    source = _Source(
+        Model.load(model, dtype=torch.float32),
+        "city",
+        settings(model, tmp_path, frames=4, frame_coupling=0.3),
+    )
+    scene = KeyedDraws(0, "scene").normal(0, torch.empty(1, 3, 32, 32))
+    mu = 0.3 * scene + 0.05 * KeyedDraws(0, "errors").normal(0, torch.empty(4, 3, 32, 32))
+    assert steps(source._coupled(mu, 0.5).numpy()) < 0.5 * steps(mu.numpy())
+    alone = source._coupled(mu[:1], 0.5)
+    assert torch.equal(alone, mu[:1])
