@@ -247,7 +247,9 @@ def test_what_appears_between_the_look_and_the_move_goes_back(tmp_path, monkeypa
         assert not set_aside(objects, "manifests/k.json", b"untrue")
     assert objects.get("manifests/k.json") == b"true"
     assert objects.names("manifests") == ["k.json"]
-    assert not set_aside(objects, "manifests/k.json", b"untrue")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "rename", lambda *_: pytest.fail("moved unseen"))
+        assert not set_aside(objects, "manifests/k.json", b"untrue")
     assert set_aside(objects, "manifests/k.json", b"true")
     assert objects.names("manifests") == ["k.json.corrupt-0"]
     assert not set_aside(objects, "manifests/k.json", b"true")
