@@ -287,6 +287,12 @@ def test_where_nothing_can_be_created_whole_the_run_is_refused_before_it_compute
     assert not list((tmp_path / "out").rglob("stage"))
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").require_links()
+    reads = []
+    monkeypatch.setattr("flows.given.read_file", lambda *_: reads.append(1))
+    images = put_images(tmp_path / "images", 1)
+    with pytest.raises(BadInputError, match="no hard links"):
+        restore(image_settings(images, tmp_path / "out"))
+    assert reads == []
     assert list(tmp_path.rglob("*.partial")) == []
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").create("a", b"half", durable=False)
