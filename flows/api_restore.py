@@ -35,7 +35,7 @@ from flows.engine.fencing import driving
 from flows.engine.handed import FILES
 from flows.engine.memory import machine_bytes
 from flows.engine.methods import require_methods
-from flows.engine.objects import LocalObjects, open_objects
+from flows.engine.objects import LocalObjects, StoreError, open_objects
 from flows.engine.plan import ModelRef, Plan, make_plan, require_memory
 from flows.engine.quarantine import Quarantined, record_quarantine
 from flows.engine.ray_session import require_cluster
@@ -179,7 +179,7 @@ def prepare(
     if work is None and settings.compute.ray_address is not None:
         require_cluster(settings.compute.ray_address)
     if work is None and isinstance(settings.output, Path):
-        LocalObjects(settings.output).require_links()
+        _require_links(settings.output)
     given = _measurements(settings, work or _scratch(settings.output), on_event)
     try:
         planned = _plan(settings, given, model)
@@ -419,6 +419,18 @@ def _is_store(folder: Path) -> bool:
     from flows.store_files import MANIFEST
 
     return '"sashiko-' in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
+
+
+def _require_links(output: Path) -> None:
+    """Refuse an output in which nothing can be created whole and once.
+
+    Raises:
+        BadInputError: saying so.
+    """
+    try:
+        LocalObjects(output).require_links()
+    except StoreError as error:
+        raise BadInputError(str(error)) from error
 
 
 def _require_answers(settings: RestoreSettings) -> None:

@@ -46,14 +46,32 @@ EVALUATIONS_A_LEVEL = {"pigdm": 3, "dps": 3, "daps": 5, "split-gibbs": 5, "repai
 VJP_FACTOR = 4
 """Activations that a vector-Jacobian product keeps, against those of a call alone."""
 
-VIEW_SECONDS_PX = 7e-8
+VIEW_SECONDS_PX = 5e-8
 """One level's data step of a projector on one core: a pixel and view."""
 
-DATA_STEP_SECONDS_PX = 2.5e-7
-"""One level's data step of any other operator on one core: a pixel and channel."""
+LOOSE, TIGHT = 1e-2, 3e-5
+"""Relative residuals at which the linear solves were timed: the default, and that of cut planes."""
 
-CUT_OUT_SECONDS_PX = 2.6e-6
-"""The same of a blurred picture cut out of its scene: some 80 steps of CG (decisions/0012)."""
+SOLVE_SECONDS_PX = {
+    "noisy mask": (1.8e-7, 1.11e-6),
+    "exact mask": (4.0e-7, 8.2e-7),
+    "identity": (8e-8, 8e-8),
+    "pool": (1.4e-7, 5e-7),
+    "fourier": (6.6e-7, 6.6e-7),
+    "multi-coil": (3.6e-6, 3.6e-6),
+    "cropped-blur": (2.6e-6, 2.6e-6),
+}
+"""One level's solve at either residual on one core, a pixel and channel (decisions/0016); it grows
+by a power of the residual. Pictures cut out of their scenes take some 80 steps (0012)."""
+
+OTHER_SOLVE_SECONDS_PX = (3.0e-7, 1.0e-6)
+"""The same of operators that have no line of their own: blurs, coarser sensors, mosaics."""
+
+START_SOLVES = 2
+"""What the kriging that a chain starts from takes, in solves of a level."""
+
+WRITE_SECONDS_PX = 5.5e-8
+"""A pixel and channel read, written, read back, published, its pyramid made."""
 
 BASELINE_SECONDS_PX = 5e-6
 """An iterative classical method on one core: a pixel and channel; a projector's: 3.5e-7 a view."""
@@ -101,7 +119,7 @@ class Cost:
     """Predictions for one block.
 
     Attributes:
-        seconds: on one worker.
+        seconds: of the average block on one worker; those at the edges have less to read.
         peak_bytes: of the worker's resident memory, with the block before and the one after.
         output_bytes: written before compression.
     """
@@ -122,8 +140,9 @@ def predict(
     model_bytes: int,
     batch_px: int = 0,
     num_lanes: int = 1,
+    exact: bool = False,
 ) -> Cost:
-    """Predict the largest block of an item.
+    """Predict the largest block of an item, and the seconds of the average one.
 
     While a worker computes, the input of the block after is in memory already, and the result of
     the one before still is, once as pixels and once as the chunks that are written.
@@ -138,6 +157,7 @@ def predict(
         model_bytes: of the model's files; 0 without a model.
         batch_px: pixels in a batch of the denoiser that all lanes share; 0: each has its own.
         num_lanes: blocks that a worker computes at the same time.
+        exact: the data have no noise.
     """
     channels = grid.shape[0]
     share = math.prod(grid.canvas) / math.prod(grid.shape[1:])
@@ -161,9 +181,10 @@ def predict(
     else:
         lane = BASELINE_BYTES_PX * channels * pixels
     memory += num_lanes * (block_input + lane)
+    each = _seconds(channels, canvas, views, method, dtype, _kind(operator, params, exact))
+    written = WRITE_SECONDS_PX * math.prod(grid.shape) / grid.num_blocks
     return Cost(
-        seconds=_seconds(channels, canvas, views, method, dtype, cut_out="canvas" in params)
-        * pixels,
+        seconds=each * pixels * _average_read(grid) + written,
         peak_bytes=int(memory),
         output_bytes=block_output,
     )
@@ -188,6 +209,33 @@ def _unknown(grid: Grid, params: Mapping[str, Any]) -> Canvas:
     return slices, int(rows), int(columns)
 
 
+def _average_read(grid: Grid) -> float:
+    """Pixels that the average block reads, as a share of those of the largest."""
+    _, depth, height, width = grid.shape
+    sides = ((depth, grid.slices, 0), (height, grid.tile_h, grid.halo))
+    share = 1.0
+    for length, step, halo in (*sides, (width, grid.tile_w, grid.halo)):
+        starts = range(0, length, step)
+        read = sum(min(a + step + halo, length) - max(a - halo, 0) for a in starts)
+        share *= read / len(starts) / min(step + 2 * halo, length)
+    return share
+
+
+def _kind(operator: str, params: Mapping[str, Any], exact: bool) -> str:
+    """The line of SOLVE_SECONDS_PX that an operator has, if it has one."""
+    if operator == "mask":
+        return "exact mask" if exact else "noisy mask"
+    return "cropped-blur" if "canvas" in params else operator
+
+
+def _solve_seconds(kind: str, method: MethodSettings) -> float:
+    """One solve of a pixel and channel, to the method's accuracy."""
+    loose, tight = SOLVE_SECONDS_PX.get(kind, OTHER_SOLVE_SECONDS_PX)
+    tolerance = float(method.options.get("tolerance") or LOOSE)
+    share = math.log(tolerance / LOOSE) / math.log(TIGHT / LOOSE)
+    return float(loose * (tight / loose) ** min(max(share, 0.0), 1.2))
+
+
 def _denoiser_pixels(canvas: Canvas, batch_px: int) -> int:
     """Pixels of the largest call of the denoiser: some windows of at most a batch's pixels."""
     slices, h, w = canvas
@@ -202,19 +250,18 @@ def _seconds(
     views: int,
     method: MethodSettings,
     dtype: str,
-    *,
-    cut_out: bool = False,
+    kind: str,
 ) -> float:
     """Seconds a pixel of the canvas."""
     if method.kind == "baseline":
         iterative = 3.5e-7 * views if views else BASELINE_SECONDS_PX * channels
         return iterative / 10 if method.name in CLOSED_FORM else iterative
-    solve = CUT_OUT_SECONDS_PX if cut_out else DATA_STEP_SECONDS_PX
-    data_step = VIEW_SECONDS_PX * views if views else solve * channels
+    data_step = VIEW_SECONDS_PX * views if views else _solve_seconds(kind, method) * channels
     if method.name == "kriging":
-        return 2 * data_step
+        return START_SOLVES * data_step
+    start = START_SOLVES if method.options.get("start", "kriging") == "kriging" else 0
     denoiser = DENOISER_SECONDS_PX[dtype]
     if math.prod(canvas[1:]) > DENOISER_PLANE_PX:
         denoiser *= ((DENOISER_TILE_PX + 2 * HALO_PX) / DENOISER_TILE_PX) ** 2
     calls = EVALUATIONS_A_LEVEL.get(method.name, 1)
-    return method.num_levels * (calls * denoiser + data_step)
+    return method.num_levels * (calls * denoiser + data_step) + start * data_step

@@ -369,6 +369,7 @@ def _plan_item(
         model_bytes=model_bytes,
         batch_px=batch_px,
         num_lanes=num_lanes,
+        exact=entry.noise.get("sigma_y") == 0.0,
     )
     item = ItemPlan(
         key="",

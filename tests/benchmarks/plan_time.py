@@ -26,6 +26,7 @@ from flows.engine import block as blocks
 from flows.engine.objects import LocalObjects
 from flows.engine.plan import ItemPlan, make_plan
 from flows.engine.receipt import new_attempt, stage_block
+from flows.store import Measurements
 from tests.benchmarks import large_scene
 
 RESULTS = Path(__file__).parent / "results" / "plan_time.json"
@@ -35,6 +36,7 @@ SCENE_TASKS = ("inpaint-random70", "inpaint-strokes")
 def measure(store: Path, item: ItemPlan) -> dict[str, Any]:
     """Compute the block in the middle of an item, and tell what it took."""
     restorer, spent = blocks.Restorer(), [0.0]
+    entry = Measurements(store).entry(item.item_id, item.task)
     whole, bounded = item.grid.block(item.num_blocks // 2), blocks._on_device
 
     def timed(denoise: Any, device: str) -> Any:
@@ -65,6 +67,8 @@ def measure(store: Path, item: ItemPlan) -> dict[str, Any]:
         blocks._on_device = bounded
     return {
         "task": item.task,
+        "params": {k: v for k, v in entry.params.items() if k in ("num_views", "canvas")},
+        "exact": entry.noise.get("sigma_y") == 0.0,
         "operator": item.operator,
         "method": item.method.name,
         "tolerance": item.method.options.get("tolerance"),
@@ -80,9 +84,12 @@ def measure(store: Path, item: ItemPlan) -> dict[str, Any]:
     }
 
 
-def rows_of(store: Path, method: str, tasks: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def rows_of(
+    store: Path, method: str, levels: int, tasks: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """One row a task of a store."""
-    ways = [MethodSettings() if method == "own" else MethodSettings(name=method)]
+    asked = {"name": method} if method != "own" else {}
+    ways = [MethodSettings(**asked, **({"num_levels": levels} if levels else {}))]
     plan = make_plan(
         store.absolute(), store.parent / "out", model=config_path("models", "starter"),
         tasks=tasks or None, methods_for=lambda entry: ways,
@@ -96,10 +103,16 @@ def rows_of(store: Path, method: str, tasks: tuple[str, ...]) -> Iterator[dict[s
 @click.argument("stores", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--side", default=0, help="Of a scene to be made, in pixels.")
 @click.option("--method", default="own", help="A solver; default: the task's own.")
+@click.option("--levels", default=0, help="Noise levels; default: the task's own.")
 @click.option("--task", "tasks", multiple=True, help="Only this; several can be given.")
 @click.option("--keep", is_flag=True, help="Add to results/plan_time.json.")
 def main(
-    stores: tuple[Path, ...], side: int, method: str, tasks: tuple[str, ...], keep: bool
+    stores: tuple[Path, ...],
+    side: int,
+    method: str,
+    levels: int,
+    tasks: tuple[str, ...],
+    keep: bool,
 ) -> None:
     """Print a row a task and method."""
     torch.set_num_threads(1)
@@ -111,7 +124,7 @@ def main(
             large_scene.make(work, large_scene.sample(), side, task)
             stores = (*stores, work / "scene.zarr")
         for store in stores:
-            for row in rows_of(store, method, tasks):
+            for row in rows_of(store, method, levels, tasks):
                 rows.append(row)
                 click.echo(json.dumps(row))
     if keep:

@@ -247,7 +247,9 @@ def test_what_appears_between_the_look_and_the_move_goes_back(tmp_path, monkeypa
         assert not set_aside(objects, "manifests/k.json", b"untrue")
     assert objects.get("manifests/k.json") == b"true"
     assert objects.names("manifests") == ["k.json"]
-    assert not set_aside(objects, "manifests/k.json", b"untrue")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalObjects, "rename", lambda *_: pytest.fail("moved unseen"))
+        assert not set_aside(objects, "manifests/k.json", b"untrue")
     assert set_aside(objects, "manifests/k.json", b"true")
     assert objects.names("manifests") == ["k.json.corrupt-0"]
     assert not set_aside(objects, "manifests/k.json", b"true")
@@ -285,6 +287,12 @@ def test_where_nothing_can_be_created_whole_the_run_is_refused_before_it_compute
     assert not list((tmp_path / "out").rglob("stage"))
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").require_links()
+    reads = []
+    monkeypatch.setattr("flows.given.read_file", lambda *_: reads.append(1))
+    images = put_images(tmp_path / "images", 1)
+    with pytest.raises(BadInputError, match="no hard links"):
+        restore(image_settings(images, tmp_path / "out"))
+    assert reads == []
     assert list(tmp_path.rglob("*.partial")) == []
     with pytest.raises(StoreError, match="no hard links"):
         LocalObjects(tmp_path / "other").create("a", b"half", durable=False)

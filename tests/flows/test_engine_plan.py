@@ -26,7 +26,7 @@ from flows.engine import plan as planning
 from flows.engine.campaign import run_plan
 from flows.engine.cost import predict
 from flows.engine.executor import InlineExecutor
-from flows.engine.grid import make_grid
+from flows.engine.grid import Grid, make_grid
 from flows.engine.methods import HOLES, converged, resolve_method
 from flows.engine.plan import ModelRef, PlanRefusedError, content_of, make_plan
 from flows.engine.worker import BlockWorker
@@ -245,6 +245,50 @@ def test_predictions_grow_with_what_they_depend_on(store):
     assert one.predicted_peak_bytes < two.predicted_peak_bytes
     assert one.predicted_seconds == pytest.approx(2 * two.predicted_seconds)
     assert one.predicted_bytes == 2 * 2 * 6 * 33 * 40 * 4
+
+
+MEASURED = Path(__file__).parents[1] / "benchmarks/results/plan_time.json"
+
+
+@pytest.mark.parametrize(
+    "row", json.loads(MEASURED.read_text()), ids=lambda r: f"{r['task']}-{r['levels']}"
+)
+def test_seconds_are_foretold_as_they_were_measured(row):
+    """Of blocks of half a second and more: `python -m tests.benchmarks.plan_time` made the rows."""
+    z, h, w = row["canvas"]
+    options = {} if row["tolerance"] is None else {"tolerance": row["tolerance"]}
+    told = predict(
+        Grid((row["channels"], z, h, w), z, h, w, 0),
+        row["operator"],
+        row["params"],
+        MethodSettings(name=row["method"], num_levels=row["levels"], options=options),
+        "bfloat16",
+        input_bytes=0,
+        model_bytes=0,
+        exact=row["exact"],
+    )
+    assert 0.8 <= told.seconds / row["cpu_s"] <= 1.25
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5000, 5000), (3, 2, 1700, 2049), (1, 7, 300, 300)])
+def test_the_average_block_reads_what_the_blocks_read_on_average(shape):
+    grid = make_grid(shape, "mask", slices_per_block=4, block_size=512)
+    reads = [block.read.num_pixels for block in grid]
+    share = cost._average_read(grid)
+    assert share * np.prod(grid.canvas) == pytest.approx(sum(reads) / len(reads))
+
+
+def test_data_without_noise_and_an_accuracy_take_their_time(tmp_path):
+    grid = make_grid((1, 1, 512, 512), "mask", slices_per_block=1, block_size=512)
+
+    def seconds(exact: bool, **options: float) -> float:
+        way = SOLVER.model_copy(update={"options": options})
+        figures = {"input_bytes": 0, "model_bytes": 0, "exact": exact}
+        return predict(grid, "mask", {}, way, "bfloat16", **figures).seconds
+
+    assert seconds(exact=False) < seconds(exact=True) < seconds(exact=True, tolerance=1e-4)
+    assert seconds(exact=False, tolerance=1e-5) < 3 * seconds(exact=False, tolerance=3e-5)
+    assert seconds(exact=False, start="noise") < seconds(exact=False)
 
 
 def test_a_solver_without_a_model_is_refused(store):
