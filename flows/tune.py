@@ -137,7 +137,6 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
             "strength": (0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05),
         },
         "decoded-tv": {"num_iterations": (50, 100), "strength": STRENGTHS},
-        "tv": {"edge": (0.1,), "num_iterations": (15, 30), "strength": STRENGTHS},
     },
     "identity": {
         "nlm": {"patch_size": (5, 7), "patch_distance": (6, 9), "strength": (0.5, 0.7, 0.9, 1.1)},
@@ -145,7 +144,7 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
         "inversion": {},
         "gamma": {"gamma": (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5)},
         "clahe": {
-            "clip_limit": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0, 160.0),
+            "clip_limit": (0.01, 0.005, 0.002, 0.001, 0.0005),
             "num_tiles": (8, 4, 2, 1),
         },
         "anscombe-nlm": {

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
+from skimage.exposure import equalize_adapthist
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
 
@@ -39,11 +39,11 @@ class ClaheSettings:
     """Contrast-limited adaptive equalisation.
 
     Attributes:
-        clip_limit: most height of a histogram's bin, in those of a flat one.
+        clip_limit: 0 to 1, scikit-image's: higher ones give more contrast.
         num_tiles: a side.
     """
 
-    clip_limit: float = 2.0
+    clip_limit: float = 0.01
     num_tiles: int = 8
 
 
@@ -62,14 +62,14 @@ def gamma(measurement: Measurement, problem: Problem, params: Mapping[str, Any])
 def clahe(measurement: Measurement, problem: Problem, params: Mapping[str, Any]) -> Tensor:
     """CLAHE (Zuiderveld 1994) of the brightness, colours scaled with it: ClaheSettings."""
     settings = settings_from(ClaheSettings, params, "clahe")
-    tiles = (settings.num_tiles, settings.num_tiles)
-    equalise = cv2.createCLAHE(settings.clip_limit, tiles)
     made = []
     for image in np.clip(_as_measured(measurement, "clahe"), 0, 1):
         # Bands that are no colours are equalised each by itself.
         brightness = image.mean(axis=0, keepdims=True) if len(image) == 3 else image
-        levels = np.rint(65535 * brightness).astype(np.uint16)
-        equal = np.stack([equalise.apply(band) for band in levels]) / 65535
+        tile = [max(side // settings.num_tiles, 1) for side in image.shape[1:]]
+        equal = np.stack(
+            [equalize_adapthist(band, tile, clip_limit=settings.clip_limit) for band in brightness]
+        )
         made.append(image * (equal / np.maximum(brightness, _LEAST)))
     return _network(np.stack(made), problem)
 

@@ -475,5 +475,5 @@ class _Decoder:
             self.run -= 1
 
     def _correct(self, block: list[int], k: int, bit: int) -> None:
-        if self.bits.take(1) and not abs(block[k]) & bit:
+        if self.bits.take(1):
             block[k] += bit if block[k] > 0 else -bit

@@ -68,6 +68,9 @@ STACKS = (
     DemoItem("bikes-3", slices=tuple(range(200, 208)), crop=(8, 64, 256, 512)),
 )
 KEPT = ("domain", "region", "group", "psnr", "psnr_hole", "ssim", "nfe", "seconds")
+AERIAL = ("pan2", "sample-geotiff")
+ITEMS: Mapping[str, Sequence[str]] = {"destripe-slc": AERIAL, "inpaint-clouds": AERIAL}
+"""Tasks that are of some images only: what satellites miss is of scenes from above."""
 BM3D_SIGMA = 25 / 255
 """Of denoise-25, on the [0, 1] that BM3D sees."""
 
@@ -92,6 +95,7 @@ def evaluated(task: str, dataset: Path, model: Path, folder: Path) -> EvaluateRe
         EvaluateSettings(
             input=dataset,
             tasks=[task],
+            items=list(ITEMS[task]) if task in ITEMS else None,
             model=str(model),
             methods=["covprox", "kriging", *load_task(task).baselines],
             output=folder / task,
