@@ -34,9 +34,17 @@ from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior import make_solver
 from diffusion_core.protocols import Denoiser
 from domains.metrics import mean_score, score
-from flows.config import MethodSettings, config_path, load_method, load_task
+from flows.config import (
+    DistillSettings,
+    MethodSettings,
+    config_path,
+    load_method,
+    load_task,
+    read_settings,
+)
 from flows.engine.methods import calibrated_method
 from flows.store import Dataset
+from flows.training.distilling import student_options
 from flows.tune import Case, Selection, case_of, cut
 
 RESULTS = Path(__file__).parent / "results" / "distilled.json"
@@ -113,14 +121,19 @@ def ways_of(
     if few is not None:
         for count in EVALUATIONS:
             yield Way("fitted", few, covprox(few, count))
-    if student is not None:
-        options = solver_settings(student.path)[DISTILLED]
-        yield Way("kriging", starter, _kriging())
-        for count in EVALUATIONS:
-            yield Way("unrolled", starter, _distilled(options, count), unrolled=True)
-            yield Way("student", student, _distilled(options, count))
+    yield Way("kriging", starter, _kriging())
+    recipe = student_options(read_settings(DistillSettings, config_path("distill-starter.yaml")))
+    for count in EVALUATIONS:
+        yield Way("unrolled", starter, _distilled(recipe, count), unrolled=True)
+        if student is not None:
+            yield Way("student", student, _distilled(_options(student), count))
     if regressor is not None:
-        yield Way("regressor", regressor, _distilled(solver_settings(regressor.path)[DISTILLED], 1))
+        yield Way("regressor", regressor, _distilled(_options(regressor), 1))
+
+
+def _options(model: Model) -> Mapping[str, Any]:
+    options: Mapping[str, Any] = solver_settings(model.path)[DISTILLED]
+    return options
 
 
 def _distilled(options: Mapping[str, Any], count: int) -> MethodSettings:
@@ -132,10 +145,14 @@ def _kriging() -> MethodSettings:
     return MethodSettings(name="kriging", num_levels=1, options=options)
 
 
-def measure(task: str, dataset: Dataset, part: str, ways: Sequence[Way]) -> Iterator[Row]:
+def measure(
+    task: str, dataset: Dataset, part: str, ways: Sequence[Way], items: Sequence[str]
+) -> Iterator[Row]:
     """Rows of a task: PSNR in dB of each image by each way."""
     protocol = load_task(task)
     for selection in PARTS[part][protocol.domain]:
+        if items and selection.label not in items:
+            continue
         item = cut(dataset, selection)
         for z in range(item.pixels.shape[1]):
             case = case_of(protocol, item.slices(z, z + 1))
@@ -177,6 +194,8 @@ def table(rows: Sequence[Row]) -> str:
 @click.option("--data", required=True, type=click.Path(path_type=Path))
 @click.option("--part", required=True, type=click.Choice(sorted(PARTS)))
 @click.option("--task", "tasks", multiple=True, default=TASKS, show_default=True)
+@click.option("--item", "items", multiple=True, help="Only images of this item.")
+@click.option("--way", "ways", multiple=True, help="Only this way to restore.")
 @click.option("--student", type=click.Path(path_type=Path))
 @click.option("--regressor", type=click.Path(path_type=Path))
 @click.option("--few", type=click.Path(path_type=Path), help="Starter calibrated for few levels.")
@@ -185,12 +204,14 @@ def main(
     data: Path,
     part: str,
     tasks: Sequence[str],
+    items: Sequence[str],
+    ways: Sequence[str],
     student: Path | None,
     regressor: Path | None,
     few: Path | None,
     output: Path,
 ) -> None:
-    """Measure; rows replace older ones of the same part, task, way and evaluations."""
+    """Measure; rows replace older ones of the same part, task, way, evaluations and image."""
 
     def load(path: Path | None) -> Model | None:
         return None if path is None else Model.load(path, dtype=torch.bfloat16)
@@ -200,17 +221,18 @@ def main(
     dataset = Dataset(data)
     for task in tasks:
         with torch.no_grad():
-            rows = list(measure(task, dataset, part, list(ways_of(task, starter, *models))))
+            compared = [w for w in ways_of(task, starter, *models) if not ways or w.name in ways]
+            rows = list(measure(task, dataset, part, compared, items))
         old = json.loads(output.read_text())["rows"] if output.is_file() else []
         made = {_place(row) for row in rows}
         kept = [row for row in old if _place(row) not in made]
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({"rows": kept + rows}, indent=1) + "\n")
-        click.echo(table(rows))
+        click.echo(table([row for row in kept + rows if row["task"] == task]))
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    return row["part"], row["task"], row["way"], row["nfe"]
+    return row["part"], row["task"], row["way"], row["nfe"], row["item"]
 
 
 if __name__ == "__main__":
