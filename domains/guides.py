@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from domains.base import Array, BadInputError, Domain, Item, ItemRecord, Measurement, Problem
+from domains.validity import invalid_pixels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,10 @@ def _corners(record: ItemRecord) -> Array | None:
 def _normalised(name: str, guide: Item, item_id: str) -> tuple[Array, dict[str, Any]]:
     """A guide's values on [-1, 1] by its own range, and what is kept of it."""
     values = guide.pixels.astype(np.float32)
+    if (invalid := invalid_pixels(guide.record.meta, guide.pixels)) is not None:
+        values[invalid[:, None]] = np.nan  # it says nothing there
+    if not np.isfinite(values).any():
+        raise BadInputError(f"{item_id}: its guide '{name}' holds no data; leave it out")
     low, high = (float(v) for v in np.nanpercentile(values, RANGE_PERCENTILES))
     if not high > low:
         low, high = float(np.nanmin(values)), float(np.nanmax(values))

@@ -47,6 +47,13 @@ def _began(settings: TrainSettings) -> str:
     return f"The weights began as those of model {digest[:12]}." if digest else ""
 
 
+def _guided(settings: TrainSettings) -> str:
+    """Which guides it was shown, and how often not."""
+    told = "; ".join(f"{', '.join(names)} with {c}" for c, names in settings.guides.items())
+    dropped = f"each dropped in {settings.guide_drop_share:.0%} of the samples"
+    return f"Shown as guides: {told}, {dropped}.\n" if told else ""
+
+
 def _averaged(settings: TrainSettings, chosen: Choice) -> str:
     """Which average of the weights this is."""
     kind, _, figure = chosen.name.rpartition("-")
@@ -138,7 +145,7 @@ Made by `sashiko train` with the settings in config.json ("training").
 {recipe.learning_rate * recipe.adamw_ratio:g}, held and then brought to 0 over the last
 {recipe.decay_share:.0%}; {_averaged(settings, chosen)};
 {_levels(settings)}; seed {settings.seed}.
-{_began(settings)}
+{_guided(settings)}{_began(settings)}
 {_scores(chosen)}{_curve(curve)}
 ## Denoising on validation images
 

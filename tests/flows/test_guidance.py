@@ -23,6 +23,7 @@ from domains.base import BadInputError, Item
 from domains.files import file_digest
 from domains.guides import measured_with, posed, with_guides
 from domains.registry import load_domain
+from domains.validity import INVALID, pack
 from flows.api_data import ingest, simulate
 from flows.api_evaluate import evaluate
 from flows.api_restore import restore
@@ -290,6 +291,22 @@ def test_every_band_of_a_frame_has_the_guide_of_that_frame():
     shown = problem.guides["pan"][:, 0].numpy()
     assert all(np.array_equal(shown[b], item.guides["pan"][0, b // 4]) for b in range(8))
     assert not np.array_equal(shown[3], shown[4])
+
+
+def test_where_a_guide_s_file_has_no_data_it_is_not_given():
+    item = photograph(0, "test")
+    band = item.pixels[:1].copy()
+    band[0, 0, :9, :20] = 255
+    missing = np.zeros((1, 64, 64), bool)
+    missing[0, :9, :20] = True
+    meta = {**item.record.meta, INVALID: pack(missing)}
+    record = replace(item.record, shape=band.shape, meta=meta)
+    shown = with_guides(item, {"pan": Item(band, record)})
+    assert np.array_equal(np.isnan(shown.guides["pan"][0]), missing)
+    assert shown.record.meta["guides"]["pan"]["high"] < 255, "nor is its range that of no data"
+    nothing = replace(record, meta={**meta, INVALID: pack(np.ones((1, 64, 64), bool))})
+    with pytest.raises(BadInputError, match="'pan' holds no data"):
+        with_guides(item, {"pan": Item(band, nothing)})
 
 
 def test_in_shared_batches_a_guide_stays_with_its_image(head, models):
