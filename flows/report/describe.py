@@ -35,6 +35,9 @@ METHODS = {
     "sirt": ("SIRT", "simultaneous iterative reconstruction"),
     "tv": ("TV", "total-variation least squares"),
     "zero-filled": ("Zero-filled", "inverse transform, zeros where not measured"),
+    "as-it-is": ("As it is", "moved slices left as they were measured"),
+    "linear-z": ("Linear in z", "straight lines from slice to slice"),
+    "cubic-z": ("Cubic in z", "cubic splines from slice to slice"),
     "wavelet": ("Wavelet", "L1-wavelet least squares"),
     "biharmonic": ("Biharmonic", "smooth interpolation"),
     "telea": ("Telea", "fast-marching inpainting"),
@@ -131,11 +134,7 @@ def measurement_words(task: Task) -> str:
             f"Single-coil Cartesian k-space, {p['acceleration']} times fewer lines, "
             f"the {p['centre_share']:.0%} in the centre all kept"
         ),
-        "mask": lambda: (
-            f"{p['pattern'].capitalize()} seen from the side, one of {p['every']} kept"
-            if p["pattern"] in BETWEEN
-            else f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})"
-        ),
+        "mask": lambda: _mask_words(p),
         "pool-rows": lambda: f"Means of {p['factor']} slices, seen from the side",
         "blur": lambda: f"A known {p['kernel']} blur",
         "pool": lambda: f"Means of {p['factor']}{TIMES}{p['factor']} pixels",
@@ -154,6 +153,17 @@ def measurement_words(task: Task) -> str:
     except (KeyError, TypeError, ValueError):
         what = f"Operator {task.operator} {dict(p)}"
     return f"{what}; {noise_words(task.noise)}."
+
+
+def _mask_words(p: Mapping[str, Any]) -> str:
+    if p["pattern"] in BETWEEN:
+        return f"{p['pattern'].capitalize()} seen from the side, one of {p['every']} kept"
+    if p["pattern"] == "moved-slices":
+        return (
+            f"Of {p['every']} slices one moved while it was measured ({p['num_moves']} times, by "
+            f"{p['shift_mm']:g} mm std), and is taken as missing; seen from the side"
+        )
+    return f"{p['missing_share']:.0%} of the pixels taken away ({p['pattern']})"
 
 
 def noise_words(noise: Mapping[str, Any]) -> str:
@@ -210,6 +220,8 @@ def _mask_title(params: Mapping[str, Any]) -> str:
     pattern = params.get("pattern", "")
     if pattern in BETWEEN:
         return f"{params['every'] - 1} of {params['every']} {pattern} missing"
+    if pattern == "moved-slices":
+        return "Slices that moved"
     if pattern == "random":
         return f"{share} of the pixels missing"
     return f"Free-form {pattern} over {share} of the picture"

@@ -1,16 +1,37 @@
 """Places for the tests here: a folder, an S3 server, and the same behind a bad network."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from engine_kit import make_store, published, tiny_plan
 from fault_proxy import FaultProxy
 from object_places import LocalPlace, Place, S3Place, s3_server, use_endpoint
+
+from flows.engine.campaign import run_plan
+from flows.engine.executor import InlineExecutor
 
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     with s3_server() as port:
         yield port
+
+
+@pytest.fixture(scope="module")
+def store(request, tmp_path_factory) -> Path:
+    """Measurements of the tiny domain, as many items and slices as the module says."""
+    items, slices = request.module.ITEMS, request.module.SLICES
+    folder = tmp_path_factory.mktemp("in")
+    return make_store(folder / "m.zarr", items=items, shape=(1, slices, 20, 24))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory) -> dict:
+    """What a run that nothing disturbs publishes of them."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    run_plan(tiny_plan(store, output), InlineExecutor())
+    return published(output)
 
 
 @pytest.fixture(autouse=True)

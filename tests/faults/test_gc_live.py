@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from damage_kit import content_of, flip_a_bit
-from engine_kit import lines, make_store, method, published, same, tiny_plan
+from engine_kit import lines, method, published, same, tiny_plan
 from kills import MOMENTS, fork, has_ended, num_operations, reap, run_and_kill
 
 from flows import cli, quiet
@@ -29,20 +29,6 @@ AN_HOUR_LATER = {"min_age_s": -3600.0, "silence_s": 0.0}
 def _nobody_is_left() -> Iterator[None]:
     yield
     reap()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(
-        tmp_path_factory.mktemp("in") / "m.zarr", items=ITEMS, shape=(1, SLICES, 20, 24)
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    output = tmp_path_factory.mktemp("undisturbed")
-    run_plan(tiny_plan(store, output), InlineExecutor())
-    return published(output)
 
 
 def kinds(found: Collection) -> set[str]:

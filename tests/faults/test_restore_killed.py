@@ -21,20 +21,6 @@ ITEMS, SLICES = 2, 3
 DRIVER = Path(__file__).parents[1] / "kit" / "driver.py"
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(
-        tmp_path_factory.mktemp("in") / "m.zarr", items=ITEMS, shape=(1, SLICES, 20, 24)
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    output = tmp_path_factory.mktemp("undisturbed")
-    run_plan(tiny_plan(store, output), InlineExecutor())
-    return published(output)
-
-
 def num_receipts(plan) -> int:
     """Receipts of the items that are not published: a kill may leave those of published ones."""
     objects = LocalObjects(plan.output)

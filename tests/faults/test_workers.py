@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from damage_kit import visible
-from engine_kit import make_store, method, published, recorder, same, tiny_plan
+from engine_kit import method, published, recorder, same, tiny_plan
 
 from flows.engine.campaign import run_plan
 from flows.engine.executor import InlineExecutor, RayExecutor
@@ -33,22 +33,12 @@ def pool() -> Iterator[RayExecutor]:
             yield executor
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(
-        tmp_path_factory.mktemp("in") / "m.zarr", items=ITEMS, shape=(1, SLICES, 20, 24)
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    output = tmp_path_factory.mktemp("undisturbed")
-    run_plan(tiny_plan(store, output), InlineExecutor())
-    return {item: pixels for (item, _), pixels in published(output).items()}
-
-
 def by_item(output: Path) -> dict:
-    return {item: pixels for (item, _), pixels in published(output).items()}
+    return of_items(published(output))
+
+
+def of_items(found: dict) -> dict:
+    return {item: pixels for (item, _), pixels in found.items()}
 
 
 def test_a_worker_killed_in_mid_write_leaves_nothing_torn_and_its_block_is_retried(
@@ -61,7 +51,7 @@ def test_a_worker_killed_in_mid_write_leaves_nothing_torn_and_its_block_is_retri
     assert result.num_retries >= 1
     assert {e.facts["failure"] for e in events if e.kind == "retry"} <= {"worker", "lost"}
     assert result.quarantined == ()
-    assert same(by_item(output), undisturbed)
+    assert same(by_item(output), of_items(undisturbed))
     assert verify_output(LocalObjects(output)).intact
     assert (tmp_path / "once").exists()
 
@@ -80,7 +70,7 @@ def test_an_item_that_kills_its_worker_each_time_is_given_up_and_then_left_alone
     [entry] = run_plan(plan, pool, max_attempts=2, max_runs=1).quarantined
     assert pool.num_replaced == before, "it kills nobody any more"
     assert entry == load_quarantine(LocalObjects(tmp_path), key)
-    assert same(by_item(tmp_path), {"item-1": undisturbed["item-1"]})
+    assert same(by_item(tmp_path), {"item-1": of_items(undisturbed)["item-1"]})
 
 
 def test_a_worker_that_stands_still_while_another_driver_finishes_touches_nothing(
@@ -105,5 +95,5 @@ def test_a_worker_that_stands_still_while_another_driver_finishes_touches_nothin
     result = run_plan(plan, pool, handler)
     assert before, "a worker stood still"
     assert visible(output) == before
-    assert same(by_item(output), undisturbed)
+    assert same(by_item(output), of_items(undisturbed))
     assert len(result.published) == ITEMS

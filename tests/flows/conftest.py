@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from evaluation_kit import make_dataset, make_model, use_known_baselines
 from train_kit import dataset_of
 
 from flows.config import Home
@@ -28,6 +29,21 @@ def registry_home(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("SASHIKO_MLFLOW_URI", raising=False)
     shutil.copy(empty_store, home / "mlflow.db")
     return home
+
+
+@pytest.fixture(scope="module")
+def clean_site(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Path]:
+    """A folder with images, a model and a home of its own; classical methods of known results."""
+    root = tmp_path_factory.mktemp("site")
+    make_dataset(root / "clean.zarr")
+    make_model(root / "model")
+    (root / "home").mkdir()
+    shutil.copy(empty_store, root / "home" / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SASHIKO_HOME", str(root / "home"))
+        patch.delenv("SASHIKO_MLFLOW_URI", raising=False)
+        use_known_baselines(patch, root / "log")
+        yield root
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from evaluation_kit import GREY, TASKS, make_dataset, make_model, settings, use_known_baselines
+from evaluation_kit import GREY, TASKS, settings, use_known_baselines
 from PIL import Image
 
 from domains.base import BadInputError, Item
@@ -27,18 +26,9 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, empty_store):
+def site(clean_site):
     """A folder with images, a model and a home, and one evaluation of all methods."""
-    root = tmp_path_factory.mktemp("site")
-    make_dataset(root / "clean.zarr")
-    make_model(root / "model")
-    (root / "home").mkdir()
-    shutil.copy(empty_store, root / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SASHIKO_HOME", str(root / "home"))
-        patch.delenv("SASHIKO_MLFLOW_URI", raising=False)
-        use_known_baselines(patch, root / "log")
-        yield root, evaluate(settings(root))
+    return clean_site, evaluate(settings(clean_site))
 
 
 def log_lines(root):

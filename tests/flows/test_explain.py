@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from evaluation_kit import INLINE, make_dataset, make_model, picture, settings, use_known_baselines
+from evaluation_kit import INLINE, picture, settings
 from PIL import Image
 
 import flows.engine.grid
@@ -30,25 +29,12 @@ from flows.store import Measurements
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory, empty_store):
+def site(clean_site):
     """A home, a model, and measurements of noisy and of exact pixels."""
-    root = tmp_path_factory.mktemp("site")
-    make_dataset(root / "clean.zarr")
-    make_model(root / "model")
-    (root / "home").mkdir()
-    shutil.copy(empty_store, root / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SASHIKO_HOME", str(root / "home"))
-        patch.delenv("SASHIKO_MLFLOW_URI", raising=False)
-        use_known_baselines(patch, root / "log")
-        for name in ("inpaint-random70", "inpaint-strokes"):
-            simulate(
-                SimulateSettings(
-                    dataset=root / "clean.zarr", tasks=[name], output=root / f"{name}.zarr"
-                ),
-                lambda _: None,
-            )
-        yield root
+    for name in ("inpaint-random70", "inpaint-strokes"):
+        output = clean_site / f"{name}.zarr"
+        simulate(SimulateSettings(dataset=clean_site / "clean.zarr", tasks=[name], output=output))
+    return clean_site
 
 
 def asked(root, task="inpaint-random70", **changes) -> ExplainSettings:

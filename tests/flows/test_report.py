@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,11 +12,8 @@ import numpy as np
 import pytest
 from evaluation_kit import (
     TASKS,
-    make_dataset,
-    make_model,
     picture,
     settings,
-    use_known_baselines,
 )
 from PIL import Image
 from report_kit import HARM, photo, scan, synthetic_page
@@ -298,17 +294,8 @@ def test_fewer_pixels_are_shown_as_they_are_enlarged():
 
 
 @pytest.fixture(scope="module")
-def evaluation(tmp_path_factory, empty_store):
-    root = tmp_path_factory.mktemp("site")
-    make_dataset(root / "clean.zarr")
-    make_model(root / "model")
-    (root / "home").mkdir()
-    shutil.copy(empty_store, root / "home" / "mlflow.db")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SASHIKO_HOME", str(root / "home"))
-        patch.delenv("SASHIKO_MLFLOW_URI", raising=False)
-        use_known_baselines(patch, root / "log")
-        yield evaluate(settings(root, methods=["covprox", "kriging", "telea", "tv"]))
+def evaluation(clean_site):
+    return evaluate(settings(clean_site, methods=["covprox", "kriging", "telea", "tv"]))
 
 
 def test_a_report_of_an_evaluation_is_whole(evaluation, tmp_path):
