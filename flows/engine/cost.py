@@ -19,6 +19,7 @@ from flows.engine.grid import (
     DENOISER_TILE_PX,
     HALO_PX,
     MAX_BATCH,
+    MAX_CANVAS_PX,
     Grid,
 )
 
@@ -92,6 +93,18 @@ def driver_bytes(num_items: int, num_blocks: int, most_blocks: int, largest_byte
     return DRIVER_BYTES + kept + CHUNK_BYTES * most_blocks + whole
 
 
+COARSE_FACTORS = (4, 8)
+"""Squares of the scale that guides large holes: the wider where the plane is larger than that scale
+may be. Blocks start at multiples of the wider."""
+
+
+def coarse_factor(grid: Grid) -> int:
+    """Side of the squares that a plane is pooled by, for its large holes."""
+    _, _, h, w = grid.shape
+    small = (f for f in COARSE_FACTORS if h * w <= f**2 * MAX_CANVAS_PX)
+    return next(small, COARSE_FACTORS[-1])
+
+
 Canvas = tuple[int, int, int]
 """(z, h, w)."""
 
@@ -143,6 +156,8 @@ def predict(
     share = math.prod(grid.canvas) / math.prod(grid.shape[1:])
     canvas = _unknown(grid, params)
     pixels = math.prod(canvas)
+    if operator == "mask" and grid.tiled and method.kind == "solver":
+        pixels = max(pixels, _coarse_pixels(grid))
     views = int(params.get("num_views", 0)) if operator in ("parallel-beam", "fan-beam") else 0
     block_input = math.ceil(input_bytes * share)
     block_output = 4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w))
@@ -163,7 +178,7 @@ def predict(
     memory += num_lanes * (block_input + lane)
     return Cost(
         seconds=_seconds(channels, canvas, views, method, dtype, cut_out="canvas" in params)
-        * pixels,
+        * math.prod(canvas),
         peak_bytes=int(memory),
         output_bytes=block_output,
     )
@@ -186,6 +201,12 @@ def _unknown(grid: Grid, params: Mapping[str, Any]) -> Canvas:
     slices, h, w = grid.canvas
     rows, columns = params.get("canvas", (h, w))
     return slices, int(rows), int(columns)
+
+
+def _coarse_pixels(grid: Grid) -> int:
+    """Of the scale that guides the large holes of a plane, which is restored in one piece."""
+    factor, (_, _, h, w) = coarse_factor(grid), grid.shape
+    return math.ceil(h / factor) * math.ceil(w / factor)
 
 
 def _denoiser_pixels(canvas: Canvas, batch_px: int) -> int:

@@ -46,6 +46,10 @@ HOLES = {"tolerance": 1e-4, "max_steps": 400}
 hole converges last. At the usual tolerance a hole of half the side was 3 dB worse, its middle still
 at the mean of all images; small holes take hardly more steps (infra/decisions/0024)."""
 
+LARGE_HOLES = "large_holes"
+"""Option of masks: whether holes wider than the network sees are filled from coarse to fine. On
+unless it is switched off; an item without such a hole comes out the same either way."""
+
 GIVEN = "given"
 """The task of a user's own damaged image."""
 
@@ -117,7 +121,8 @@ def resolve_method(
         options = {**CUT_OUT, **options}
     if entry.operator == "mask" and name in _SOLVED:
         asked_of_task = {key: own.options[key] for key in HOLES if key in own.options}
-        options = {**(HOLES if entry.task == GIVEN else asked_of_task), **options}
+        accuracy = HOLES if entry.task == GIVEN else asked_of_task
+        options = {LARGE_HOLES: True, **accuracy, **options}
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
     return MethodSettings(**{**levels, "name": name, "kind": kind, "options": options})
 
