@@ -96,6 +96,31 @@ def z_gradient_error(truth: Array, image: Array) -> float:
     return float(np.abs(np.diff(image, axis=1) - np.diff(truth, axis=1)).mean())
 
 
+def boundary_ratio(image: Array, hole: Array) -> float:
+    """Gradient across the border of a hole, over that beside the border: 1 where none is seen.
+
+    The mean absolute difference of the two pixels on either side of the border, over the mean of
+    the same one pixel further out and one further in. A fill that meets its surroundings with a
+    step has more; nothing needs the truth. nan if no border has such neighbours on both sides.
+
+    Args:
+        image: (c h w) or (h w), finite.
+        hole: (h w) boolean, True inside.
+    """
+    image = np.asarray(image, dtype=np.float64).reshape(-1, *hole.shape)
+    across, beside = [], []
+    for pixels, inside in ((image, hole), (image.swapaxes(-1, -2), hole.T)):
+        steps = np.abs(np.diff(pixels, axis=-1))
+        same = inside[:, 1:] == inside[:, :-1]
+        border = ~same[:, 1:-1] & same[:, :-2] & same[:, 2:]
+        across.append(steps[..., 1:-1][:, border].ravel())
+        beside.append((0.5 * (steps[..., :-2] + steps[..., 2:]))[:, border].ravel())
+    step, usual = np.concatenate(across), np.concatenate(beside)
+    if step.size == 0:
+        return math.nan
+    return float(step.mean() / usual.mean()) if usual.mean() > 0 else math.inf
+
+
 def residual(
     operator: LinearOperator,
     y: torch.Tensor,

@@ -319,7 +319,7 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
     """
     from flows.config import RestoreSettings
 
-    options["method"] = method_of(options.pop("method"), options.pop("num_levels"))
+    options["method"] = method_of(options)
     settings = RestoreSettings(**computing(options))
     if plan_only:
         from flows.api_restore import plan
@@ -360,7 +360,7 @@ def explain_command(as_json: bool, **options: Any) -> int:
     """
     from flows.config import ExplainSettings
 
-    options["method"] = method_of(options.pop("method"), options.pop("num_levels"))
+    options["method"] = method_of(options)
     result = _run("explain", ExplainSettings(**computing(options)), prefect=False)
     text = f"{result.text()}\npage: {result.page}"
     _answer(result.to_json(), text, as_json=as_json)

@@ -107,6 +107,12 @@ def damage_options(command: F) -> F:
             help="Of low light: share of the light that it should have.  [default: estimated]",
         ),
         click.option("--damage", help="What spoilt them as a whole: jpeg, haze or low-light."),
+        click.option(
+            "--no-large-holes",
+            "no_large_holes",
+            is_flag=True,
+            help="Fill holes wider than 100 pixels as the others, not from coarse to fine.",
+        ),
         click.option("--noise", help="gaussian, or rician (MRI magnitudes).  [default: gaussian]"),
         click.option(
             "--sigma-y", type=float, help="Noise std of the images on [-1, 1].  [default: 0]"
@@ -190,11 +196,13 @@ def options_of(command: click.Command | None) -> dict[str, str]:
     return named
 
 
-def method_of(name: str | None, num_levels: int | None) -> dict[str, Any] | None:
-    """Settings of the method; None leaves it to the task."""
-    if name is None and num_levels is None:
+def method_of(options: dict[str, Any]) -> dict[str, Any] | None:
+    """Settings of the method, taken out of a command's options; None leaves it to the task."""
+    told = given({"name": options.pop("method"), "num_levels": options.pop("num_levels")})
+    if options.pop("no_large_holes"):
+        told["options"] = {"large_holes": False}
+    if not told:
         return None
     from flows.config import MethodSettings
 
-    fields = {"name": name, "num_levels": num_levels}
-    return MethodSettings(**given(fields)).model_dump(exclude_unset=True)  # the rest is the task's
+    return MethodSettings(**told).model_dump(exclude_unset=True)  # the rest is the task's

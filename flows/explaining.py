@@ -25,6 +25,7 @@ from diffusion_core.model import BadModelError
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.posterior.null_space import Undetermined, picture, undetermined
+from diffusion_core.posterior.pyramid import Pooled
 from diffusion_core.posterior.run import positive_levels
 from diffusion_core.posterior.steadiness import (
     image_change,
@@ -221,7 +222,8 @@ def explain_slice(
         domain = load_domain(item.record.domain)
         measurement = restorer.read(measurements, item, block)
         problem = posed(domain, measurement)
-        subject = _Subject(restorer, item, domain, problem, block)
+        overview = restorer.overview(measurements, item, block)
+        subject = _Subject(restorer, item, domain, problem, block, overview)
         if truth is None:
             return _explained(subject, z, num_seeds, None)
         clean = domain.as_measured(truth, item.record).pixels[:, z]
@@ -243,10 +245,16 @@ class _Subject:
     """A block's problem, restored as often as asked."""
 
     def __init__(
-        self, restorer: Restorer, item: ItemPlan, domain: Domain, problem: Problem, block: Block
+        self,
+        restorer: Restorer,
+        item: ItemPlan,
+        domain: Domain,
+        problem: Problem,
+        block: Block,
+        overview: Pooled | None,
     ) -> None:
         self.restorer, self.item, self.domain = restorer, item, domain
-        self.problem, self.block = problem, block
+        self.problem, self.block, self.overview = problem, block, overview
         way = item.method
         sigmas = power_sigmas(way.num_levels, way.sigma_max, way.sigma_min, way.rho)
         self.levels = positive_levels(sigmas)
@@ -277,7 +285,7 @@ class _Subject:
         problem = self.problem
         if change is not None:
             problem = replace(problem, y=problem.y + change.to(problem.y))
-        return self.restorer.solve(item, problem, self.block).x
+        return self.restorer.solve(item, problem, self.block, overview=self.overview).x
 
     def misfit(self, x: Signal, measured: torch.Tensor) -> float:
         """The residual of an image."""
@@ -307,7 +315,7 @@ def _explained(subject: _Subject, z: int, num_seeds: int, truth: Array | None) -
         recorders.append(Recorder(denoise, subject.levels, look))
         return recorders[-1]
 
-    solved = subject.restorer.solve(item, problem, subject.block, watch)
+    solved = subject.restorer.solve(item, problem, subject.block, watch, subject.overview)
     seen = recorders[0].seen
     restored = subject.show(solved.x)
     y0, x0 = subject.block.write.y0, subject.block.write.x0

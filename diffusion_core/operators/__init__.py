@@ -28,6 +28,7 @@ from diffusion_core.operators.compose import Compose, Stack
 from diffusion_core.operators.cropped_blur import CroppedBlur
 from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
+from diffusion_core.operators.guided_mask import GuidedMask, GuidedNoise
 from diffusion_core.operators.identity import Identity
 from diffusion_core.operators.jpeg import JPEG
 from diffusion_core.operators.jpeg_blocks import JPEGBlocks
@@ -51,6 +52,8 @@ __all__ = [
     "CroppedBlur",
     "Downsample",
     "Fourier",
+    "GuidedMask",
+    "GuidedNoise",
     "Identity",
     "JPEGBlocks",
     "JPEGCoefficients",

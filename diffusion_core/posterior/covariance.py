@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -41,6 +41,8 @@ ENERGY_FLOOR = 1e-7
 _FORMAT = "sashiko-covariance-1"
 _NUM_FREQUENCIES = 28
 _LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 1.0 / 256.0, math.sqrt(0.5)
+_FAR_FREQUENCY = 1.0 / 2048.0
+"""To which a prior is continued for wide holes: further, float32 would not resolve the rest."""
 _NUM_ENERGIES = 20
 _LEAST_VARIANCE = 1e-3
 """Smallest S^2, of the mean S^2: keeps the solves well-conditioned where nothing ever errs."""
@@ -158,6 +160,22 @@ class CovarianceTable:
         none = torch.zeros(0, dtype=torch.float64)
         return LevelCovariance(
             self.basis, self.log_frequencies, self.prior_log_spectrum, none, none, self.reach
+        )
+
+    def far_sighted(self) -> Self:
+        """The same, the prior's spectrum going on below the lowest frequency as f^-2.
+
+        As that of photographs does at all scales. Held constant there, the prior draws the middle
+        of a wide hole to the mean of all images.
+        """
+        lowest = torch.tensor([math.log(_FAR_FREQUENCY)], dtype=self.log_frequencies.dtype)
+        rise = 2.0 * (self.log_frequencies[:1] - lowest)
+        prior = torch.cat([self.prior_log_spectrum[:, :1] + rise, self.prior_log_spectrum], dim=1)
+        return replace(
+            self,
+            log_frequencies=torch.cat([lowest, self.log_frequencies]),
+            log_spectrum=torch.cat([self.log_spectrum[..., :1], self.log_spectrum], dim=2),
+            prior_log_spectrum=prior,
         )
 
     def save(self, path: Path) -> None:

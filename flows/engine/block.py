@@ -24,14 +24,31 @@ from diffusion_core.model import BadModelError, Model
 from diffusion_core.networks.precond import guided
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.schedules import power_sigmas
+from diffusion_core.operators import Mask
 from diffusion_core.posterior import make_solver
-from diffusion_core.protocols import Denoiser, Sigma, Signal, Solver, UnsuitedError
+from diffusion_core.posterior.pyramid import Pooled
+from diffusion_core.protocols import (
+    Denoiser,
+    Sigma,
+    Signal,
+    Solver,
+    UnsuitedError,
+)
 from diffusion_core.tiles import tiled_denoiser
 from domains.base import Array, BadInputError, Domain, Measurement, Problem
 from domains.guides import as_channels, posed
 from domains.metrics import EXACT_VARIANCE, reached, residual
 from domains.registry import load_domain
 from flows.engine.batches import Batcher
+from flows.engine.coarse import (
+    Found,
+    coarse_scales,
+    is_guided,
+    overview_of,
+    pooled_problem,
+    solver_options,
+)
+from flows.engine.cost import coarse_factor
 from flows.engine.grid import (
     DENOISER_BATCH_PX,
     DENOISER_PLANE_PX,
@@ -114,8 +131,34 @@ class Restorer:
             raise InputChangedError(_input_changed(measurements, item))
         return window(measurement, region) if item.grid.tiled else measurement
 
+    def overview(self, measurements: Root, item: ItemPlan, block: Block) -> Pooled | None:
+        """The whole plane of a block that sees a part of it, pooled; None if it is not wanted.
+
+        Args:
+            measurements: path of the store.
+            item: whose block it is.
+            block: which.
+
+        Raises:
+            As `read`.
+        """
+        if not (item.grid.tiled and is_guided(item)):
+            return None
+        domain: Domain = self._keep(("domain", item.record.domain), load_domain)
+
+        def read(region: Region) -> Measurement:
+            return self.read(measurements, item, replace(block, read=region))
+
+        z = block.read.z0, block.read.z1
+        key = ("overview", item.input_digest, z, coarse_factor(item.grid))
+        return self._keep(key, lambda _: overview_of(item, z, domain, read))
+
     def compute(
-        self, measurement: Measurement, item: ItemPlan, block: Block
+        self,
+        measurement: Measurement,
+        item: ItemPlan,
+        block: Block,
+        overview: Pooled | None = None,
     ) -> tuple[Array, Account]:
         """Restore the write region of a block.
 
@@ -123,6 +166,7 @@ class Restorer:
             measurement: of its read region.
             item: whose block it is.
             block: which.
+            overview: of the plane, where the block sees a part of it.
 
         Returns:
             Pixels (c z h w) float32 in source units, and the account, whose seconds
@@ -136,7 +180,7 @@ class Restorer:
         with torch.no_grad():
             domain: Domain = self._keep(("domain", item.record.domain), load_domain)
             problem = posed(domain, measurement)
-            solved = self._restored(item, domain, measurement, problem, block)
+            solved = self._restored(item, domain, measurement, problem, block, overview)
             pixels = _to_source(problem, solved.x, item, block)
             residuals, exact = _residuals(problem, solved.x, block)
         account = Account(
@@ -158,14 +202,20 @@ class Restorer:
         measurement: Measurement,
         problem: Problem,
         block: Block,
+        overview: Pooled | None,
     ) -> Solved:
         method = item.method
         if method.kind == "baseline":
             return _classical(domain, measurement, problem, method.name, method.options)
-        return self.solve(item, problem, block)
+        return self.solve(item, problem, block, overview=overview)
 
     def solve(
-        self, item: ItemPlan, problem: Problem, block: Block, watch: Watch | None = None
+        self,
+        item: ItemPlan,
+        problem: Problem,
+        block: Block,
+        watch: Watch | None = None,
+        overview: Pooled | None = None,
     ) -> Solved:
         """Restore the read region of a block by the item's solver, in network units.
 
@@ -174,6 +224,7 @@ class Restorer:
             problem: of the block's measurement.
             block: which.
             watch: puts a denoiser that looks on in place of the block's own.
+            overview: of the plane, where the block sees a part of it.
 
         Raises:
             BadInputError: if the solver has no model, or cannot take the operator.
@@ -181,6 +232,12 @@ class Restorer:
         """
         method, model = item.method, self.model_of(item)
         guide = _guide(model, problem)
+        operator, y, noise = problem.operator, problem.y, problem.noise
+        found = self._guide(item, problem, block, overview)
+        if found is not None and isinstance(operator, Mask):
+            read = block.read
+            part = found.guide.window(read.y0, read.y1, read.x0, read.x1)
+            operator, y, noise = part.applied(operator.mask, y, noise)
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
         options = dict(method.options)
@@ -193,11 +250,38 @@ class Restorer:
         draws = KeyedDraws(item.seed, item.record.source_digest, origin)
         try:
             with self._batcher.lane():
-                result = solver(denoise, problem.operator, problem.y, problem.noise, sigmas, draws)
+                result = solver(denoise, operator, y, noise, sigmas, draws)
         except UnsuitedError as error:
             raise BadInputError(str(error)) from error
-        calls = result.num_denoiser_calls, result.num_operator_calls
-        return Solved(result.x, *calls, result.trace)
+        nfe = result.num_denoiser_calls + (0 if found is None else found.nfe)
+        return Solved(result.x, nfe, result.num_operator_calls, result.trace)
+
+    def _guide(
+        self, item: ItemPlan, problem: Problem, block: Block, overview: Pooled | None
+    ) -> Found | None:
+        """What coarse scales say of the block's plane; None if none of its holes is wide."""
+        if not is_guided(item):
+            return None
+        if not item.grid.tiled:
+            overview = pooled_problem(problem, coarse_factor(item.grid))
+            return None if overview is None else self._coarse(item, problem, block, overview)
+        if overview is None:
+            raise RuntimeError("a block of a cut plane with holes needs the plane's overview")
+        key = ("guide", item.key, item.seed, block.read.z0)
+        return self._keep(key, lambda _: self._coarse(item, problem, block, overview))
+
+    def _coarse(
+        self, item: ItemPlan, problem: Problem, block: Block, overview: Pooled
+    ) -> Found | None:
+        model, bands = self.model_of(item), problem.shape[0] // (block.read.z1 - block.read.z0)
+        try:
+            prior = model.prior(problem.condition)
+        except BadModelError:
+            return None  # of solvers that do without a table
+        denoise = _on_device(model.denoiser(problem.condition), item.device_class)
+        return coarse_scales(
+            item, overview, problem.noise, prior, _bounded(denoise, (0, 0)), block.read.z0 * bands
+        )
 
     def model_of(self, item: ItemPlan) -> Model:
         """The model that restores an item.
@@ -284,7 +368,7 @@ class Restorer:
             except BadModelError:
                 prior = None  # solvers that need the table say so themselves
             try:
-                return make_solver(name, prior, options)
+                return make_solver(name, prior, solver_options(options))
             except ValueError as error:
                 raise BadInputError(str(error)) from error
 

@@ -19,6 +19,7 @@ from flows.engine.grid import (
     DENOISER_TILE_PX,
     HALO_PX,
     MAX_BATCH,
+    MAX_CANVAS_PX,
     Grid,
 )
 
@@ -110,6 +111,18 @@ def driver_bytes(num_items: int, num_blocks: int, most_blocks: int, largest_byte
     return DRIVER_BYTES + kept + CHUNK_BYTES * most_blocks + whole
 
 
+COARSE_FACTORS = (4, 8)
+"""Squares of the scale that guides large holes: the wider where the plane is larger than that scale
+may be. Blocks start at multiples of the wider."""
+
+
+def coarse_factor(grid: Grid) -> int:
+    """Side of the squares that a plane is pooled by, for its large holes."""
+    _, _, h, w = grid.shape
+    small = (f for f in COARSE_FACTORS if h * w <= f**2 * MAX_CANVAS_PX)
+    return next(small, COARSE_FACTORS[-1])
+
+
 Canvas = tuple[int, int, int]
 """(z, h, w)."""
 
@@ -163,6 +176,8 @@ def predict(
     share = math.prod(grid.canvas) / math.prod(grid.shape[1:])
     canvas = _unknown(grid, params)
     pixels = math.prod(canvas)
+    if operator == "mask" and grid.tiled and method.kind == "solver":
+        pixels = max(pixels, _coarse_pixels(grid))
     views = int(params.get("num_views", 0)) if operator in ("parallel-beam", "fan-beam") else 0
     block_input = math.ceil(input_bytes * share)
     block_output = 4 * channels * math.prod((grid.slices, grid.tile_h, grid.tile_w))
@@ -184,7 +199,7 @@ def predict(
     each = _seconds(channels, canvas, views, method, dtype, _kind(operator, params, exact))
     written = WRITE_SECONDS_PX * math.prod(grid.shape) / grid.num_blocks
     return Cost(
-        seconds=each * pixels * _average_read(grid) + written,
+        seconds=each * math.prod(canvas) * _average_read(grid) + written,
         peak_bytes=int(memory),
         output_bytes=block_output,
     )
@@ -234,6 +249,12 @@ def _solve_seconds(kind: str, method: MethodSettings) -> float:
     tolerance = float(method.options.get("tolerance") or LOOSE)
     share = math.log(tolerance / LOOSE) / math.log(TIGHT / LOOSE)
     return float(loose * (tight / loose) ** min(max(share, 0.0), 1.2))
+
+
+def _coarse_pixels(grid: Grid) -> int:
+    """Of the scale that guides the large holes of a plane, which is restored in one piece."""
+    factor, (_, _, h, w) = coarse_factor(grid), grid.shape
+    return math.ceil(h / factor) * math.ceil(w / factor)
 
 
 def _denoiser_pixels(canvas: Canvas, batch_px: int) -> int:

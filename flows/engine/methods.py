@@ -57,6 +57,10 @@ THIN_SLICES_MM = 3.0
 """Slices as near to each other as that are denoised jointly; where they lie 5 mm apart or more they
 say too little of each other."""
 
+LARGE_HOLES = "large_holes"
+"""Option of masks: whether holes wider than the network sees are filled from coarse to fine. On
+unless it is switched off; an item without such a hole comes out the same either way."""
+
 GIVEN = "given"
 """The task of a user's own damaged image."""
 
@@ -141,7 +145,8 @@ def resolve_method(
         options = {**CUT_OUT, **options}
     if entry.operator == "mask" and name in _SOLVED:
         asked_of_task = {key: own.options[key] for key in HOLES if key in own.options}
-        options = {**(HOLES if entry.task == GIVEN else asked_of_task), **options}
+        accuracy = HOLES if entry.task == GIVEN else asked_of_task
+        options = {LARGE_HOLES: True, **accuracy, **options}
     if name == "covprox" and mode == "mean":
         options = coupled(options, entry, along_z)
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}

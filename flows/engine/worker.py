@@ -148,11 +148,12 @@ class BlockWorker:
         attempt = new_attempt(block)
         with peak_memory() as peak:
             measurement = self._restorer.read(job.measurements, job.item, block)
+            overview = self._restorer.overview(job.measurements, job.item, block)
             read = time.perf_counter()
             with self._lanes:
                 waited = time.perf_counter() - read
                 torch.set_num_threads(self._num_threads)  # each thread has a number of its own
-                pixels, account = self._restorer.compute(measurement, job.item, block)
+                pixels, account = self._restorer.compute(measurement, job.item, block, overview)
             del measurement  # the next block's is in memory already
             chunks = stage_block(objects, job.item, block, attempt, pixels)
         num_bytes = pixels.nbytes

@@ -46,7 +46,9 @@ def restored(store: Path, block: int, levels: int, dtype: str) -> tuple[ItemPlan
     pixels, worker = np.empty(item.grid.shape, np.float32), Restorer()
     for part in item.blocks():
         box = part.write
-        values, _ = worker.compute(worker.read(store, item, part), item, part)
+        values, _ = worker.compute(
+            worker.read(store, item, part), item, part, worker.overview(store, item, part)
+        )
         pixels[:, box.z0 : box.z1, box.y0 : box.y1, box.x0 : box.x1] = values
     return item, pixels
 

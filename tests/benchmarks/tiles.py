@@ -106,7 +106,8 @@ def restored(store: Path, dtype: str, tile: int, options: Mapping[str, Any]) -> 
             slice(part.write.y0, part.write.y1),
             slice(part.write.x0, part.write.x1),
         )
-        pixels[:, z, y, x] = restorer.compute(restorer.read(store, item, part), item, part)[0]
+        measured, overview = restorer.read(store, item, part), restorer.overview(store, item, part)
+        pixels[:, z, y, x] = restorer.compute(measured, item, part, overview)[0]
     return pixels, "blocks" if item.grid.tiled else "denoiser"
 
 

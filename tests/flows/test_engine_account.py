@@ -365,7 +365,8 @@ def test_another_block_size_gives_the_same_pixels_to_a_thousandth_of_the_range(
         worker, pixels = Restorer(), np.zeros(shape, np.float32)
         for block in plan.items[0].blocks():
             measured = worker.read(plan.measurements, plan.items[0], block)
-            values, _ = worker.compute(measured, plan.items[0], block)
+            overview = worker.overview(plan.measurements, plan.items[0], block)
+            values, _ = worker.compute(measured, plan.items[0], block, overview)
             pixels[..., block.write.x0 : block.write.x1] = values
         found.append(pixels)
     assert plan.num_blocks == 2

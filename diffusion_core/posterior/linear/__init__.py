@@ -18,6 +18,7 @@ from diffusion_core.operators import (
     CroppedBlur,
     Downsample,
     Fourier,
+    GuidedMask,
     Identity,
     Mask,
     Mosaic,
@@ -47,7 +48,7 @@ def data_step(operator: LinearOperator, through: LinearOperator | None = None) -
     """
     through = operator if through is None else through
     match operator:
-        case Mask() | Identity():
+        case Mask() | GuidedMask() | Identity():
             return MaskStep(operator)
         case Mosaic():
             return MosaicStep(operator)
