@@ -19,6 +19,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
@@ -155,16 +156,20 @@ class LocalObjects:
             draft.unlink(missing_ok=True)
 
     def require_links(self) -> None:
-        """Find out whether objects can be created here, before anything is computed.
+        """Find out whether objects can be created here; nothing is left of it.
 
         Raises:
             StoreError: if they cannot.
         """
         probe = f".work/.probe.{uuid.uuid4().hex}.partial"
+        missing = [folder for folder in self.path(probe).parents if not folder.exists()]
         try:
             self.create(probe, b"", durable=False)
         finally:
             self.remove(probe)
+            for folder in missing:
+                with suppress(OSError):  # another run writes there by now
+                    folder.rmdir()
 
     def get(self, key: str) -> bytes:
         """Read an object. Raises FileNotFoundError if there is none."""

@@ -371,13 +371,14 @@ def test_a_writer_in_a_container_of_the_same_host_name_is_not_taken_for_dead(tmp
     with MeasurementWriter(place):
         [staging] = tmp_path.glob(".m.zarr.staging@*")
         who, _, code = staging.name.removeprefix(".m.zarr.staging@").split("@")
+        assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() in who, "of this machine"
         no_process = 2**22 + 7  # beyond what Linux counts to
         dead = tmp_path / f".m.zarr.staging@{who}@{no_process}@{code}"
         other = tmp_path / f".m.zarr.staging@{who[:-1]}x@{no_process}@{code}"
         host = tmp_path / f".m.zarr.staging@{socket.gethostname()}@{no_process}@{code}"
-        for folder in (dead, other, host):
+        boot = tmp_path / f".m.zarr.staging@x{who[1:]}@{no_process}@{code}"
+        for folder in (dead, other, host, boot):
             folder.mkdir()
         remove_abandoned(place)
-        assert (staging.exists(), dead.exists(), other.exists(), host.exists()) == (
-            True, False, True, True,
-        )  # fmt: skip
+        assert not dead.exists()
+        assert all(folder.exists() for folder in (staging, other, host, boot))
