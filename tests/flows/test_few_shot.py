@@ -18,7 +18,7 @@ from train_kit import settings
 from diffusion_core.model import Model
 from domains.base import BadInputError, Item, ItemRecord
 from flows.api_learning_curve import Gain, Point, gain_of, learning_curve, verdict_on
-from flows.api_train import recipe_of, steps_left, train
+from flows.api_train import learned_from, recipe_of, steps_left, train
 from flows.config import FewSettings, StopSettings, TrainSettings, config_path, read_settings
 from flows.store import Dataset, DatasetWriter
 from flows.training.few import HELD_OUT, chosen_slices
@@ -116,6 +116,9 @@ def test_validation_items_are_kept_where_no_slice_is_held_out(tmp_path):
     assert [(s["item"], s["split"]) for s in sources] == [
         ("scan", "train"), ("other", "validation")
     ]  # fmt: skip
+    some = few_settings(data, tmp_path, name="some", few={"slices": 3, "held_out": 1})
+    known = learned_from(some, some.data, tmp_path).data
+    assert [r.item_id for r in Dataset(known[0]).items()] == ["scan", "scan" + HELD_OUT]
 
 
 def test_too_few_slices_and_senseless_settings_are_refused(scans, tmp_path):
