@@ -8,10 +8,10 @@
 
 FOLDER has stroke_t1.nii.gz and stroke_t2.nii.gz, one head (guidance_data.py says how it is split).
 Rows, one a slice, draw of the lines and way, land in tests/benchmarks/results/guidance.json. Each
-way has its settings chosen on the validation slices, from the same grid, before the test slices
+way has its settings chosen on the validation slices, from the same few, before the test slices
 are restored; rows denoising-SIGMA are one evaluation of the network on the true slices in noise:
 
-    starter            as shipped, without T1; its own calibration for the task is in the grid
+    starter            as shipped, without T1
     unguided           fine-tuned on the same samples, T1 always dropped
     withheld           the guided model, T1 not given
     guided             the same model, T1 given; covariance as measured without T1
@@ -143,8 +143,8 @@ def case(dataset: Dataset, task: str, seed: int) -> Case:
     return Case(domain, item, measurement, posed(domain, measurement))
 
 
-def settings_of(way: Way, task: str) -> Iterator[dict[str, Any]]:
-    """What may be chosen from; the starter's own fit besides."""
+def settings_of(task: str) -> Iterator[dict[str, Any]]:
+    """What may be chosen from: some inflations, and what the starter was calibrated to."""
     own = load_method(task)
     for values in itertools.product(*GRID.values()):
         chosen = dict(zip(GRID, values, strict=True))
@@ -153,9 +153,8 @@ def settings_of(way: Way, task: str) -> Iterator[dict[str, Any]]:
             "levels": [own.num_levels, sigma_max, own.sigma_min, own.rho],
             "options": {**own.options, **chosen},
         }
-    if way.model == "starter":
-        fitted = covprox(task, own.num_levels)
-        yield {"sigmas": fitted.sigmas.tolist(), "options": dict(fitted.options)}
+    fitted = covprox(task, own.num_levels)
+    yield {"sigmas": fitted.sigmas.tolist(), "options": dict(fitted.options)}
 
 
 def restore(model: Model, way: Way, one: Case, settings: Mapping[str, Any]) -> torch.Tensor:
@@ -201,7 +200,7 @@ def choose(model: Model, way: Way, name: str, task: str, cases: list[Case]) -> d
         found = [row["psnr"] for c in cases for row in c.psnr(restore(model, way, c, settings))]
         return float(np.mean(found))
 
-    scored = [(mean(settings), settings) for settings in settings_of(way, task)]
+    scored = [(mean(settings), settings) for settings in settings_of(task)]
     best, settings = max(scored, key=lambda pair: pair[0])
     click.echo(f"{task} {name}: {best:.2f} dB on validation with {settings}")
     return {**settings, "validation_psnr": round(best, 4)}
