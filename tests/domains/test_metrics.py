@@ -188,3 +188,34 @@ def test_hole_is_what_is_not_known() -> None:
     assert hole.sum() == 1
     assert hole[0, 2, 1, 1]
     assert hole_of(problem(None)) is None
+
+
+# --- the border of a hole ------------------------------------------------------------------------
+
+
+def test_a_smooth_image_crosses_the_border_of_a_hole_without_a_step():
+    from domains.metrics import boundary_ratio
+
+    rows, columns = np.mgrid[:40, :50] / 50.0
+    hole = np.zeros((40, 50), bool)
+    hole[10:30, 15:35] = True
+    ramp = np.stack([rows + 2 * columns, columns])
+    assert boundary_ratio(ramp, hole) == pytest.approx(1.0)
+    assert boundary_ratio(ramp[0], ~hole) == pytest.approx(1.0)
+    # A step of height s at the border of a ramp of slope g along both axes: |s +- g| / g, and where
+    # the slope is less than the step both signs average to s / g.
+    slope, step = 1 / 50.0, 0.3
+    plane = rows + columns
+    assert boundary_ratio(plane + step * hole, hole) == pytest.approx(step / slope)
+    assert np.isnan(boundary_ratio(plane, np.zeros_like(hole)))
+
+
+def test_a_flat_fill_in_a_textured_image_shows_no_step_that_is_not_there():
+    from domains.metrics import boundary_ratio
+
+    noise = np.random.default_rng(0).normal(size=(1, 200, 200))
+    hole = np.zeros((200, 200), bool)
+    hole[50:150, 50:150] = True
+    assert boundary_ratio(noise, hole) == pytest.approx(1.0, abs=0.1)
+    # Outside differences have std 2^(1/2) s, across the border s, within the fill none.
+    assert boundary_ratio(np.where(hole, 0.0, noise), hole) == pytest.approx(np.sqrt(2), abs=0.15)
