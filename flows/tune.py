@@ -148,9 +148,9 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
             "num_tiles": (8, 4, 2, 1),
         },
         "anscombe-nlm": {
+            "strength": (0.3, 0.4, 0.5, 0.7, 0.9),
             "patch_size": (5, 7),
             "patch_distance": (6, 9),
-            "strength": (0.5, 0.7, 0.9, 1.1),
         },
     },
 }

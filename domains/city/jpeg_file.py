@@ -27,7 +27,8 @@ _ZIGZAG = np.array([
 
 _SOF = {0xC0: False, 0xC1: False, 0xC2: True}
 """Frames that are read, and whether they are progressive."""
-_MOST_BLOCKS = 2**24
+_MOST_BLOCKS = 2**21
+"""Of a component: 134 megapixels, a gigabyte while they are read."""
 
 
 class JPEGError(ValueError):

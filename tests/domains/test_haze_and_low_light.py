@@ -95,7 +95,7 @@ def test_anscombes_transform_has_a_variance_of_one_and_leads_back(counts):
     stable = brightening.stabilise(z, level)
     assert stable.std() == pytest.approx(1, abs=0.06 if counts > 1 else 0.2)
     mean = brightening.unbiased(np.array(stable.mean()), level)
-    assert mean * 1000 == pytest.approx(counts, abs=0.15 + 0.01 * counts)
+    assert mean * 1000 == pytest.approx(counts, abs=0.09 if counts > 1 else 0.15)
 
 
 def test_without_photons_the_transform_is_a_division():
@@ -115,7 +115,7 @@ def test_curves_and_equalising_keep_to_their_formulas():
     made = brightening.clahe(measurement, problem, {"clip_limit": 0.03, "num_tiles": 4})
     expected = equalize_adapthist(z[0, 0].astype(float), (48, 64), clip_limit=0.03)
     lit = z[0, 0] > 1e-3
-    assert np.allclose((made[0, 0].numpy() + 1) / 2, expected, atol=1e-5, where=lit)
+    assert np.allclose(((made[0, 0].numpy() + 1) / 2)[lit], expected[lit], atol=1e-5)
     clean = DOMAIN.simulate(item, load_task("denoise-25"), 0)
     with pytest.raises(BadInputError, match="choose another method"):
         brightening.clahe(clean, DOMAIN.problem(clean), {})
