@@ -212,7 +212,8 @@ class Restorer:
         self, model: Model, condition: str, item: ItemPlan, origin_yx: tuple[int, int]
     ) -> Denoiser:
         """D(x; sigma) of a block's canvas, on the item's device, in calls of bounded size."""
-        denoise = _on_device(model.denoiser(condition), item.device_class)
+        own = model.student if model.is_distilled else model.denoiser
+        denoise = _on_device(own(condition), item.device_class)
         alone = _bounded(denoise, origin_yx)
         if not item.batch_px:
             return alone
