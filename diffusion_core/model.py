@@ -303,18 +303,33 @@ class Model:
     def denoiser(self, condition: str) -> Denoiser:
         """D(x; sigma) for one condition; gradients are not tracked.
 
-        That of a distilled model takes its inputs beside the image: see StudentDenoiser.
-
         Raises:
-            BadModelError: if the model was not trained for the condition.
+            BadModelError: if the model was not trained for the condition, or is a student.
         """
         from diffusion_core.networks.precond import ConditionedDenoiser
+
+        self._check(condition)
+        if self.is_distilled:
+            raise BadModelError(
+                f"{self.path} is a distilled model and no denoiser: name the one that it was "
+                "distilled from"
+            )
+        index = list(self.conditions).index(condition)
+        return ConditionedDenoiser(self.module, index, self.conditions[condition])
+
+    def student(self, condition: str) -> Denoiser:
+        """A distilled model's denoiser, which takes its inputs beside the image (student.py).
+
+        Raises:
+            BadModelError: if the model was not trained for the condition, or is no student.
+        """
         from diffusion_core.networks.student import StudentDenoiser
 
         self._check(condition)
+        if not self.is_distilled:
+            raise BadModelError(f"{self.path} is no distilled model: make one with sashiko distill")
         index = list(self.conditions).index(condition)
-        kind = ConditionedDenoiser if not self.is_distilled else StudentDenoiser
-        return kind(self.module, index, self.conditions[condition])
+        return StudentDenoiser(self.module, index, self.conditions[condition])
 
     def guides(self, condition: str) -> list[str]:
         """Names of the guides that the model was trained with for a condition; may be none."""

@@ -67,8 +67,10 @@ def explain(settings: ExplainSettings, on_event: EventHandler | None = None) -> 
         on_event: told of progress.
 
     Raises:
-        BadInputError: if the input, an item or a slice cannot be used, or the method is classical.
+        BadInputError: if the input, an item or a slice cannot be used, or the method is classical
+            or a student's.
     """
+    from diffusion_core.posterior import DISTILLED
     from flows.api_restore import prepare
     from flows.report.explained import write_explained
 
@@ -76,6 +78,11 @@ def explain(settings: ExplainSettings, on_event: EventHandler | None = None) -> 
     with TemporaryDirectory(prefix="sashiko-explain-") as scratch:
         plan = prepare(settings, on_event, work=Path(scratch)).plan
         items = _chosen(plan, settings)
+        if any(item.method.name == DISTILLED for item in items):
+            raise BadInputError(
+                "a distilled model's few passes have no film to be explained: name the model that "
+                "it was distilled from"
+            )
         explained = tuple(
             _each(plan, items, settings.slices, settings.num_seeds, on_event, truth=None)
         )

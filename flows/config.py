@@ -564,7 +564,7 @@ class DistillSettings(TrainSettings):
         [0.4, 0.2, 0.1, 0.05],
         min_length=1,
         max_length=16,
-        description="sigma of each evaluation, as the student and the data step after it are told",
+        description="sigma of each evaluation where the start errs by .07, in proportion elsewhere",
     )
     inflation: list[Annotated[float, Field(gt=0, le=100)]] = Field(
         [4.0], min_length=1, description="c of the data steps, one or one a level"

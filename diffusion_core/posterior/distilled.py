@@ -1,12 +1,13 @@
 """Distilled: one to four evaluations of a student that knows the operator, a data step after each.
 
     m_0 = E[x0 | y] under the Gaussian prior (kriging), solved until it has converged
-    mu_k = D(m_(k-1), inputs; sigma_k)           the student's estimate of x0: no noise is added
+    mu_k = D(m_(k-1), inputs; a sigma_k)         the student's estimate of x0: no noise is added
     m_k = mu_k + K_k (y - A mu_k)                CovProx's data step, Sigma = c_k Sigma(sigma_k)
 
-The levels sigma_k are labels that the student was trained with; a chain of fewer evaluations is
-the beginning of a longer one. What it is told of the operator are its inputs, the same at every
-level:
+The levels sigma_k are labels that the student was trained with, scaled by how wrong the start of
+an image is expected to be, a = rms error / .07: k-space leaves twice as much open as a random mask.
+A chain of fewer evaluations is the beginning of a longer one. What the student is told of the
+operator are its inputs, the same at every level:
 
     w = g / (1 + |g|), g = var(x0) A' R^-1 A 1      how well each pixel is determined by itself
     e - K (A e + n), e ~ N(0, P), n ~ N(0, R)       a draw of the start's error, of the Gaussian
@@ -52,6 +53,12 @@ from diffusion_core.protocols import (
     UnsuitedError,
 )
 
+REFERENCE_ERROR = 0.07
+"""Root mean square of a start's error, network units, at which levels are as they stand: about that
+of a random mask that leaves 30% of the pixels."""
+_SCALES = (0.5, 2.5)
+"""Bounds of a."""
+
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
@@ -61,7 +68,8 @@ class Distilled:
 
     Attributes:
         prior: the covariance table of the teacher's condition.
-        levels: sigma_k, as the student was trained; as many evaluations at most.
+        levels: sigma_k, as the student was trained; as many evaluations at most. Those that it is
+            told are a times as large.
         inflation: c, or one c_k a level.
         final_data_step: whether the last estimate is brought to the data too; a one-pass regressor
             returns its own.
@@ -128,7 +136,7 @@ class Distilled:
         trace = []
         for level, sigma in enumerate(self.levels[:num]):
             shown = torch.cat([m, guide.inputs], dim=1)
-            m = calls.denoise(shown, sigma)[:, :channels]
+            m = calls.denoiser(shown, sigma * guide.scale)[:, :channels]
             if level + 1 < num or self.final_data_step:
                 update = guide.update(level, m)
                 m = m + update.delta
@@ -149,6 +157,8 @@ class Guide:
     Attributes:
         start: m_0, (b c h w).
         inputs: (b, 1 + 3, h, w): w, and the error's draw with the unused channels at 0.
+        variance: (b,) mean square of the draw, the start's expected error.
+        scale: (b,) a, of the levels that the student is told.
     """
 
     def __init__(
@@ -166,6 +176,8 @@ class Guide:
         covariance = solver.prior.prior().on(mean, padding=self._step.padding)
         determined = self._determined(covariance, R)
         error = self._error(covariance, R, draws, exactly)
+        self.variance = error.square().mean(dim=(1, 2, 3))
+        self.scale = (self.variance.sqrt() / REFERENCE_ERROR).clamp(*_SCALES)
         error = F.pad(error, (0, 0, 0, 0, 0, NUM_CHANNELS - error.shape[1]))
         self.inputs = torch.cat([determined, error], dim=1)
 

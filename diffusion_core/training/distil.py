@@ -44,12 +44,14 @@ class Measured(Batch):
         start: (b 3 h w), m_0 of each, unused channels at 0.
         inputs: (b inputs h w), see Guide.
         variance: (b,) mean square of the draw of m_0's error.
+        scale: (b,) of the levels that the student is told.
         guides: the measurements, one a sample; they stay on the CPU.
     """
 
     start: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))
     variance: Tensor = field(default_factory=lambda: torch.empty(0))
+    scale: Tensor = field(default_factory=lambda: torch.empty(0))
     guides: Sequence[Guide] = ()
 
     def part(self, samples: slice) -> Measured:
@@ -68,6 +70,7 @@ class Measured(Batch):
             start=change(self.start),
             inputs=change(self.inputs),
             variance=change(self.variance),
+            scale=change(self.scale),
             guides=guides,
         )
 
@@ -99,8 +102,8 @@ class MeasuredPatches(PatchSource):
         guides = [self._guide(clean, i, first + i) for i in range(count)]
         start = torch.cat([_padded(guide.start) for guide in guides])
         inputs = torch.cat([guide.inputs for guide in guides])
-        errors = inputs[:, -NUM_CHANNELS:].square().mean(dim=(2, 3)).sum(dim=1)
-        variance = (errors / clean.channels.sum(dim=1)).clamp_min(_LEAST_VARIANCE)
+        variance = torch.cat([guide.variance for guide in guides]).clamp_min(_LEAST_VARIANCE)
+        scale = torch.cat([guide.scale for guide in guides])
         return Measured(
             clean.x0,
             clean.condition,
@@ -108,6 +111,7 @@ class MeasuredPatches(PatchSource):
             start=start,
             inputs=inputs,
             variance=variance,
+            scale=scale,
             guides=guides,
         )
 
@@ -157,7 +161,7 @@ class DistillationLoss:
         in_use = batch.channels[:, :, None, None]
         m, means, estimates = batch.start, [], []
         for number, level in enumerate(self.levels):
-            levels = torch.full_like(batch.variance, level)
+            levels = level * batch.scale
             mu = model(m, levels, batch.condition, inputs=batch.inputs) * in_use
             means.append((levels, mu))
             if number + 1 < len(self.levels) or self.consistency:

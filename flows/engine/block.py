@@ -311,7 +311,8 @@ class Restorer:
         if guide is not None:
             carrying = model.carrying_denoiser(condition)
             return guided(self._bounded_calls(model, condition, item, origin_yx, carrying), guide)
-        return self._bounded_calls(model, condition, item, origin_yx, model.denoiser(condition))
+        own = model.student if model.is_distilled else model.denoiser
+        return self._bounded_calls(model, condition, item, origin_yx, own(condition))
 
     def _bounded_calls(
         self,

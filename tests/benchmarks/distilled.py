@@ -98,6 +98,8 @@ class Way:
         return found.x, found.num_denoiser_calls
 
     def _denoiser(self, condition: str) -> Denoiser:
+        if self.model.is_distilled:
+            return self.model.student(condition)
         if not self.unrolled:
             return self.model.denoiser(condition)
         student = student_of(self.model.module)

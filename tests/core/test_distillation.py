@@ -90,7 +90,7 @@ def regressor(tmp_path_factory):
     losses = []
     told = Callbacks(on_log=lambda _step, metrics, _model: losses.append(metrics["weighted_error"]))
     state = run(
-        tmp_path_factory.mktemp("regressor"), num_steps=200,
+        tmp_path_factory.mktemp("regressor"), num_steps=250,
         objective=DistillationLoss(LEVELS[:1]), patches=source(start="scaled-adjoint"),
         callbacks=told,
     )  # fmt: skip
@@ -99,7 +99,9 @@ def regressor(tmp_path_factory):
 
 def test_a_one_pass_regressor_comes_near_the_posterior_mean_of_gaussian_images(regressor):
     module, losses = regressor
-    assert np.mean(losses[-40:]) < 0.5 * np.mean(losses[:10])
+    # In units of the posterior's variance: below 1 nobody gets.
+    assert np.mean(losses[:10]) > 2.0
+    assert np.mean(losses[-40:]) < 1.4
     solver = solver_of(start="scaled-adjoint", final_data_step=False)
     sums = np.zeros(4)
     for number in range(10_000, 10_040):
@@ -134,7 +136,7 @@ def test_the_first_level_s_error_is_that_which_the_draws_foretell():
 def test_a_sample_is_the_same_whoever_draws_it_and_conditions_have_their_own_solver():
     patches = source("a", "b")
     whole, parts = patches.batch(4, 4), [patches.batch(4, 3), patches.batch(7, 1)]
-    for name in ("x0", "condition", "channels", "start", "inputs", "variance"):
+    for name in ("x0", "condition", "channels", "start", "inputs", "variance", "scale"):
         drawn = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(getattr(whole, name), drawn), name
     assert not torch.equal(whole.start[0], whole.start[1])

@@ -89,7 +89,9 @@ def test_each_estimate_is_brought_to_the_data_as_a_dense_solve_does(name):
         assert torch.allclose(student.shown[level][0][:, :c], expected[level - 1], atol=1e-6)
     assert torch.allclose(found.x, expected[2], atol=1e-6)
     assert found.num_denoiser_calls == 3
-    assert [float(s[0]) for _, s in student.shown] == pytest.approx(LEVELS)
+    scale = guide_of(prior, operator, y).scale
+    for level, (_, told) in zip(LEVELS, student.shown, strict=True):
+        assert torch.allclose(told, level * scale)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -134,6 +136,25 @@ def test_the_draw_that_a_student_is_shown_has_the_covariance_of_the_start_s_erro
     assert errors.mean().abs() < 5 * (P.sum() / num).sqrt() / P.shape[0]
 
 
+def test_levels_are_as_large_as_the_start_is_wrong():
+    prior, operator = GaussianPrior(SIZE), Mask(pixels())
+    solver = Distilled(prior.table(LEVELS), LEVELS, **EXACTLY)
+    y = operator.A(normal(100, 1, *SIZE))
+    scales = {}
+    for sigma_y in (1e-3, 0.05, 10.0):
+        noise = GaussianNoise(sigma_y)
+        guide = Guide(solver, Counted(None, operator), y, noise, DRAWS)
+        P = prior.table(LEVELS).prior()
+        P = matrix_on(P, operator, y)
+        A = matrix_of(operator.A, (1, *SIZE))
+        R = torch.full((A.shape[0],), sigma_y**2, dtype=torch.float64)
+        expected = (P - dense_gain(A, P, R, A @ P)).diagonal().mean()
+        assert guide.variance.mean() == pytest.approx(float(expected), rel=0.1)
+        assert torch.allclose(guide.scale, (guide.variance.sqrt() / 0.07).clamp(0.5, 2.5))
+        scales[sigma_y] = float(guide.scale.mean())
+    assert scales[1e-3] < scales[0.05] < scales[10.0] == 2.5
+
+
 def test_channels_that_an_image_lacks_are_shown_as_0():
     prior, operator, _, y, _ = problem("blur")
     inputs = guide_of(prior, operator, y).inputs
@@ -157,7 +178,9 @@ def test_fewer_evaluations_are_the_beginning_of_more_and_their_levels_are_the_st
     assert two.num_denoiser_calls == 2
     c = prior.channels
     assert torch.equal(two.x, longest.shown[2][0][:, :c])
-    assert [float(s[0]) for _, s in student.shown] == pytest.approx(LEVELS[:2])
+    told = [float(s[0]) for _, s in student.shown]
+    assert told == pytest.approx([float(s[0]) for _, s in longest.shown[:2]])
+    assert told[1] == pytest.approx(told[0] * LEVELS[1] / LEVELS[0])
     assert len(three.trace["levels"]) == 3
     with pytest.raises(UnsuitedError, match="3 evaluations at most, not 4"):
         restored([4.0, 3.0, 2.0, 1.0])

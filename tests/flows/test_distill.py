@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from train_kit import dataset_of, settings
 
-from diffusion_core.model import DISTILLED, Model, solver_settings
+from diffusion_core.model import DISTILLED, BadModelError, Model, solver_settings
 from domains.base import BadInputError
 from flows import cli
 from flows.api_distill import distill
@@ -172,6 +172,12 @@ def test_restore_takes_the_student_s_own_method_with_a_student(student, data, tm
     (entry,) = result.published
     assert (entry.method, entry.nfe, entry.model_digest) == ("distilled", 2, student.digest)
 
+    from flows.api_explain import explain
+    from flows.config import ExplainSettings
+
+    with pytest.raises(BadInputError, match="have no film to be explained"):
+        explain(ExplainSettings(output=tmp_path / "explained", **asked_for))
+
 
 def test_other_solvers_and_models_are_refused_in_a_sentence(student, teacher, data, tmp_path):
     with pytest.raises(BadInputError, match="needs a distilled model: make one"):
@@ -180,6 +186,10 @@ def test_other_solvers_and_models_are_refused_in_a_sentence(student, teacher, da
         evaluated(data, student.model_path, tmp_path, "covprox")
     with pytest.raises(BadInputError, match="for 2 evaluations at most, not 3"):
         evaluated(data, student.model_path, tmp_path, "distilled", num_levels=3)
+    with pytest.raises(BadModelError, match="is a distilled model and no denoiser"):
+        Model.load(student.model_path).denoiser("city")
+    with pytest.raises(BadModelError, match="is no distilled model"):
+        Model.load(teacher).student("city")
 
 
 def test_evaluations_asked_for_hold_for_other_solvers_too(teacher, data, tmp_path):
