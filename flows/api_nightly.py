@@ -251,7 +251,10 @@ class _Job:
         codes = {stage / scan.lead.relative_to(self.path): scan.code for scan in scans}
         of_content = {scan.digest: scan.code for scan in scans}
         told = tuple(
-            Bad(codes.get(q.source) or of_content.get(q.source_digest, q.item_id), q.reason)
+            Bad(
+                (q.source and codes.get(q.source)) or of_content.get(q.source_digest, q.item_id),
+                q.reason,
+            )
             for q in given_up
         )
         return result, given_up, told

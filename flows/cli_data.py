@@ -12,7 +12,7 @@ from flows.answers import (
     train_plan_text,
     trained_text,
 )
-from flows.cli_group import PATH, answer, cli, exit_code_of, run_flow
+from flows.cli_group import PATH, cli, exit_code_of, run_flow, tell
 from flows.cli_options import (
     given,
     json_flag,
@@ -32,7 +32,7 @@ def demo(output: Path, prefect: bool, as_json: bool) -> int:
 
     with Terminal() as terminal:
         result = run_demo(output, prefect=prefect, on_event=terminal)
-    answer(result, result.summary(), as_json=as_json)
+    tell(result, result.summary(), as_json=as_json)
     return exit_code_of(result)
 
 
@@ -49,7 +49,7 @@ def samples(as_json: bool, **options: Any) -> int:
         found = fetch(SamplesSettings(**options), on_event=terminal)
     columns = ("label", "domain", "split", "licence", "path")
     rows = [[getattr(sample, c) for c in columns] for sample in found]
-    answer(found, table(columns, rows), as_json=as_json)
+    tell(found, table(columns, rows), as_json=as_json)
     return OK
 
 
@@ -72,7 +72,7 @@ def ingest(prefect: bool, as_json: bool, **options: Any) -> int:
     from flows.config import IngestSettings
 
     result = run_flow("ingest", IngestSettings(**given(options)), prefect=prefect)
-    answer(result, f"dataset: {options['output']}", as_json=as_json)
+    tell(result, f"dataset: {options['output']}", as_json=as_json)
     return exit_code_of(result)
 
 
@@ -93,7 +93,7 @@ def inspect(as_json: bool, **options: Any) -> int:
 
     with Terminal() as terminal:
         result = look(InspectSettings(**given(options)), on_event=terminal)
-    answer(result, inspected_text(result), as_json=as_json)
+    tell(result, inspected_text(result), as_json=as_json)
     return exit_code_of(result)
 
 
@@ -109,7 +109,7 @@ def simulate(as_json: bool, **options: Any) -> int:
     from flows.config import SimulateSettings
 
     result = run_flow("simulate", SimulateSettings(**given(options)), prefect=False)
-    answer(result, f"measurements: {options['output']}", as_json=as_json)
+    tell(result, f"measurements: {options['output']}", as_json=as_json)
     return OK
 
 
@@ -133,10 +133,10 @@ def train(
         from flows.training.plan import plan_training
 
         planned = plan_training(settings)
-        answer(planned, train_plan_text(planned), as_json=as_json)
+        tell(planned, train_plan_text(planned), as_json=as_json)
         return OK
     result = run_flow("train", settings, prefect=prefect)
-    answer(result, trained_text(result), as_json=as_json)
+    tell(result, trained_text(result), as_json=as_json)
     return OK
 
 
@@ -158,5 +158,5 @@ def calibrate(as_json: bool, **options: Any) -> int:
 
     result = run_flow("calibrate", CalibrateSettings(**given(options)), prefect=False)
     text = f"{result.table()}\nmodel: {result.model_path}  (digest {result.digest[:12]})"
-    answer(result, text, as_json=as_json)
+    tell(result, text, as_json=as_json)
     return OK

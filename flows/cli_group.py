@@ -47,7 +47,7 @@ def run_flow(command: str, settings: Any, *, prefect: bool, ask: Any = None) -> 
         return launch.run(command, settings, prefect=prefect, on_event=terminal, ask=ask)
 
 
-def answer(value: Any, text: str, *, as_json: bool) -> None:
+def tell(value: Any, text: str, *, as_json: bool) -> None:
     """Print the answer of a command: as JSON, or in words."""
     if as_json:
         print_json(value)

@@ -11,7 +11,7 @@ from flows.answers import (
     plan_text,
     restored_text,
 )
-from flows.cli_group import PATH, ROOT, answer, cli, exit_code_of, run_flow
+from flows.cli_group import PATH, ROOT, cli, exit_code_of, run_flow, tell
 from flows.cli_options import (
     compute_options,
     computing,
@@ -87,10 +87,10 @@ def restore(prefect: bool, as_json: bool, plan_only: bool, **options: Any) -> in
         from flows.api_restore import plan
 
         planned = plan(settings)
-        answer(planned.to_json() if as_json else None, plan_text(planned), as_json=as_json)
+        tell(planned.to_json() if as_json else None, plan_text(planned), as_json=as_json)
         return OK
     result = run_flow("restore", settings, prefect=prefect)
-    answer(result, restored_text(result), as_json=as_json)
+    tell(result, restored_text(result), as_json=as_json)
     return exit_code_of(result)
 
 
@@ -122,7 +122,7 @@ def explain_command(as_json: bool, **options: Any) -> int:
     options["method"] = method_of(options.pop("method"), options.pop("num_levels"))
     result = run_flow("explain", ExplainSettings(**computing(options)), prefect=False)
     text = f"{result.text()}\npage: {result.page}"
-    answer(result.to_json(), text, as_json=as_json)
+    tell(result.to_json(), text, as_json=as_json)
     return OK
 
 
@@ -135,7 +135,7 @@ def view(output: Root, as_json: bool) -> int:
     from flows.api_view import view as find
 
     found = find(output)
-    answer(found, view_text(found), as_json=as_json)
+    tell(found, view_text(found), as_json=as_json)
     return OK
 
 
@@ -156,5 +156,5 @@ def generate(as_json: bool, **options: Any) -> int:
     from flows.config import GenerateSettings
 
     result = run_flow("generate", GenerateSettings(**given(options)), prefect=False)
-    answer(result, generated_text(result), as_json=as_json)
+    tell(result, generated_text(result), as_json=as_json)
     return OK

@@ -15,7 +15,7 @@ from flows.answers import (
     quarantine_text,
     verified_text,
 )
-from flows.cli_group import PATH, ROOT, InOrder, answer, cli, exit_code_of, run_flow
+from flows.cli_group import PATH, ROOT, InOrder, cli, exit_code_of, run_flow, tell
 from flows.cli_options import (
     compute_options,
     computing,
@@ -56,7 +56,7 @@ def review(answer: bool | None, prefect: bool, as_json: bool, **options: Any) ->
     result = run_flow("review", settings, prefect=prefect, ask=ask)
     done = "promoted" if result.promoted else "not promoted"
     text = f"{result.comparison.sentences()}\n{result.decision}: {done}"
-    answer(result, text, as_json=as_json)
+    tell(result, text, as_json=as_json)
     return OK
 
 
@@ -67,7 +67,7 @@ def models(as_json: bool) -> int:
     from flows.registry import models as rows
 
     found = rows()
-    answer(found, models_text(found), as_json=as_json)
+    tell(found, models_text(found), as_json=as_json)
     return OK
 
 
@@ -106,7 +106,7 @@ def nightly(prefect: bool, as_json: bool, **options: Any) -> int:
     from flows.config import NightlySettings
 
     result = run_flow("nightly", NightlySettings(**computing(options)), prefect=prefect)
-    answer(result, result.summary(), as_json=as_json)
+    tell(result, result.summary(), as_json=as_json)
     return exit_code_of(result)
 
 
@@ -124,7 +124,7 @@ def verify(output: Root, hide_damaged: bool, as_json: bool) -> int:
 
     with Terminal() as terminal:
         result = look(output, hide_damaged=hide_damaged, on_event=terminal)
-    answer({"intact": result.intact, **vars(result)}, verified_text(result), as_json=as_json)
+    tell({"intact": result.intact, **vars(result)}, verified_text(result), as_json=as_json)
     return OK if result.intact else FAILED
 
 
@@ -150,7 +150,7 @@ def gc(output: Root, dry_run: bool, hours: float, as_json: bool) -> int:
 
     with Terminal() as terminal:
         result = collect(output, dry_run=dry_run, min_age_s=3600 * hours, on_event=terminal)
-    answer(result, collected_text(result), as_json=as_json)
+    tell(result, collected_text(result), as_json=as_json)
     return FAILED if any(found.stuck for found in result.outputs.values()) else OK
 
 
@@ -167,7 +167,7 @@ def quarantine_list(output: Root, as_json: bool) -> int:
     from flows.api_upkeep import quarantined
 
     found = quarantined(output)
-    answer(found, quarantine_text(found), as_json=as_json)
+    tell(found, quarantine_text(found), as_json=as_json)
     return OK
 
 
@@ -180,7 +180,7 @@ def quarantine_retry(output: Root, items: Sequence[str], as_json: bool) -> int:
     from flows.api_upkeep import retry_quarantined
 
     released = retry_quarantined(output, items)
-    answer(released, f"{len(released)} released; the next run tries them again", as_json=as_json)
+    tell(released, f"{len(released)} released; the next run tries them again", as_json=as_json)
     return OK
 
 

@@ -326,7 +326,7 @@ def _images(
     """
     files = find_files(folder, domain)
     is_output = cache(_is_output)
-    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if is_file(p)]
+    tools = [Path(p).resolve() for p in (settings.mask, settings.kernel) if p and is_file(p)]
     output = settings.output
     if isinstance(output, Path):
         tools.append(output.resolve())
