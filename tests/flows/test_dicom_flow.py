@@ -129,7 +129,7 @@ def test_chosen_slices_are_restored_with_those_that_lack(tmp_path):
     (written,) = restore(asked).files
     stored = np.stack([pydicom.dcmread(f).pixel_array for f in sorted(written.iterdir())])
     np.testing.assert_array_equal(stored, values)
-    with pytest.raises(BadInputError, match="slice 7 is not one of its 7 slices, which count from"):
+    with pytest.raises(BadInputError, match="slice 7 is not one of its 7, which count from 0"):
         restore(settings(tmp_path, output=tmp_path / "o", sigma_y=0.0, mask="slices:1,7"))
 
 
