@@ -3,7 +3,7 @@
     python -m tests.benchmarks.restoration --model MODEL --work FOLDER [--task T ...]
 
 FOLDER keeps the images (fetched by `sashiko samples`' catalogue: the demo's slices and windows, and
-for tasks between slices or frames 31 slices of lung2 and 8 frames of bikes) and
+for tasks between slices or frames 31 slices of lung2, brain2, and 8 frames of bikes) and
 what was restored; a command that was stopped goes on there. Every task is evaluated as
 `sashiko evaluate` does it: CovProx with the model's settings and its task's evaluations, kriging,
 and the task's classical methods with parameters frozen on validation images. With
@@ -61,10 +61,13 @@ ASKED: Mapping[str, float] = {
     "ct-lowdose": 1.5,
 }
 """Gain over the best classical method that the starter aims at, in dB; of other tasks none."""
-STACKED = frozenset({"ct-sr-z3", "slices-missing", "video-strokes"})
+STACKED = frozenset(
+    {"ct-sr-z3", "mri-motion", "mri-sr-z3", "slices-missing", "video-missing", "video-strokes"}
+)
 """Tasks that go on from slice to slice, or from frame to frame: they need neighbours."""
 STACKS = (
     DemoItem("lung2", slices=tuple(range(15, 46)), crop=(128, 128, 256, 256)),
+    DemoItem("brain2", slices=tuple(range(23))),
     DemoItem("bikes-3", slices=tuple(range(200, 208)), crop=(8, 64, 256, 512)),
 )
 KEPT = ("domain", "region", "group", "psnr", "psnr_hole", "ssim", "nfe", "seconds")
