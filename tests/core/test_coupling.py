@@ -10,7 +10,7 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
 from diffusion_core.operators import Fourier, Mask
-from diffusion_core.posterior import make_solver
+from diffusion_core.posterior import covprox, make_solver
 from diffusion_core.posterior.coupling import (
     LEAST,
     couple,
@@ -203,6 +203,24 @@ def test_the_coupling_costs_no_call_of_network_or_operator():
     plain, jointly = restored(operator, y), restored(operator, y, z_coupling=1.0)
     assert jointly.num_denoiser_calls == plain.num_denoiser_calls
     assert jointly.num_operator_calls <= 1.5 * plain.num_operator_calls
+
+
+def test_the_dual_goes_from_level_to_level(monkeypatch):
+    _, operator, y = measured(4)
+    starts = []
+
+    def watched(*args, **options):
+        starts.append(args[4])
+        coupled, solved = couple(*args, **options)
+        duals.append(solved.x)
+        return coupled, solved
+
+    duals: list = []
+    monkeypatch.setattr(covprox, "couple", watched)
+    restored(operator, y, z_coupling=1.0)
+    assert starts[0] is None
+    assert len(starts) == len(SIGMAS)
+    assert all(start is dual for start, dual in zip(starts[1:], duals[:-1], strict=True))
 
 
 def test_what_the_data_say_exactly_is_not_given_up_for_the_neighbours():
