@@ -146,6 +146,15 @@ def test_a_result_is_named_by_what_its_guide_holds_and_says_which_it_was(head, m
     assert all("guides" not in e.facts["record"]["meta"] for e in without.published)
 
 
+def test_equal_images_with_different_guides_are_two_items(head, models):
+    put(head / "t2/bob/scan.nii.gz", volume(0))  # ann's
+    result = restore(asked(head, models[True]))
+    one, other = pixels(result)
+    assert not np.array_equal(one, other)
+    put(head / "t1/bob/scan.nii.gz", volume(10))  # ann's too
+    assert len(restore(asked(head, models[True])).published) == 1
+
+
 def test_an_image_without_a_guide_goes_without_and_it_is_told(head, models):
     """In one run, by one worker: neither sees the other's guide or covariance."""
     shown = restore(asked(head, models[True], "shown"))
