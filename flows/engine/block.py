@@ -44,7 +44,6 @@ from flows.engine.coarse import (
     is_guided,
     overview_of,
     pooled_problem,
-    solver_options,
 )
 from flows.engine.cost import coarse_factor
 from flows.engine.grid import (
@@ -57,6 +56,7 @@ from flows.engine.grid import (
     Block,
     Region,
 )
+from flows.engine.methods import solver_options
 from flows.engine.plan import ItemPlan, ModelRef
 from flows.engine.receipt import Account
 from flows.roots import Root
@@ -232,7 +232,7 @@ class Restorer:
         method, model = item.method, self.model_of(item)
         operator, y, noise = problem.operator, problem.y, problem.noise
         found = self._guide(item, problem, block, overview)
-        if found is not None:
+        if found is not None and isinstance(operator, Mask):
             read = block.read
             part = found.guide.window(read.y0, read.y1, read.x0, read.x1)
             operator, y, noise = part.applied(operator.mask, y, noise)
