@@ -25,6 +25,7 @@ from diffusion_core.posterior.calibration import RollOut, fit_inflation, match_s
 from diffusion_core.posterior.covprox import Chain, CovProx
 from diffusion_core.uncertainty import Spread, correlation
 from flows.config import MethodSettings
+from flows.engine.methods import solver_options
 from flows.knobs import LEAST_INFLATION, MOST_INFLATION, NUM_KNOTS, Knobs, climb, knots_of, short
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Bench:
     ) -> RollOut:
         problem = case.problem
         denoise, prior = self._of(problem.condition)
-        solver = make_solver(settings.name, prior, settings.options)
+        solver = make_solver(settings.name, prior, solver_options(settings.options))
         if not isinstance(solver, CovProx):
             raise TypeError("only covprox is calibrated")
         chains = [

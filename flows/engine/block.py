@@ -46,7 +46,6 @@ from flows.engine.coarse import (
     is_guided,
     overview_of,
     pooled_problem,
-    solver_options,
 )
 from flows.engine.cost import coarse_factor
 from flows.engine.grid import (
@@ -59,6 +58,7 @@ from flows.engine.grid import (
     Block,
     Region,
 )
+from flows.engine.methods import solver_options
 from flows.engine.plan import ItemPlan, ModelRef
 from flows.engine.receipt import Account
 from flows.roots import Root
@@ -101,6 +101,7 @@ class Restorer:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._planes: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.RLock()
         self._batcher = Batcher()
 
@@ -151,7 +152,7 @@ class Restorer:
 
         z = block.read.z0, block.read.z1
         key = ("overview", item.input_digest, z, coarse_factor(item.grid))
-        return self._keep(key, lambda _: overview_of(item, z, domain, read))
+        return self._keep_plane(key, lambda _: overview_of(item, z, domain, read))
 
     def compute(
         self,
@@ -260,15 +261,15 @@ class Restorer:
         self, item: ItemPlan, problem: Problem, block: Block, overview: Pooled | None
     ) -> Found | None:
         """What coarse scales say of the block's plane; None if none of its holes is wide."""
-        if not is_guided(item):
-            return None
+        if not (is_guided(item) and isinstance(problem.operator, Mask)):
+            return None  # a guest's masks may be operators of its own
         if not item.grid.tiled:
             overview = pooled_problem(problem, coarse_factor(item.grid))
             return None if overview is None else self._coarse(item, problem, block, overview)
         if overview is None:
             raise RuntimeError("a block of a cut plane with holes needs the plane's overview")
         key = ("guide", item.key, item.seed, block.read.z0)
-        return self._keep(key, lambda _: self._coarse(item, problem, block, overview))
+        return self._keep_plane(key, lambda _: self._coarse(item, problem, block, overview))
 
     def _coarse(
         self, item: ItemPlan, problem: Problem, block: Block, overview: Pooled
@@ -376,15 +377,28 @@ class Restorer:
         text = json.dumps(options, sort_keys=True)
         return self._keep(("solver", model.digest, condition, all_guides, name, text, reach), make)
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any], most: int = 16) -> Any:
+    def _keep(self, key: tuple[Any, ...], make: Callable[[Any], Any]) -> Any:
         """The thing of a key, made from the key's second part if it is not kept."""
+        return self._held(self._kept, 16, key, make)
+
+    def _keep_plane(self, key: tuple[Any, ...], make: Callable[[Any], Any]) -> Any:
+        """The same of what is as large as a plane's coarse scale: a plane's data and its guide."""
+        return self._held(self._planes, 2, key, make)
+
+    def _held(
+        self,
+        kept: OrderedDict[Hashable, Any],
+        most: int,
+        key: tuple[Any, ...],
+        make: Callable[[Any], Any],
+    ) -> Any:
         with self._lock:  # making one may ask for another
-            if key not in self._kept:
-                self._kept[key] = make(key[1])
-                while len(self._kept) > most:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(key)
-            return self._kept[key]
+            if key not in kept:
+                kept[key] = make(key[1])
+                while len(kept) > most:
+                    kept.popitem(last=False)
+            kept.move_to_end(key)
+            return kept[key]
 
 
 def _input_changed(measurements: Root, item: ItemPlan) -> str:

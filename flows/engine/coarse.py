@@ -10,9 +10,8 @@ A plane that is not cut is pooled from its only block; the guide is the same, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ from diffusion_core.protocols import Data, Denoiser, NoiseModel, Signal
 from domains.base import Domain, Measurement, Problem
 from flows.engine.cost import coarse_factor
 from flows.engine.grid import MAX_CHUNK_PX, Region
-from flows.engine.methods import LARGE_HOLES
+from flows.engine.methods import LARGE_HOLES, solver_options
 from flows.engine.plan import ItemPlan
 
 KRIGING = {"tolerance": 1e-4, "max_steps": 1000}
@@ -119,8 +118,3 @@ def coarse_scales(
 
     made = guide(overview, noise, restore)
     return None if made is None else Found(made, math.ceil(evaluations))
-
-
-def solver_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's options less those that are the engine's own."""
-    return {key: value for key, value in options.items() if key != LARGE_HOLES}

@@ -41,11 +41,6 @@ CUT_OUT = {"tolerance": 3e-3, "max_steps": 300}
 take a hundred steps where those of a periodic one take ten, and to 1e-2 blocks would differ from
 the whole by 2e-3 (infra/decisions/0012)."""
 
-HOLES = {"tolerance": 1e-4, "max_steps": 400}
-"""Options of the linear solves of a user's own masks, whose holes may be large: what lies deep in a
-hole converges last. At the usual tolerance a hole of half the side was 3 dB worse, its middle still
-at the mean of all images; small holes take hardly more steps (infra/decisions/0024)."""
-
 COUPLING = "z_coupling"
 """Option of covprox: how much is made of the likeness of neighbouring slices or frames."""
 
@@ -59,7 +54,12 @@ say too little of each other."""
 
 LARGE_HOLES = "large_holes"
 """Option of masks: whether holes wider than the network sees are filled from coarse to fine. On
-unless it is switched off; an item without such a hole comes out the same either way."""
+in tasks that ask for it and in users' masks; an item without such a hole comes out the same."""
+
+HOLES = {"tolerance": 1e-4, "max_steps": 400, LARGE_HOLES: True}
+"""Options of a user's own masks, whose holes may be large: what lies deep in a
+hole converges last. At the usual tolerance a hole of half the side was 3 dB worse, its middle still
+at the mean of all images; small holes take hardly more steps (infra/decisions/0024)."""
 
 GIVEN = "given"
 """The task of a user's own damaged image."""
@@ -146,7 +146,7 @@ def resolve_method(
     if entry.operator == "mask" and name in _SOLVED:
         asked_of_task = {key: own.options[key] for key in HOLES if key in own.options}
         accuracy = HOLES if entry.task == GIVEN else asked_of_task
-        options = {LARGE_HOLES: True, **accuracy, **options}
+        options = {**accuracy, **options}
     if name == "covprox" and mode == "mean":
         options = coupled(options, entry, along_z)
     levels = {**own.model_dump(exclude={"name", "kind", "options"}), **given}
@@ -225,6 +225,11 @@ def _at_noise_of(entry: MeasurementEntry, own: MethodSettings, like: str | None)
     ratio = float(sigma_y) / float(load_task(str(like)).noise["sigma_y"])
     levels = {"sigma_max": own.sigma_max * ratio, "sigma_min": own.sigma_min * ratio}
     return own.model_copy(update=levels)
+
+
+def solver_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options less those that are the engine's own."""
+    return {key: value for key, value in options.items() if key != LARGE_HOLES}
 
 
 def converged(method: MethodSettings, asked: MethodSettings | None) -> MethodSettings:
