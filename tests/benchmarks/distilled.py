@@ -63,7 +63,7 @@ PARTS: Mapping[str, Mapping[str, Sequence[Selection]]] = {
         ),
     },
     "test": {
-        "ct": (Selection("lung2", 4, shrink=2),),
+        "ct": (Selection("lung2", 2, shrink=2),),
         "mri": (Selection("brain2", 4),),
         "city": (
             Selection("china", size=(256, 256)),

@@ -133,6 +133,9 @@ def test_the_draw_that_a_student_is_shown_has_the_covariance_of_the_start_s_erro
     # (|P|^2 + (tr P)^2) / num.
     expected = ((P.square().sum() + P.trace() ** 2) / num).sqrt()
     assert (found - P).norm() < 1.3 * expected
+    # The mean variance is known better, to (2 tr P^2 / num)^(1/2): that of the noise in it counts.
+    apart = float(found.trace() - P.trace())
+    assert abs(apart) < 4 * float((2 * P.square().sum() / num).sqrt())
     assert errors.mean().abs() < 5 * (P.sum() / num).sqrt() / P.shape[0]
 
 
