@@ -89,7 +89,7 @@ def coarse_scales(
     """Restore the coarse scales of a plane; None if none of its holes is wide.
 
     For the mean by kriging, which no network betters there in the mean over images
-    (infra/decisions/0029), and which takes a second; samples are drawn by the item's own solver at
+    (infra/decisions/0029); samples are drawn by the item's own solver at
     every scale.
 
     Args:
