@@ -9,7 +9,7 @@ from train_kit import dataset_of, settings
 
 from domains.base import BadInputError
 from flows.api_train import train
-from flows.training import data
+from flows.training import data, sources
 from flows.training.data import patch_source, prepare_views, view_bytes, views_fit
 from flows.training.views import CHUNK_PX, ChunkCache, StoredView, Views, write_views
 
@@ -168,7 +168,7 @@ def test_views_that_share_memory_count_once(dataset, tmp_path, monkeypatch):
             volume = item.pixels.astype(np.float32)
             return {"city": [volume, volume.transpose(0, 2, 1, 3), volume[..., ::2].copy()]}
 
-    monkeypatch.setattr(data, "load_domain", lambda _name: Cut())
+    monkeypatch.setattr(sources, "load_domain", lambda _name: Cut())
     asked = settings(dataset, tmp_path)
     monkeypatch.setattr(data, "_sources", lambda _settings: {"city"})
     assert view_bytes(asked) == 3 * (3 * 64 * 64 * 4) * 3 // 2
