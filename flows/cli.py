@@ -63,3 +63,7 @@ def _is_interruption(error: BaseException) -> bool:
         return True
     cause = error.__cause__ or error.__context__
     return isinstance(error, SystemError) and cause is not None and _is_interruption(cause)
+
+
+if __name__ == "__main__":
+    main()
