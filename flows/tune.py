@@ -101,6 +101,7 @@ SEARCH: Mapping[str, Mapping[str, Space]] = {
     },
     "pool-rows": {"linear-z": {}, "cubic-z": {}},
     "mask": {
+        "as-it-is": {},
         "linear-z": {},
         "cubic-z": {},
         "biharmonic": {"smoothing": (0.0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from diffusion_core.networks.local_unet import LocalUNet, stem_of
+from diffusion_core.networks.local_unet import stem_of
 from diffusion_core.networks.precond import STEM, Preconditioned
 
 
@@ -66,8 +66,9 @@ def merged(module: Preconditioned) -> Preconditioned:
             weights[f"{name}.weight"] = layer.weight.detach()
     # A copy would share the class that carries the parametrisation, and lose it for both.
     config = {k: v for k, v in module.network.config.items() if k != "sees_missing"}
-    plain = Preconditioned(LocalUNet(**config), module.sigma_data)
-    weights[STEM] = stem_of(weights[STEM], sees_missing=False)
+    plain = Preconditioned(type(module.network)(**config), module.sigma_data)
+    if "sees_missing" in module.network.config:
+        weights[STEM] = stem_of(weights[STEM], sees_missing=False)
     plain.load_state_dict(weights)
     plain.train(module.training).requires_grad_(requires_grad=False)
     return plain.to(next(module.parameters()).device)

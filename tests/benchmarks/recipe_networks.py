@@ -19,10 +19,17 @@ class WithoutDetail(LocalUNet):
     """The product's network, shown x alone: the channels of local detail are 0."""
 
     def forward(
-        self, x_scaled: Tensor, x_detail: Tensor, ln_sigma: Tensor, condition: Tensor
+        self,
+        x_scaled: Tensor,
+        x_detail: Tensor,
+        ln_sigma: Tensor,
+        condition: Tensor,
+        guide: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> Tensor:
         """As LocalUNet's."""
-        return super().forward(x_scaled, torch.zeros_like(x_detail), ln_sigma, condition)
+        blank = torch.zeros_like(x_detail)
+        return super().forward(x_scaled, blank, ln_sigma, condition, guide, missing)
 
 
 class FullResolutionStem(LocalUNet):
@@ -52,9 +59,16 @@ class FullResolutionStem(LocalUNet):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # Conv2d has one by default
 
     def forward(
-        self, x_scaled: Tensor, x_detail: Tensor, ln_sigma: Tensor, condition: Tensor
+        self,
+        x_scaled: Tensor,
+        x_detail: Tensor,
+        ln_sigma: Tensor,
+        condition: Tensor,
+        guide: Tensor | None = None,
+        missing: Tensor | None = None,
     ) -> Tensor:
-        """As LocalUNet's."""
+        """As LocalUNet's, which is shown no guides and no missing pixels."""
+        del guide, missing
         features = self.features(ln_sigma, condition)
         shown = torch.cat([x_scaled, x_detail], dim=1).contiguous(memory_format=torch.channels_last)
         fine = self.before(self.first(shown), features)

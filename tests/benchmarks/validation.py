@@ -34,7 +34,10 @@ def restored_db(case: Case, model: Model, calibrated: dict[str, Any], region: st
     """PSNR in dB of what ours makes of a case, of the hole where that counts."""
     measurement, problem = case.measurement, case.problem
     entry: Any = SimpleNamespace(
-        task=measurement.task, operator=measurement.operator, noise=measurement.noise
+        task=measurement.task,
+        operator=measurement.operator,
+        noise=measurement.noise,
+        record=measurement.record,
     )
     way = resolve_method(None, entry, calibrated)
     solver = make_solver(way.name, model.prior(problem.condition), way.options)

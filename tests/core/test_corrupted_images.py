@@ -28,7 +28,7 @@ class LinearDenoiser(torch.nn.Module):
         super().__init__()
         self.matrix = torch.nn.Parameter(matrix.clone())
 
-    def forward(self, x, _sigma, _condition, _missing=None):
+    def forward(self, x, _sigma, _condition, **_shown):
         flat = x[:, 0].reshape(len(x), -1) @ self.matrix.T
         image = flat.reshape(len(x), 1, SIZE, SIZE)
         return torch.cat([image, torch.zeros_like(image), torch.zeros_like(image)], dim=1)
@@ -103,7 +103,7 @@ def holed(number=0, poison=np.nan):
 
 def source(images, further=0.1):
     items = {"grey": [Volumes([image]) for image in images]}
-    return PatchSource(items, {"grey": 1.0}, 16, 7, lambda _, p, __: p, further)
+    return PatchSource(items, {"grey": 1.0}, 16, 7, lambda _, p, __: p, further=further)
 
 
 def network(sees_missing=True):
@@ -167,8 +167,10 @@ def test_a_pixel_that_is_not_shown_is_not_seen_and_those_around_stand_in_for_it(
     other = x.clone()
     other[0, 0, 5, 7] = 9.0
     with torch.no_grad():
-        assert torch.equal(module(x, at, condition, missing), module(other, at, condition, missing))
-        told, plain = module(x, at, condition, missing), module(x, at, condition)
+        assert torch.equal(
+            module(x, at, condition, missing=missing), module(other, at, condition, missing=missing)
+        )
+        told, plain = module(x, at, condition, missing=missing), module(x, at, condition)
     assert (told - plain).abs().max() > 1e-3
     around = x[0, 0, 3:8, 5:10].sum() - x[0, 0, 5, 7]
     assert filled(x, missing)[0, 0, 5, 7] == pytest.approx(around.item() / 24, rel=1e-5)
@@ -180,7 +182,7 @@ def test_plain_weights_are_left_that_give_the_same_where_nothing_is_missing():
     at, condition = torch.tensor([0.1, 0.5]), torch.tensor([0, 0])
     plain = merged(module)
     with torch.no_grad():
-        same = module(x, at, condition, torch.zeros_like(x))
+        same = module(x, at, condition, missing=torch.zeros_like(x))
         torch.testing.assert_close(plain(x, at, condition), same, rtol=1e-5, atol=1e-5)
     assert set(plain.network.config) == {"num_conditions", "widths", "depths", "num_features"}
     assert plain.network.stem.weight.shape == (8, 24, 3, 3)

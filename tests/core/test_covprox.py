@@ -232,7 +232,7 @@ def test_momentum_is_a_heavy_ball_in_every_eigen_direction(momentum):
 
 def test_bad_options_are_refused_in_a_sentence():
     table = GaussianPrior(SIZE).table([0.1])
-    with pytest.raises(ValueError, match="modes mean and sample"):
+    with pytest.raises(ValueError, match="modes mean, sample and graded"):
         make_solver("covprox", table, {"mode": "median"})
     with pytest.raises(ValueError, match="one value or more"):
         make_solver("covprox", table, {"zeta": []})

@@ -138,7 +138,8 @@ def test_rician_noise_is_taken_off_a_users_volume(tmp_path):
 @pytest.mark.parametrize("task", ["given", "denoise-rician"])
 def test_levels_of_rician_noise_end_at_the_noise_of_the_image_itself(task):
     noise = {"kind": "rician", "sigma": 5.0, "sigma_y": 0.09}
-    entry = SimpleNamespace(task=task, operator="identity", noise=noise)
+    record = SimpleNamespace(shape=(1, 1, 8, 8))
+    entry = SimpleNamespace(task=task, operator="identity", noise=noise, record=record)
     found = resolve_method(None, entry)
     assert (found.num_levels, found.sigma_min) == (2, pytest.approx(0.09))
     assert found.sigma_max == pytest.approx(0.125)

@@ -25,7 +25,7 @@ from flows.damage import missing_pixels, nodata_pixels, read_kernel
 from flows.engine.campaign import CampaignError
 from flows.engine.events import ignore
 from flows.engine.executor import InlineExecutor
-from flows.engine.methods import CONVERGED
+from flows.engine.methods import CONVERGED, solver_options
 from flows.engine.plan import PlanRefusedError
 from flows.engine.restored import open_restored
 from flows.store import DatasetWriter, Measurements, MeasurementWriter
@@ -192,7 +192,7 @@ def test_a_file_lost_between_provenance_and_image_is_written_by_the_next_run(pho
         ({"domain": None}, "need --domain"),
         ({"domain": "sea"}, "unknown domain 'sea'"),
         ({"mask": None}, "say what is wrong"),
-        ({"scale": 2}, "give one of --mask, --kernel and --scale"),
+        ({"scale": 2}, "give one of --mask, --kernel, --scale and --scale-z"),
         ({"mask": "/nowhere"}, "no such mask file"),
         (
             {"method": MethodSettings(name="magic", kind="baseline")},
@@ -368,7 +368,7 @@ def test_the_engine_publishes_what_the_solver_returns(photos, model, tmp_path, n
     measurement = measurements[entry.item_id]
     problem = load_domain("city").problem(measurement)
     loaded = Model.load(model)
-    options = job.plan.items[0].method.options
+    options = solver_options(job.plan.items[0].method.options)
     solver = make_solver(name, loaded.prior("city"), options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
