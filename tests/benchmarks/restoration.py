@@ -70,6 +70,7 @@ STACKS = (
     DemoItem("brain2", slices=tuple(range(23))),
     DemoItem("bikes-3", slices=tuple(range(200, 208)), crop=(8, 64, 256, 512)),
 )
+PICTURE_PX = 1000
 KEPT = ("domain", "region", "group", "psnr", "psnr_hole", "ssim", "nfe", "seconds")
 AERIAL = ("pan2", "sample-geotiff")
 ITEMS: Mapping[str, Sequence[str]] = {"destripe-slc": AERIAL, "inpaint-clouds": AERIAL}
@@ -113,7 +114,9 @@ def keep_picture(made: EvaluateResult, task: str, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for _, strip in strips(stories_of(made)):
-        Image.fromarray(strip).save(folder / f"{task}.jpg", quality=85)
+        picture = Image.fromarray(strip)
+        picture.thumbnail((PICTURE_PX, PICTURE_PX))
+        picture.save(folder / f"{task}.jpg", quality=85)
 
 
 def rows_of(made: EvaluateResult, task: str, bm3d_python: Path | None) -> Iterator[dict[str, Any]]:
