@@ -28,12 +28,12 @@ from diffusion_core.operators.compose import Compose, Stack
 from diffusion_core.operators.cropped_blur import CroppedBlur
 from diffusion_core.operators.downsample import Downsample, bicubic_kernel
 from diffusion_core.operators.fourier import Fourier, from_complex, to_complex
-from diffusion_core.operators.guided_mask import GuidedMask, GuidedNoise
 from diffusion_core.operators.identity import Identity
 from diffusion_core.operators.jpeg import JPEG
 from diffusion_core.operators.jpeg_blocks import JPEGBlocks
 from diffusion_core.operators.jpeg_coefficients import ROUNDING_STD, JPEGCoefficients
 from diffusion_core.operators.mask import Mask
+from diffusion_core.operators.mask_with_means import MaskWithMeans, MeansNoise
 from diffusion_core.operators.mosaic import Mosaic
 from diffusion_core.operators.multi_coil import MultiCoil
 from diffusion_core.operators.phase_retrieval import PhaseRetrieval
@@ -52,12 +52,12 @@ __all__ = [
     "CroppedBlur",
     "Downsample",
     "Fourier",
-    "GuidedMask",
-    "GuidedNoise",
     "Identity",
     "JPEGBlocks",
     "JPEGCoefficients",
     "Mask",
+    "MaskWithMeans",
+    "MeansNoise",
     "Mosaic",
     "MultiCoil",
     "Operator",

@@ -131,14 +131,14 @@ class Distilled:
                 "ask for fewer, or take covprox with the model that it was distilled from"
             )
         calls = Counted(denoise, operator)
-        guide = Guide(self, calls, y, noise, draws)
-        m, channels = guide.start, guide.start.shape[1]
+        term = DataTerm(self, calls, y, noise, draws)
+        m, channels = term.start, term.start.shape[1]
         trace = []
         for level, sigma in enumerate(self.levels[:num]):
-            shown = torch.cat([m, guide.inputs], dim=1)
-            m = calls.denoiser(shown, sigma * guide.scale)[:, :channels]
+            shown = torch.cat([m, term.inputs], dim=1)
+            m = calls.denoiser(shown, sigma * term.scale)[:, :channels]
             if level + 1 < num or self.final_data_step:
-                update = guide.update(level, m)
+                update = term.update(level, m)
                 m = m + update.delta
                 moved = float(update.delta.square().mean().sqrt())
                 trace.append({"sigma": sigma, "steps": update.num_steps, "moved": moved})
@@ -151,7 +151,7 @@ class Distilled:
         return float(self.inflation[min(level, len(self.inflation) - 1)])
 
 
-class Guide:
+class DataTerm:
     """One measurement as a student meets it: where to start, what it is told, the data steps.
 
     Attributes:

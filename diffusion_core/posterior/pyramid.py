@@ -6,9 +6,9 @@
 
 A photograph made smaller is a photograph: the network and its covariance serve every scale. A
 scale's result says to the next finer one what the means of squares deep inside wide holes are, with
-a variance: as data (GuidedMask), so that kriging, every level of the chain and every part of a cut
-plane hear it, and the finer scale may still move it. What is restored at the coarse scales is of a
-whole plane; what is made of it at the finest is local.
+a variance: as data (MaskWithMeans), so that kriging, every level of the chain and every part of
+a cut plane hear it, and the finer scale may still move it. What is restored at the coarse scales is
+of a whole plane; what is made of it at the finest is local.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 from diffusion_core.noise.likelihood import GaussianNoise
-from diffusion_core.operators import GuidedMask, GuidedNoise, Mask
+from diffusion_core.operators import Mask, MaskWithMeans, MeansNoise
 from diffusion_core.operators.base import Operator
 from diffusion_core.protocols import Data, NoiseModel, Signal
 
@@ -114,7 +114,7 @@ def wide_holes(coarse: Pooled, wide_px: float = WIDE_PX) -> tuple[Bool[Tensor, "
 
 
 @dataclass(frozen=True, eq=False)
-class Guide:
+class CoarseMeans:
     """What the coarse scales say of a plane.
 
     Attributes:
@@ -127,7 +127,7 @@ class Guide:
     means: Signal
     wide: Bool[Tensor, "b c H W"]
 
-    def window(self, y0: int, y1: int, x0: int, x1: int) -> Guide:
+    def window(self, y0: int, y1: int, x0: int, x1: int) -> CoarseMeans:
         """The part over fine pixels y0..y1, x0..x1; starts are multiples of the factor.
 
         Raises:
@@ -137,33 +137,35 @@ class Guide:
             raise ValueError(f"a window of squares of {self.factor} px cannot start at {y0}, {x0}")
         rows = slice(y0 // self.factor, -(-y1 // self.factor))
         columns = slice(x0 // self.factor, -(-x1 // self.factor))
-        return Guide(self.factor, self.means[..., rows, columns], self.wide[..., rows, columns])
+        return CoarseMeans(
+            self.factor, self.means[..., rows, columns], self.wide[..., rows, columns]
+        )
 
     def applied(
         self, mask: Bool[Tensor, "b c h w"], y: Data, noise: NoiseModel, std: float = GUIDE_STD
-    ) -> tuple[GuidedMask, Data, GuidedNoise]:
+    ) -> tuple[MaskWithMeans, Data, MeansNoise]:
         """The problem of a masked image with the means of the squares that are all missing."""
         rows, columns = (side // self.factor for side in mask.shape[-2:])
         squares = mask[..., : rows * self.factor, : columns * self.factor].float()
         cells = (max_pool2d(squares, self.factor) == 0) & self.wide[..., :rows, :columns]
-        operator = GuidedMask(mask, cells, self.factor)
+        operator = MaskWithMeans(mask, cells, self.factor)
         means = torch.where(cells, self.means[..., :rows, :columns], 0)
         return (
             operator,
             operator.join(torch.where(mask, y, 0), means),
-            GuidedNoise(operator, noise, torch.full_like(means, std**2)),
+            MeansNoise(operator, noise, torch.full_like(means, std**2)),
         )
 
 
 def scales(factor: int, widest_px: float) -> list[int]:
-    """Factors to restore at, the coarsest first: halved down to `factor`, that of the guide."""
+    """Factors to restore at, the coarsest first: halved down to `factor`, that of the means."""
     found = [factor]
     while widest_px / found[0] > NARROW_CELLS:
         found.insert(0, 2 * found[0])
     return found
 
 
-def guide(coarse: Pooled, noise: NoiseModel, restore: Restore) -> Guide | None:
+def coarse_means(coarse: Pooled, noise: NoiseModel, restore: Restore) -> CoarseMeans | None:
     """Restore a plane from coarse to fine, up to the scale of `coarse`; None without a wide hole.
 
     Args:
@@ -174,7 +176,7 @@ def guide(coarse: Pooled, noise: NoiseModel, restore: Restore) -> Guide | None:
     wide, widest = wide_holes(coarse)
     if widest <= WIDE_PX:
         return None
-    finer: Guide | None = None
+    finer: CoarseMeans | None = None
     for factor in scales(coarse.factor, widest):
         scale = coarse.coarser(factor // coarse.factor)
         known, of_means = scale.problem(noise)
@@ -182,8 +184,8 @@ def guide(coarse: Pooled, noise: NoiseModel, restore: Restore) -> Guide | None:
             x = restore(Mask(known), scale.mean, of_means, factor)
         else:
             x = restore(*finer.applied(known, scale.mean, of_means), factor)
-        finer = Guide(2, x, torch.ones_like(known))
-    return None if finer is None else Guide(coarse.factor, finer.means, wide)
+        finer = CoarseMeans(2, x, torch.ones_like(known))
+    return None if finer is None else CoarseMeans(coarse.factor, finer.means, wide)
 
 
 def _pool(x: Tensor, factor: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_core.networks.local_unet import NUM_CHANNELS
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.noise.draws import KeyedDraws
-from diffusion_core.posterior.distilled import Distilled, Guide
+from diffusion_core.posterior.distilled import DataTerm, Distilled
 from diffusion_core.posterior.run import Counted
 from diffusion_core.protocols import Data, LinearOperator, NoiseModel, Signal
 from diffusion_core.training.patches import Batch, PatchSource
@@ -42,27 +42,27 @@ class Measured(Batch):
 
     Attributes:
         start: (b 3 h w), m_0 of each, unused channels at 0.
-        inputs: (b inputs h w), see Guide.
+        inputs: (b inputs h w), see DataTerm.
         variance: (b,) mean square of the draw of m_0's error.
         scale: (b,) of the levels that the student is told.
-        guides: the measurements, one a sample; they stay on the CPU.
+        terms: the measurements, one a sample; they stay on the CPU.
     """
 
     start: Tensor = field(default_factory=lambda: torch.empty(0))
     inputs: Tensor = field(default_factory=lambda: torch.empty(0))
     variance: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: Tensor = field(default_factory=lambda: torch.empty(0))
-    guides: Sequence[Guide] = ()
+    terms: Sequence[DataTerm] = ()
 
     def part(self, samples: slice) -> Measured:
         """See Batch."""
-        return self._mapped(lambda t: t[samples], self.guides[samples])
+        return self._mapped(lambda t: t[samples], self.terms[samples])
 
     def to(self, device: str) -> Measured:
         """See Batch."""
-        return self._mapped(lambda t: t.to(device), self.guides)
+        return self._mapped(lambda t: t.to(device), self.terms)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor], guides: Sequence[Guide]) -> Measured:
+    def _mapped(self, change: Callable[[Tensor], Tensor], terms: Sequence[DataTerm]) -> Measured:
         return Measured(
             change(self.x0),
             change(self.condition),
@@ -71,7 +71,7 @@ class Measured(Batch):
             inputs=change(self.inputs),
             variance=change(self.variance),
             scale=change(self.scale),
-            guides=guides,
+            terms=terms,
         )
 
 
@@ -99,11 +99,11 @@ class MeasuredPatches(PatchSource):
     def batch(self, first: int, count: int) -> Measured:
         """Samples first .. first + count - 1 of the sequence."""
         clean = self._patches.batch(first, count)
-        guides = [self._guide(clean, i, first + i) for i in range(count)]
-        start = torch.cat([_padded(guide.start) for guide in guides])
-        inputs = torch.cat([guide.inputs for guide in guides])
-        variance = torch.cat([guide.variance for guide in guides]).clamp_min(_LEAST_VARIANCE)
-        scale = torch.cat([guide.scale for guide in guides])
+        terms = [self._term(clean, i, first + i) for i in range(count)]
+        start = torch.cat([_padded(term.start) for term in terms])
+        inputs = torch.cat([term.inputs for term in terms])
+        variance = torch.cat([term.variance for term in terms]).clamp_min(_LEAST_VARIANCE)
+        scale = torch.cat([term.scale for term in terms])
         return Measured(
             clean.x0,
             clean.condition,
@@ -112,16 +112,16 @@ class MeasuredPatches(PatchSource):
             inputs=inputs,
             variance=variance,
             scale=scale,
-            guides=guides,
+            terms=terms,
         )
 
-    def _guide(self, clean: Batch, place: int, number: int) -> Guide:
+    def _term(self, clean: Batch, place: int, number: int) -> DataTerm:
         index = int(clean.condition[place])
         x0 = clean.x0[place : place + 1, : int(clean.channels[place].sum())]
         rng = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=_STREAM << 64))
         operator, y, noise = self._measure(self.conditions[index], x0, rng)
         draws = KeyedDraws(self._seed, f"distil-{number}")
-        return Guide(self._solvers[index], Counted(_never, operator), y, noise, draws)
+        return DataTerm(self._solvers[index], Counted(_never, operator), y, noise, draws)
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ def _after(batch: Measured, level: int, mu: Tensor) -> Tensor:
     """m of a level: each sample's data step, in float32 on the CPU, where its operator is."""
     with torch.autocast(mu.device.type, enabled=False):
         parts = []
-        for number, guide in enumerate(batch.guides):
-            own = mu[number : number + 1, : guide.start.shape[1]].detach().float().cpu()
-            parts.append(_padded(own + guide.update(level, own).delta))
+        for number, term in enumerate(batch.terms):
+            own = mu[number : number + 1, : term.start.shape[1]].detach().float().cpu()
+            parts.append(_padded(own + term.update(level, own).delta))
         return torch.cat(parts).to(mu.device)
 
 

@@ -43,7 +43,7 @@ from flows.engine.batches import Batcher
 from flows.engine.coarse import (
     Found,
     coarse_scales,
-    is_guided,
+    fills_wide_holes,
     overview_of,
     pooled_problem,
 )
@@ -143,7 +143,7 @@ class Restorer:
         Raises:
             As `read`.
         """
-        if not (item.grid.tiled and is_guided(item)):
+        if not (item.grid.tiled and fills_wide_holes(item)):
             return None
         domain: Domain = self._keep(("domain", item.record.domain), load_domain)
 
@@ -234,10 +234,10 @@ class Restorer:
         method, model = item.method, self.model_of(item)
         guide = _guide(model, problem)
         operator, y, noise = problem.operator, problem.y, problem.noise
-        found = self._guide(item, problem, block, overview)
+        found = self._wide_holes(item, problem, block, overview)
         if found is not None and isinstance(operator, Mask):
             read = block.read
-            part = found.guide.window(read.y0, read.y1, read.x0, read.x1)
+            part = found.means.window(read.y0, read.y1, read.x0, read.x1)
             operator, y, noise = part.applied(operator.mask, y, noise)
         sigmas = power_sigmas(method.num_levels, method.sigma_max, method.sigma_min, method.rho)
         bands = problem.shape[0] // (block.read.z1 - block.read.z0)  # folded into the batch
@@ -257,18 +257,18 @@ class Restorer:
         nfe = result.num_denoiser_calls + (0 if found is None else found.nfe)
         return Solved(result.x, nfe, result.num_operator_calls, result.trace)
 
-    def _guide(
+    def _wide_holes(
         self, item: ItemPlan, problem: Problem, block: Block, overview: Pooled | None
     ) -> Found | None:
         """What coarse scales say of the block's plane; None if none of its holes is wide."""
-        if not (is_guided(item) and isinstance(problem.operator, Mask)):
+        if not (fills_wide_holes(item) and isinstance(problem.operator, Mask)):
             return None  # a guest's masks may be operators of its own
         if not item.grid.tiled:
             overview = pooled_problem(problem, coarse_factor(item.grid))
             return None if overview is None else self._coarse(item, problem, block, overview)
         if overview is None:
             raise RuntimeError("a block of a cut plane with holes needs the plane's overview")
-        key = ("guide", item.key, item.seed, block.read.z0)
+        key = ("wide-holes", item.key, item.seed, block.read.z0)
         return self._keep_plane(key, lambda _: self._coarse(item, problem, block, overview))
 
     def _coarse(
@@ -382,7 +382,7 @@ class Restorer:
         return self._held(self._kept, 16, key, make)
 
     def _keep_plane(self, key: tuple[Any, ...], make: Callable[[Any], Any]) -> Any:
-        """The same of what is as large as a plane's coarse scale: a plane's data and its guide."""
+        """The same of what is as large as a plane's coarse scale: its data and its means."""
         return self._held(self._planes, 2, key, make)
 
     def _held(

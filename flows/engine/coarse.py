@@ -4,7 +4,7 @@
     each worker restores that, once an item and slice: a pure function, the same on all of them
     each block  takes its window of the result as further data (diffusion_core/posterior/pyramid.py)
 
-A plane that is not cut is pooled from its only block; the guide is the same, and so the result.
+A plane that is not cut is pooled from its only block; the means are the same, and so the result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusion_core.operators import Mask
 from diffusion_core.operators.base import Operator
 from diffusion_core.posterior import make_solver
 from diffusion_core.posterior.covariance import CovarianceTable
-from diffusion_core.posterior.pyramid import Guide, Pooled, guide, pooled
+from diffusion_core.posterior.pyramid import CoarseMeans, Pooled, coarse_means, pooled
 from diffusion_core.protocols import Data, Denoiser, NoiseModel, Signal
 from domains.base import Domain, Measurement, Problem
 from flows.engine.cost import coarse_factor
@@ -37,11 +37,11 @@ KRIGING = {"tolerance": 1e-4, "max_steps": 1000}
 class Found:
     """What the coarse scales of a plane say, and what they cost in evaluations at the finest."""
 
-    guide: Guide
+    means: CoarseMeans
     nfe: int
 
 
-def is_guided(item: ItemPlan) -> bool:
+def fills_wide_holes(item: ItemPlan) -> bool:
     """Whether wide holes of an item are filled from coarse to fine."""
     return item.operator == "mask" and bool(item.method.options.get(LARGE_HOLES, False))
 
@@ -116,5 +116,5 @@ def coarse_scales(
         evaluations += result.num_denoiser_calls / factor**2
         return result.x
 
-    made = guide(overview, noise, restore)
+    made = coarse_means(overview, noise, restore)
     return None if made is None else Found(made, math.ceil(evaluations))

@@ -163,13 +163,13 @@ def _figures_of(
     import torch
 
     from diffusion_core.noise.draws import KeyedDraws
-    from diffusion_core.posterior.distilled import Guide
+    from diffusion_core.posterior.distilled import DataTerm
     from diffusion_core.posterior.run import Counted
 
     rng = np.random.Generator(np.random.Philox(key=[_SEED, number]))
     operator, y, noise = _measure(settings)(condition, x0, rng)
     draws = KeyedDraws(_SEED, f"figure-{number}")
-    found = [Guide(solver, Counted(denoise, operator), y, noise, draws).start]
+    found = [DataTerm(solver, Counted(denoise, operator), y, noise, draws).start]
     for count in range(1, len(settings.levels) + 1):
         sigmas = torch.tensor(settings.levels[:count])
         found.append(solver(denoise, operator, y, noise, sigmas, draws).x)

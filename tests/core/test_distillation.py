@@ -14,7 +14,7 @@ from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.streams import seeded_initialisation
 from diffusion_core.operators import Fourier, Mask
-from diffusion_core.posterior.distilled import Distilled, Guide
+from diffusion_core.posterior.distilled import DataTerm, Distilled
 from diffusion_core.posterior.run import Counted
 from diffusion_core.training.distil import DistillationLoss, Measured, MeasuredPatches
 from diffusion_core.training.loop import Callbacks, Recipe, train
@@ -113,7 +113,7 @@ def test_a_one_pass_regressor_comes_near_the_posterior_mean_of_gaussian_images(r
         args = operator, y, noise, torch.tensor(LEVELS[:1]), draws
         with torch.no_grad():
             found = solver(denoise, *args).x
-        start = Guide(solver, Counted(None, operator), y, noise, draws).start
+        start = DataTerm(solver, Counted(None, operator), y, noise, draws).start
         sums += [mean_square(v - x0) for v in (start, best, found)] + [mean_square(found - best)]
     start, best, found, apart = sums
     assert best < 0.5 * start, "there is something to learn"
@@ -142,7 +142,7 @@ def test_a_sample_is_the_same_whoever_draws_it_and_conditions_have_their_own_sol
     assert not torch.equal(whole.start[0], whole.start[1])
     part = whole.part(slice(1, 3))
     assert torch.equal(part.start, whole.start[1:3])
-    assert list(part.guides) == list(whole.guides[1:3])
+    assert list(part.terms) == list(whole.terms[1:3])
     assert torch.equal(whole.to("cpu").inputs, whole.inputs)
 
 
@@ -173,8 +173,8 @@ def test_the_loss_is_the_one_written_down(consistency):
 
     def after(level):
         steps = [
-            guide.update(level, answers[level][i : i + 1, :1]).delta
-            for i, guide in enumerate(batch.guides)
+            term.update(level, answers[level][i : i + 1, :1]).delta
+            for i, term in enumerate(batch.terms)
         ]
         return answers[level][:, :1] + torch.cat(steps)
 
@@ -233,15 +233,15 @@ def test_a_distillation_computes_in_bfloat16_but_its_data_steps_do_not(tmp_path)
         model.network.head.weight.normal_(std=0.05)
         plain, _ = DistillationLoss(LEVELS)(model, batch, None, None)
         seen = []
-        update = Guide.update
+        update = DataTerm.update
 
-        def watched(guide, level, mu):
-            found = update(guide, level, mu)
+        def watched(term, level, mu):
+            found = update(term, level, mu)
             seen.append((mu.dtype, torch.is_autocast_enabled("cpu"), found.delta.dtype))
             return found
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Guide, "update", watched)
+            patch.setattr(DataTerm, "update", watched)
             with torch.autocast("cpu", torch.bfloat16):
                 lower, _ = DistillationLoss(LEVELS)(model, batch, None, None)
     assert seen == [(torch.float32, False, torch.float32)] * 2

@@ -13,7 +13,7 @@ from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.streams import seeded_initialisation
 from diffusion_core.operators import Fourier, Mask
 from diffusion_core.posterior import make_solver
-from diffusion_core.posterior.distilled import Distilled, Guide
+from diffusion_core.posterior.distilled import DataTerm, Distilled
 from diffusion_core.posterior.linear import data_step
 from diffusion_core.posterior.run import Counted
 from diffusion_core.protocols import UnsuitedError
@@ -35,9 +35,9 @@ def problem(name, batch=2):
     return prior, operator, A, y, torch.full((A.shape[0],), NOISE**2, dtype=torch.float64)
 
 
-def guide_of(prior, operator, y, draws=DRAWS, **options):
+def term_of(prior, operator, y, draws=DRAWS, **options):
     solver = Distilled(prior.table(LEVELS), LEVELS, **{**EXACTLY, **options})
-    return Guide(solver, Counted(None, operator), y, GaussianNoise(NOISE), draws)
+    return DataTerm(solver, Counted(None, operator), y, GaussianNoise(NOISE), draws)
 
 
 def columns(x):
@@ -89,7 +89,7 @@ def test_each_estimate_is_brought_to_the_data_as_a_dense_solve_does(name):
         assert torch.allclose(student.shown[level][0][:, :c], expected[level - 1], atol=1e-6)
     assert torch.allclose(found.x, expected[2], atol=1e-6)
     assert found.num_denoiser_calls == 3
-    scale = guide_of(prior, operator, y).scale
+    scale = term_of(prior, operator, y).scale
     for level, (_, told) in zip(LEVELS, student.shown, strict=True):
         assert torch.allclose(told, level * scale)
 
@@ -98,13 +98,13 @@ def test_each_estimate_is_brought_to_the_data_as_a_dense_solve_does(name):
 def test_the_chain_starts_at_the_posterior_mean_of_gaussian_images(name):
     prior, operator, A, y, R = problem(name)
     mean, _ = posterior(prior, operator, A, y, R)
-    assert torch.allclose(guide_of(prior, operator, y).start, mean, atol=1e-6)
+    assert torch.allclose(term_of(prior, operator, y).start, mean, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_student_is_told_how_well_each_pixel_is_determined(name):
     prior, operator, A, y, R = problem(name)
-    told = guide_of(prior, operator, y).inputs[:, :1]
+    told = term_of(prior, operator, y).inputs[:, :1]
     like = torch.zeros(1, prior.channels, *SIZE, dtype=torch.float64)
     variance = matrix_on(prior.table(LEVELS).prior(), operator, like).diagonal().mean()
     answer = A.T @ ((A @ torch.ones(A.shape[1], dtype=torch.float64)) / R)
@@ -114,7 +114,7 @@ def test_a_student_is_told_how_well_each_pixel_is_determined(name):
 
 def test_a_mask_is_told_pixel_by_pixel():
     prior, operator, _, y, _ = problem("mask")
-    told = guide_of(prior, operator, y).inputs[:, 0]
+    told = term_of(prior, operator, y).inputs[:, 0]
     known = pixels()[0, 0].expand_as(told)
     assert (told[known] > 0.7).all()
     assert (told[~known] == 0).all()
@@ -126,8 +126,8 @@ def test_the_draw_that_a_student_is_shown_has_the_covariance_of_the_start_s_erro
     _, P = posterior(prior, operator, A, y, R)
     num = 400
     many = y.expand(num, *y.shape[1:]).contiguous()
-    guide = guide_of(prior, operator, many, start_tolerance=1e-4, max_steps=100)
-    errors = guide.inputs[:, 1 : 1 + prior.channels].flatten(1)
+    term = term_of(prior, operator, many, start_tolerance=1e-4, max_steps=100)
+    errors = term.inputs[:, 1 : 1 + prior.channels].flatten(1)
     found = errors.T @ errors / num
     # Of Gaussian samples the error of the sample covariance, in the Frobenius norm squared, is
     # (|P|^2 + (tr P)^2) / num.
@@ -146,21 +146,21 @@ def test_levels_are_as_large_as_the_start_is_wrong():
     scales = {}
     for sigma_y in (1e-3, 0.05, 10.0):
         noise = GaussianNoise(sigma_y)
-        guide = Guide(solver, Counted(None, operator), y, noise, DRAWS)
+        term = DataTerm(solver, Counted(None, operator), y, noise, DRAWS)
         P = prior.table(LEVELS).prior()
         P = matrix_on(P, operator, y)
         A = matrix_of(operator.A, (1, *SIZE))
         R = torch.full((A.shape[0],), sigma_y**2, dtype=torch.float64)
         expected = (P - dense_gain(A, P, R, A @ P)).diagonal().mean()
-        assert guide.variance.mean() == pytest.approx(float(expected), rel=0.1)
-        assert torch.allclose(guide.scale, (guide.variance.sqrt() / 0.07).clamp(0.5, 2.5))
-        scales[sigma_y] = float(guide.scale.mean())
+        assert term.variance.mean() == pytest.approx(float(expected), rel=0.1)
+        assert torch.allclose(term.scale, (term.variance.sqrt() / 0.07).clamp(0.5, 2.5))
+        scales[sigma_y] = float(term.scale.mean())
     assert scales[1e-3] < scales[0.05] < scales[10.0] == 2.5
 
 
 def test_channels_that_an_image_lacks_are_shown_as_0():
     prior, operator, _, y, _ = problem("blur")
-    inputs = guide_of(prior, operator, y).inputs
+    inputs = term_of(prior, operator, y).inputs
     assert inputs.shape == (2, NUM_INPUTS, *SIZE)
     assert (inputs[:, 2:] == 0).all()
     assert (inputs[:, 1] != 0).all()
@@ -203,12 +203,12 @@ def test_a_regressor_s_own_estimate_is_returned():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_same_seed_gives_the_same_bits_and_batch_elements_are_apart(name):
     prior, operator, _, y, _ = problem(name)
-    first, again = (guide_of(prior, operator, y, tolerance=1e-3) for _ in range(2))
+    first, again = (term_of(prior, operator, y, tolerance=1e-3) for _ in range(2))
     assert torch.equal(first.inputs, again.inputs)
-    other = guide_of(prior, operator, y, KeyedDraws(1, "solver-kit"))
+    other = term_of(prior, operator, y, KeyedDraws(1, "solver-kit"))
     assert not torch.equal(first.inputs, other.inputs)
     y[1] *= 50.0
-    apart = guide_of(prior, operator, y, tolerance=1e-3)
+    apart = term_of(prior, operator, y, tolerance=1e-3)
     assert torch.allclose(first.start[0], apart.start[0], atol=1e-9)
     assert torch.allclose(first.inputs[0], apart.inputs[0], atol=1e-9)
 
@@ -224,7 +224,7 @@ def test_what_makes_no_chain_is_refused():
     with pytest.raises(ValueError, match="distilled needs a covariance table"):
         make_solver("distilled", None, {})
     with pytest.raises(UnsuitedError, match="no adjoint"):
-        guide_of(GaussianPrior(SIZE), Nonlinear(), normal(1, 1, *SIZE))
+        term_of(GaussianPrior(SIZE), Nonlinear(), normal(1, 1, *SIZE))
 
 
 class Nonlinear:
@@ -292,10 +292,10 @@ def test_exact_data_and_missing_ones_leave_finite_inputs():
     y = operator.A(normal(1, 1, *SIZE))
     y = torch.where(pixels(), y, torch.nan)
     solver = Distilled(prior.table(LEVELS), LEVELS)
-    guide = Guide(solver, Counted(None, operator), y, GaussianNoise(0.0), DRAWS)
-    assert guide.inputs.isfinite().all()
-    assert guide.start.isfinite().all()
-    held = guide.inputs[0, 1][pixels()[0, 0]]
+    term = DataTerm(solver, Counted(None, operator), y, GaussianNoise(0.0), DRAWS)
+    assert term.inputs.isfinite().all()
+    assert term.start.isfinite().all()
+    held = term.inputs[0, 1][pixels()[0, 0]]
     assert held.abs().max() < 1e-3, "what is measured exactly has no error"
 
 
@@ -303,11 +303,11 @@ def test_lines_of_k_space_shape_the_draw():
     """Along the lines all is open or known; the error has no energy in what was measured."""
     operator, prior = Fourier(lines_of(), 1), GaussianPrior(SIZE)
     y = operator.A(normal(1, 1, *SIZE))
-    guide = Guide(
+    term = DataTerm(
         Distilled(prior.table(LEVELS), LEVELS, **EXACTLY), Counted(None, operator), y,
         GaussianNoise(1e-3), DRAWS,
     )  # fmt: skip
-    spectrum = torch.fft.fft2(guide.inputs[:, 1:2], norm="ortho").abs()
+    spectrum = torch.fft.fft2(term.inputs[:, 1:2], norm="ortho").abs()
     known = operator.mask.expand_as(spectrum)
     assert spectrum[known].max() < 0.02 * spectrum[~known].max()
 

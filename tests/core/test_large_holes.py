@@ -10,11 +10,11 @@ from dense import GaussianPrior, dense_gain, flat, level_covariance, matrix_of
 from diffusion_core.noise.draws import KeyedDraws
 from diffusion_core.noise.likelihood import GaussianNoise
 from diffusion_core.noise.schedules import power_sigmas
-from diffusion_core.operators import GuidedMask, GuidedNoise, Mask
+from diffusion_core.operators import Mask, MaskWithMeans, MeansNoise
 from diffusion_core.posterior import make_solver
 from diffusion_core.posterior.linear import Accuracy, data_step
 from diffusion_core.posterior.linear.mask import MaskStep
-from diffusion_core.posterior.pyramid import Guide, guide, pooled, scales, wide_holes
+from diffusion_core.posterior.pyramid import CoarseMeans, coarse_means, pooled, scales, wide_holes
 from diffusion_core.testing import LinearOperatorContract
 
 DRAWS = KeyedDraws(0, "large holes")
@@ -33,7 +33,7 @@ def holed(size, *boxes, batch=1):
     return mask
 
 
-def guided_mask(size, factor=2, batch=1):
+def mask_with_means(size, factor=2, batch=1):
     """A mask of a hole at odd places, guided in the squares that it covers wholly."""
     mask = holed(size, (3, 3, size[0] - 9, size[1] - 8), batch=batch)
     rows, columns = (side // factor for side in size)
@@ -41,15 +41,15 @@ def guided_mask(size, factor=2, batch=1):
     return mask, torch.nn.functional.max_pool2d(squares, factor) == 0
 
 
-class TestGuidedMask(LinearOperatorContract):
+class TestMaskWithMeans(LinearOperatorContract):
     def make(self, dtype):
-        mask, cells = guided_mask((17, 15), 3)
-        return GuidedMask(mask, cells, 3), (2, 3, 17, 15)
+        mask, cells = mask_with_means((17, 15), 3)
+        return MaskWithMeans(mask, cells, 3), (2, 3, 17, 15)
 
 
-def test_data_of_a_guided_mask_are_its_pixels_and_the_means_of_its_squares():
-    mask, cells = guided_mask((13, 14))
-    operator, x = GuidedMask(mask, cells, 2), normal(2, 3, 13, 14)
+def test_data_of_a_mask_with_means_are_its_pixels_and_the_means_of_its_squares():
+    mask, cells = mask_with_means((13, 14))
+    operator, x = MaskWithMeans(mask, cells, 2), normal(2, 3, 13, 14)
     pixels, means = operator.split(operator.A(x))
     assert torch.equal(pixels, x * mask)
     wanted = x[..., :12, :14].reshape(2, 3, 6, 2, 7, 2).mean(dim=(3, 5)) * cells
@@ -60,7 +60,7 @@ def test_data_of_a_guided_mask_are_its_pixels_and_the_means_of_its_squares():
     dirty[:, 3:, 5, 5] = torch.nan
     assert bool(operator.measured(dirty)[:, :3].isfinite().all())
     with pytest.raises(ValueError, match="have 6 x 7 squares of 2"):
-        GuidedMask(mask, cells[..., :-1], 2)
+        MaskWithMeans(mask, cells[..., :-1], 2)
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -69,11 +69,11 @@ def test_data_of_a_guided_mask_are_its_pixels_and_the_means_of_its_squares():
 def test_its_data_step_equals_the_dense_solve(monkeypatch, local, channels, sigma_y):
     monkeypatch.setattr(MaskStep, "padding", 0)
     size = (16, 14)
-    mask, cells = guided_mask(size)
-    operator = GuidedMask(mask, cells, 2)
+    mask, cells = mask_with_means(size)
+    operator = MaskWithMeans(mask, cells, 2)
     mu = torch.tanh(8 * normal(1, channels, *size, stream=4))
     covariance = level_covariance(size, channels, local=local).on(mu, 1.7, local=local)
-    noise = GuidedNoise(operator, GaussianNoise(sigma_y), torch.tensor(0.03, dtype=torch.float64))
+    noise = MeansNoise(operator, GaussianNoise(sigma_y), torch.tensor(0.03, dtype=torch.float64))
     r = operator.A(normal(1, channels, *size, stream=5))
     R = noise.variance(r)
     A = matrix_of(operator.A, (channels, *size))
@@ -89,12 +89,12 @@ def test_told_the_coarse_posterior_mean_the_fine_one_is_the_dense_posterior(monk
     """E[x | y, Px = E[Px | y]] = E[x | y], however sure the means are: two levels are one."""
     monkeypatch.setattr(MaskStep, "padding", 0)
     size = (16, 14)
-    mask, cells = guided_mask(size, 4)
+    mask, cells = mask_with_means(size, 4)
     prior = GaussianPrior(size)
     y = Mask(mask).A(prior.mean + 0.5 * normal(1, 1, *size, stream=1))
     R = torch.full_like(flat(y)[0], 0.1**2)
     mean, _ = prior.posterior(Mask(mask), y, R)
-    below = Guide(4, torch.nn.functional.avg_pool2d(mean, 4), torch.ones_like(cells))
+    below = CoarseMeans(4, torch.nn.functional.avg_pool2d(mean, 4), torch.ones_like(cells))
     operator, data, noise = below.applied(mask, y, GaussianNoise(0.1), std)
     sigmas = power_sigmas(4, 1.0, 0.1, 3.0)
     options = {"tolerance": 1e-10, "max_steps": 4000}
@@ -153,12 +153,15 @@ def test_without_a_wide_hole_nothing_is_restored():
     def never(*_):
         raise AssertionError
 
-    assert guide(pooled(torch.zeros(1, 1, 256, 256), mask, 4), GaussianNoise(0.1), never) is None
+    assert (
+        coarse_means(pooled(torch.zeros(1, 1, 256, 256), mask, 4), GaussianNoise(0.1), never)
+        is None
+    )
 
 
 def test_a_guides_window_is_that_of_the_plane():
     means, wide = normal(1, 3, 20, 30), normal(1, 1, 20, 30) > 0
-    whole = Guide(4, means, wide)
+    whole = CoarseMeans(4, means, wide)
     part = whole.window(16, 53, 24, 99)
     assert torch.equal(part.means, means[..., 4:14, 6:25])
     mask = holed((80, 120), (10, 20, 60, 80))
@@ -190,6 +193,6 @@ def test_a_constant_and_a_ramp_go_on_through_a_hole(ramp):
         return solver(None, operator, y, noise, torch.tensor([0.5]), DRAWS).x
 
     noise = GaussianNoise(0.0)
-    found = guide(pooled(x, mask, 4), noise, restore)
+    found = coarse_means(pooled(x, mask, 4), noise, restore)
     fine = restore(*found.applied(mask, x, noise), 1)
     assert float((fine - x).abs().max()) < 0.03

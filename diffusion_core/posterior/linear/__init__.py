@@ -18,9 +18,9 @@ from diffusion_core.operators import (
     CroppedBlur,
     Downsample,
     Fourier,
-    GuidedMask,
     Identity,
     Mask,
+    MaskWithMeans,
     Mosaic,
     MultiCoil,
     Pool,
@@ -48,7 +48,7 @@ def data_step(operator: LinearOperator, through: LinearOperator | None = None) -
     """
     through = operator if through is None else through
     match operator:
-        case Mask() | GuidedMask() | Identity():
+        case Mask() | MaskWithMeans() | Identity():
             return MaskStep(operator)
         case Mosaic():
             return MosaicStep(operator)

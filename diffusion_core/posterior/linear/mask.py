@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_core.operators import GuidedMask, Identity, Mask, Mosaic
+from diffusion_core.operators import Identity, Mask, MaskWithMeans, Mosaic
 from diffusion_core.posterior.gaussian import Covariance
 from diffusion_core.posterior.linear.base import (
     Accuracy,
@@ -60,7 +60,7 @@ class _Canvas:
 class _Means:
     """What the guided means add to the system: S P' W P S, P the means and W one over R of them."""
 
-    operator: GuidedMask
+    operator: MaskWithMeans
     std: Tensor
     weight: Tensor
     residual: Tensor
@@ -103,9 +103,9 @@ class MaskStep(DataStep):
 
     padding = _PADDING
 
-    def __init__(self, operator: Mask | GuidedMask | Identity) -> None:
+    def __init__(self, operator: Mask | MaskWithMeans | Identity) -> None:
         self.mask = None if isinstance(operator, Identity) else operator.mask
-        self.guided = operator if isinstance(operator, GuidedMask) else None
+        self.guided = operator if isinstance(operator, MaskWithMeans) else None
 
     def __call__(
         self, covariance: Covariance, variance: Tensor, residual: Data, accuracy: Accuracy

@@ -16,7 +16,7 @@ from diffusion_core.protocols import Data, NoiseModel, Reach, Signal
 
 
 @final
-class GuidedMask(Operator):
+class MaskWithMeans(Operator):
     """A x = (the measured pixels, 0 elsewhere; the means of the guided squares, 0 elsewhere).
 
     Data are (b 2c h w): the channels of the image, and as many that hold the mean of a square at
@@ -90,7 +90,7 @@ class GuidedMask(Operator):
 
 
 @dataclass(frozen=True, eq=False)
-class GuidedNoise:
+class MeansNoise:
     """The noise of the pixels, and the uncertainty of the means.
 
     Attributes:
@@ -99,7 +99,7 @@ class GuidedNoise:
         means: variance of the guided means, broadcastable to (b c H W), > 0.
     """
 
-    operator: GuidedMask
+    operator: MaskWithMeans
     pixels: NoiseModel
     means: Tensor
 
