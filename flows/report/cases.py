@@ -7,7 +7,7 @@ Tasks of few slices show them all.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,18 +89,8 @@ def choose(summary: TaskSummary, rows: Sequence[Row]) -> list[tuple[Key, str]]:
     return [(key, f"{why}, {gains[key]:+.2f} dB") for why, key in chosen.items()]
 
 
-def read_cases(
-    summary: TaskSummary,
-    rows: Sequence[Row],
-    *,
-    domain: Domain,
-    truth: Dataset,
-    measurements: Measurements,
-    restored: Restored,
-    keys: Container[str],
-    view_method: str | None = None,
-) -> Iterator[Case]:
-    """Read the chosen slices of one task, one at a time.
+class CaseReader:
+    """Reads slices of one task with all that is shown of them.
 
     Args:
         summary: of the task.
@@ -113,28 +103,47 @@ def read_cases(
         view_method: classical method whose result stands for the measurement where the data are
             no picture (FBP for a sinogram).
     """
-    by_slice: dict[Key, dict[str, Row]] = {}
-    for row in rows:
-        by_slice.setdefault((row["item"], row["slice"]), {})[row["method"]] = row
-    pixels = _Pixels(restored, summary.task, keys)
-    shown = [m.method for m in (summary.best_classical, summary.ours) if m is not None]
-    for (item, z), why in choose(summary, rows):
-        part = _true_slice(domain, truth, measurements.entry(item, summary.task).record, z)
-        measurement = measurements.read(item, summary.task, slice(z, z + 1))
-        direct = None
-        if view_method and not is_picture(measurement):
-            made = pixels.of(view_method, item, z)
-            direct = classical(domain, measurement, view_method) if made is None else made
-        yield Case(
+
+    def __init__(
+        self,
+        summary: TaskSummary,
+        rows: Sequence[Row],
+        *,
+        domain: Domain,
+        truth: Dataset,
+        measurements: Measurements,
+        restored: Restored,
+        keys: Container[str],
+        view_method: str | None = None,
+    ) -> None:
+        self._task, self._domain, self._view_method = summary.task, domain, view_method
+        self._truth, self._measurements = truth, measurements
+        self._pixels = _Pixels(restored, summary.task, keys)
+        self._shown = [m.method for m in (summary.best_classical, summary.ours) if m is not None]
+        self._rows: dict[Key, dict[str, Row]] = {}
+        for row in rows:
+            self._rows.setdefault((row["item"], row["slice"]), {})[row["method"]] = row
+
+    def read(self, key: Key, why: str = "") -> Case:
+        """One slice."""
+        (item, z), domain, pixels = key, self._domain, self._pixels
+        record = self._measurements.entry(item, self._task).record
+        part = _true_slice(domain, self._truth, record, z)
+        measurement = self._measurements.read(item, self._task, slice(z, z + 1))
+        name, direct = self._view_method, None
+        if name and not is_picture(measurement):
+            made = pixels.of(name, item, z)
+            direct = classical(domain, measurement, name) if made is None else made
+        return Case(
             item=item,
             slice=z,
             why=why,
             record=part.record,
             scale=domain.unit_scale(part.pixels, part.record),
             truth=part.pixels[:, 0],
-            view=view_of(domain, measurement, direct, view_method),
-            restored={m: p for m in shown if (p := pixels.of(m, item, z)) is not None},
-            rows=by_slice[item, z],
+            view=view_of(domain, measurement, direct, name),
+            restored={m: p for m in self._shown if (p := pixels.of(m, item, z)) is not None},
+            rows=self._rows[item, z],
         )
 
 

@@ -34,6 +34,7 @@ from flows.report.pictures import (
     Window,
     absolute_error,
     as_it_lies,
+    data_uri,
     encode,
     error_scale,
     inferno,
@@ -50,8 +51,10 @@ from flows.report.rows import (
 
 if TYPE_CHECKING:
     from flows.explaining import Explained
+    from flows.report.clips import Clip
 
 HERE = Path(__file__).parent
+_CLIP_QUALITY = 80
 MISSING = (38, 46, 92)  # colour of pixels that were not measured
 ROW_FIGURES = ("psnr", "psnr_hole", "psnr_body", "ssim", "ssim_body", "edge_error",
                "z_gradient_error", "residual", "nfe", "num_operator_calls", "seconds",
@@ -67,6 +70,7 @@ class TaskStory:
     rows: Sequence[Row]
     cases: Sequence[Case] = ()
     explained: Sequence[Explained] = ()
+    clip: Clip | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def _task(story: TaskStory, quality: tuple[int | None, int | None]) -> dict[str,
         "high": high,
         "cases": [_case(case, errors, quality) for case in story.cases],
         "explained": [section(one) for one in story.explained],
+        "clip": None if story.clip is None else _clip(story.clip, quality[1]),
         "windows": _windows(story.cases[0]) if story.cases else [],
         "error_words": f"Errors are shown {TIMES}{errors.gain:.3g} against that range."
         if errors
@@ -265,6 +270,21 @@ def _case(
         "window_words": windows[0].label,
         "error_full": errors.end_label(case.scale[1], case.record.units) if errors else "",
         "figures": _case_figures(case),
+    }
+
+
+def _clip(clip: Clip, quality: int | None) -> dict[str, Any]:
+    """A clip for the template."""
+    width, height = clip.size
+    encoded = clip.encode(min(quality or _CLIP_QUALITY, _CLIP_QUALITY))
+    return {
+        "source": data_uri(encoded),
+        "width": width,
+        "height": height,
+        "names": clip.names,
+        "first": clip.first,
+        "last": clip.last,
+        "count": len(clip.frames),
     }
 
 

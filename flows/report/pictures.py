@@ -171,7 +171,12 @@ def encode(picture: Array, quality: int | None) -> str:
     buffer = io.BytesIO()
     options = {"lossless": True, "quality": 60} if quality is None else {"quality": quality}
     Image.fromarray(picture).save(buffer, "webp", method=4, **options)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(buffer.getvalue())
+
+
+def data_uri(webp: bytes) -> str:
+    """A WebP file as a data URI."""
+    return "data:image/webp;base64," + base64.b64encode(webp).decode("ascii")
 
 
 def as_it_lies(picture: Array, record: ItemRecord) -> Array:

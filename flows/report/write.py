@@ -1,4 +1,4 @@
-"""Write a report: index.html, which needs nothing beside it, and pictures/*.png for a README."""
+"""Write a report: index.html, which needs nothing beside it, and pictures/ for a README."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from domains.base import Array
 from domains.registry import load_domain
 from flows.config import load_task
-from flows.report.cases import Case, read_cases
+from flows.report.cases import Case, CaseReader, choose
+from flows.report.clips import make_clip, neighbours
 from flows.report.explained import picture_files
 from flows.report.page import (
     ModelFacts,
@@ -63,6 +64,10 @@ def write_report(
     path.mkdir(parents=True, exist_ok=True)
     for name, strip in (*strips(stories), *_explained_pictures(stories)):
         save_png(path / "pictures" / f"{name}.png", strip)
+    for story in stories:
+        if story.clip is not None:
+            clip = path / "pictures" / f"{story.summary.task}.webp"
+            write_whole(clip, story.clip.encode())
     html = ""
     for quality in _QUALITIES:
         html = render(page, quality)
@@ -83,8 +88,7 @@ def _story(result: EvaluateResult, summary: TaskSummary) -> TaskStory:
 
     task = load_task(summary.task)
     rows = [row for row in result.rows if row["task"] == summary.task]
-    direct = task.baselines[0] if task.baselines else None
-    cases = read_cases(
+    reader = CaseReader(
         summary,
         rows,
         domain=load_domain(summary.domain),
@@ -92,10 +96,12 @@ def _story(result: EvaluateResult, summary: TaskSummary) -> TaskStory:
         measurements=Measurements(result.measurements),
         restored=open_restored(result.output),
         keys=result.keys,
-        view_method=direct,
+        view_method=task.baselines[0] if task.baselines else None,
     )
+    cases = [reader.read(key, why) for key, why in choose(summary, rows)]
     explained = [one for one in result.explained if one.task == summary.task]
-    return TaskStory(task, summary, rows, list(cases), explained)
+    clip = make_clip(reader.read(key) for key in neighbours(summary, rows))
+    return TaskStory(task, summary, rows, cases, explained, clip)
 
 
 def strips(stories: Sequence[TaskStory]) -> Iterator[tuple[str, Array]]:

@@ -311,10 +311,15 @@ def test_a_report_of_an_evaluation_is_whole(evaluation, tmp_path):
     assert evaluation.facts["Dataset"] in text
     assert str(tmp_path.parent) not in text
     assert "https:" not in text
-    strips = sorted((tmp_path / "report" / "pictures").iterdir())
+    pictures = tmp_path / "report" / "pictures"
+    strips = sorted(pictures.glob("*.png"))
     assert [p.name for p in strips] == [f"{task}.png" for task in sorted(TASKS)]
     with Image.open(strips[0]) as strip:
         assert strip.width == 12 + 4 * 332
+    for task in TASKS:
+        with Image.open(pictures / f"{task}.webp") as film:
+            assert film.n_frames == len({row["slice"] for row in evaluation.rows})
+    assert len(list(pictures.iterdir())) == 2 * len(TASKS)
 
 
 def test_the_measurement_is_shown_with_its_missing_pixels_marked(evaluation):
