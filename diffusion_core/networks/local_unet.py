@@ -27,6 +27,10 @@ from torch import Tensor, nn
 from diffusion_core.networks.blocks import Features, ResidualBlock
 
 NUM_CHANNELS = 3
+FILLED_STD = 0.05
+"""By which the mean of its neighbours misses a pixel, network units, about."""
+_LEAST_SHARE = 1e-3
+"""Of a window, that counts as any of it."""
 
 
 def _box_mean(x: Tensor, size: int) -> Tensor:
@@ -156,13 +160,31 @@ def stem_of(weight: Tensor, *, sees_missing: bool) -> Tensor:
 
 
 def filled(x: Tensor, missing: Tensor) -> Tensor:
-    """x with the mean of the known pixels of a 5 x 5 window where it is missing (b c h w).
+    """x with the mean of the known neighbours where it is missing (b c h w).
 
-    0, the middle of the range, where the window has none.
+    Of the eight around it; of a 5 x 5 window where none of them is known; 0, the middle of the
+    range, where that has none.
     """
-    known = 1 - missing
-    mean = _box_mean(x * known, 5) / _box_mean(known, 5).clamp(min=1e-6)
+    known, mean = 1 - missing, torch.zeros_like(x)
+    for size in (5, 3):
+        share = _box_mean(known, size)
+        around = _box_mean(x * known, size) / share.clamp(min=1e-6)
+        mean = torch.where(share > _LEAST_SHARE, around, mean)
     return torch.where(missing > 0, mean, x)
+
+
+def effective_sigma(sigma: Tensor, missing: Tensor) -> Float[Tensor, "b c h w"]:
+    """The noise level of each pixel of `filled` (b c h w), what stands in for a pixel included.
+
+    A missing one errs by about FILLED_STD however little noise there is. Preconditioned by sigma
+    alone the network could move it by no more than sigma, and its errors, over sigma, would drown
+    those of all others in the loss.
+
+    Args:
+        sigma: (b,) of the noise.
+        missing: (b c h w), 1 where nothing is known.
+    """
+    return (sigma[:, None, None, None].square() + missing * FILLED_STD**2).sqrt()
 
 
 def local_detail(x: Tensor, sigma: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffusion_core.networks.local_unet import (
     NUM_CHANNELS,
     LocalUNet,
+    effective_sigma,
     filled,
     local_detail,
     stem_of,
@@ -60,13 +61,13 @@ class Preconditioned(nn.Module):
             missing: 1 where x holds nothing, for networks that are told of it; the estimate is of
                 the whole image then, from the other pixels.
         """
-        if missing is not None:
-            x = filled(x, missing)
         s = sigma[:, None, None, None]
+        c_in = (s**2 + self.sigma_data**2).rsqrt()
+        if missing is not None:
+            x, s = filled(x, missing), effective_sigma(sigma, missing)
         norm = s**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / norm
         c_out = s * self.sigma_data / norm.sqrt()
-        c_in = norm.rsqrt()
         dtype = next(self.network.parameters()).dtype
         detail = local_detail(x, sigma)
         shown = detail if inputs is None else torch.cat([detail, inputs], dim=1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_core.networks.local_unet import effective_sigma
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.noise.densities import Histogram
 from diffusion_core.training.patches import GOLDEN, Batch
@@ -73,16 +74,22 @@ def denoising_loss(
     """
     in_use = batch.channels[:, :, None, None]
     x = (batch.x0 + sigma[:, None, None, None] * eps) * in_use
-    weight = (sigma**2 + model.sigma_data**2) / (sigma * model.sigma_data) ** 2
     if batch.measured is None or batch.shown is None:
         D_x = model(x, sigma, batch.condition, guide=batch.guide)
         squared = ((D_x - batch.x0) * in_use).square().mean(dim=(2, 3)).sum(dim=1)
-        weighted = weight * squared / batch.channels.sum(dim=1)
+        weighted = _weight(sigma, model.sigma_data) * squared / batch.channels.sum(dim=1)
     else:
         missing = (1 - batch.shown) * in_use
         D_x = model(x * batch.shown, sigma, batch.condition, guide=batch.guide, missing=missing)
         asked = batch.measured * in_use
-        squared = ((D_x - batch.x0) * asked).square().sum(dim=(1, 2, 3))
-        weighted = weight * squared / asked.sum(dim=(1, 2, 3)).clamp(min=1)
+        weight = _weight(effective_sigma(sigma, missing), model.sigma_data)
+        squared = (weight * ((D_x - batch.x0) * asked).square()).sum(dim=(1, 2, 3))
+        weighted = squared / asked.sum(dim=(1, 2, 3)).clamp(min=1)
     u = model.uncertainty(sigma, batch.condition)
     return (weighted * (-u).exp() + u).mean(), weighted.detach()
+
+
+def _weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """lambda(sigma) = 1 / c_out^2; shape of sigma."""
+    weight: Tensor = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_core.networks.local_unet import LocalUNet, filled
+from diffusion_core.networks.local_unet import FILLED_STD, LocalUNet, filled
 from diffusion_core.networks.low_rank import merged
 from diffusion_core.networks.precond import Preconditioned
 from diffusion_core.noise.draws import KeyedDraws
@@ -172,9 +172,49 @@ def test_a_pixel_that_is_not_shown_is_not_seen_and_those_around_stand_in_for_it(
         )
         told, plain = module(x, at, condition, missing=missing), module(x, at, condition)
     assert (told - plain).abs().max() > 1e-3
-    around = x[0, 0, 3:8, 5:10].sum() - x[0, 0, 5, 7]
-    assert filled(x, missing)[0, 0, 5, 7] == pytest.approx(around.item() / 24, rel=1e-5)
+    around = x[0, 0, 4:7, 6:9].sum() - x[0, 0, 5, 7]
+    assert filled(x, missing)[0, 0, 5, 7] == pytest.approx(around.item() / 8, rel=1e-5)
+    missing[0, 0, 4:7, 6:9] = 1
+    further = x[0, 0, 3:8, 5:10].sum() - x[0, 0, 4:7, 6:9].sum()
+    assert filled(x, missing)[0, 0, 5, 7] == pytest.approx(further.item() / 16, rel=1e-5)
     assert filled(x, torch.ones_like(x)).abs().max() == 0
+
+
+def test_a_missing_pixel_is_as_uncertain_as_what_stands_in_for_it_however_little_noise_there_is():
+    """With F = 1 and x = 0 D is c_out: of sigma where a pixel is known, of FILLED_STD else."""
+    module, x = network(), torch.zeros(1, 3, 16, 16)
+    module.network.forward = lambda *_: torch.ones_like(x)
+    missing = torch.zeros_like(x)
+    missing[..., 3, 4] = 1
+    at, sd = torch.tensor([0.001]), module.sigma_data
+    with torch.no_grad():
+        D_x = module(x, at, torch.tensor([0]), missing=missing)
+    known, lacking = D_x[0, 0, 0, 0].item(), D_x[0, 0, 3, 4].item()
+    assert known == pytest.approx(0.001, rel=1e-3)
+    assert lacking == pytest.approx(FILLED_STD * sd / np.hypot(FILLED_STD, sd), rel=1e-3)
+
+
+def test_an_error_counts_in_units_of_what_a_pixel_can_err():
+    """The same relative error of measured pixels, shown or not, is the same loss."""
+    x0 = torch.zeros(1, 3, 8, 8)
+    shown = torch.ones_like(x0)
+    shown[..., 2:5, 1:7] = 0
+    batch = Batch(
+        x0, torch.tensor([0]), torch.ones(1, 3), measured=torch.ones_like(x0), shown=shown
+    )
+    sigma, sd = torch.tensor([0.01]), LinearDenoiser.sigma_data
+
+    def weighted(error):
+        model = LinearDenoiser(torch.eye(1))
+        model.forward = lambda *_, **__: error * torch.ones_like(x0)
+        return denoising_loss(model, batch, sigma, torch.zeros_like(x0))[1].item()
+
+    def scale(s):
+        return s * sd / np.hypot(s, sd)
+
+    hidden = scale(np.hypot(0.01, FILLED_STD))
+    assert weighted((1 - shown) * hidden) == pytest.approx(18 / 64, rel=1e-4)
+    assert weighted(shown * scale(0.01)) == pytest.approx(46 / 64, rel=1e-4)
 
 
 def test_plain_weights_are_left_that_give_the_same_where_nothing_is_missing():
