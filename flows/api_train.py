@@ -101,6 +101,10 @@ def train(settings: TrainSettings, on_event: OnEvent | None = None) -> TrainResu
 
 def resolved(settings: TrainSettings) -> TrainSettings:
     """Settings whose paths hold in workers, which have another working directory."""
+    corruption = settings.corruption
+    if corruption is not None and corruption.filled_by is not None:
+        filled = corruption.model_copy(update={"filled_by": corruption.filled_by.resolve()})
+        settings = settings.model_copy(update={"corruption": filled})
     if settings.init_from is None:
         return settings
     if str(settings.init_from) == STARTER:
@@ -182,7 +186,7 @@ def new_network(settings: TrainSettings) -> Preconditioned:
             network = LocalUNet(
                 num_conditions=len(settings.conditions),
                 num_guides=len(guide_channels(settings.guides)),
-                sees_missing=settings.corruption is not None,
+                sees_missing=settings.learns_from_holes,
                 **settings.network,
             )
             module = Preconditioned(network)

@@ -68,6 +68,11 @@ class CorruptionSettings(Settings):
         lt=0.5,
         description="mean share of the measured pixels that the network is not shown either",
     )
+    filled_by: Path | None = Field(
+        None,
+        description="model of an earlier part, whose restorations stand for what was not measured: "
+        "then all pixels are learned from, and none more is hidden",
+    )
 
 
 class StopSettings(Settings):
@@ -212,6 +217,11 @@ class TrainSettings(Settings):
         if self.guides and self.low_rank:
             raise ValueError("what guides add is learned from nothing: leave out low_rank")
         return self
+
+    @property
+    def learns_from_holes(self) -> bool:
+        """Whether the network is shown images that lack pixels, and told which."""
+        return self.corruption is not None and self.corruption.filled_by is None
 
     @field_validator("soft_shares", "guides")
     @classmethod

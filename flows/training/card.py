@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.api_train import recipe_of
 from flows.config import DistillSettings, TrainSettings
 from flows.training.data import allowed
-from flows.training.sources import open_source
+from flows.training.sources import open_sources
 
 if TYPE_CHECKING:
     from flows.training.choice import Choice
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 FIGURE_SIDE = 192
 """Of the crops that denoising is measured on, pixels."""
 MOST_CURVE_ROWS = 16
+NOT_TOLD: dict[str, Any] = {
+    **dict.fromkeys(("data", "output", "compute", "init_from", "extra_samples"), True),
+    "corruption": {"filled_by"},
+}
+"""Settings that a model does not tell: paths; digests tell what lay there."""
 
 
 def started_from(settings: TrainSettings) -> str | None:
@@ -22,6 +27,14 @@ def started_from(settings: TrainSettings) -> str | None:
     from diffusion_core.model import model_digest
 
     return model_digest(settings.init_from) if settings.init_from else None
+
+
+def filled_by(settings: TrainSettings) -> str | None:
+    """Digest of the model that restored what the training images lack."""
+    from diffusion_core.model import model_digest
+
+    by = settings.corruption and settings.corruption.filled_by
+    return model_digest(by) if by else None
 
 
 def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
@@ -36,8 +49,8 @@ def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
             "source_sha256": record.source_digest,
             "shape_czhw": list(record.shape),
         }
-        for path in settings.data
-        for record in open_source(path).items()
+        for source in open_sources(settings, filled=False)
+        for record in source.items()
         if record.split in ("train", "validation") and allowed(record.meta, settings)
     ]
 
@@ -45,6 +58,19 @@ def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
 def _began(settings: TrainSettings) -> str:
     digest = started_from(settings)
     return f"The weights began as those of model {digest[:12]}." if digest else ""
+
+
+def _filled(settings: TrainSettings) -> str:
+    """What stands for pixels that were never measured."""
+    if settings.learns_from_holes:
+        return "No whole image was seen: pixels that were not measured were never learned from.\n"
+    digest = filled_by(settings)
+    return (
+        f"What was not measured of the training images was restored by model {digest[:12]}, and "
+        "learned from as if it had been measured.\n"
+        if digest
+        else ""
+    )
 
 
 def _guided(settings: TrainSettings) -> str:
@@ -145,7 +171,7 @@ Made by `sashiko train` with the settings in config.json ("training").
 {recipe.learning_rate * recipe.adamw_ratio:g}, held and then brought to 0 over the last
 {recipe.decay_share:.0%}; {_averaged(settings, chosen)};
 {_levels(settings)}; seed {settings.seed}.
-{_guided(settings)}{_began(settings)}
+{_guided(settings)}{_filled(settings)}{_began(settings)}
 {_scores(chosen)}{_curve(curve)}
 ## Denoising on validation images
 

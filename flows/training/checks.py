@@ -13,7 +13,7 @@ from flows.training.data import (
     large_views,
     load_windows,
 )
-from flows.training.sources import open_source
+from flows.training.sources import open_sources
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -45,7 +45,7 @@ def check_data(settings: TrainSettings) -> None:
     Raises:
         BadInputError: if one cannot be read, or names what they lack.
     """
-    sources = [open_source(path) for path in settings.data]
+    sources = open_sources(settings)
     held = {record.item_id: record for source in sources for record in source.items()}
     absent = [name for name in settings.calibration_items if name not in held]
     scored = settings.score.every_steps or (settings.ema_snapshots and settings.ema_lengths)
@@ -86,7 +86,7 @@ def _lacking(settings: TrainSettings) -> Iterator[str]:
     """Conditions that no training image can be drawn for; stops reading once all have one."""
     domains = condition_domains()
     sources = {c: {c, domains[c].drawn_from.get(c, c)} for c in settings.conditions}
-    for condition, views in load_windows(settings, "train"):
+    for condition, views in load_windows(settings, "train", filled=False):
         if large_views(views, settings):
             sources = {c: names for c, names in sources.items() if condition not in names}
         if not sources:

@@ -15,7 +15,7 @@ from flows.api_train import new_network
 from flows.config import TrainSettings
 from flows.training.run_folder import LOG
 from flows.training.score import restoration_score
-from flows.training.sources import open_source
+from flows.training.sources import open_sources
 from flows.training.stopping import scores_by_step
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def training_curve(settings: TrainSettings, run: Path, chosen: Choice) -> dict[s
     how = {
         "score": settings.score.model_dump(mode="json", exclude={"every_steps", "decides"}),
         "conditions": sorted(settings.conditions),
-        "data": [open_source(path).digest for path in settings.data],
+        "data": [source.digest for source in open_sources(settings)],
     }
     points = _points_before(settings, how)
     seen, spent = (points[-1]["megapixels"], points[-1]["hours"]) if points else (0.0, 0.0)

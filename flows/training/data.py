@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from domains.base import Array, BadInputError, Domain, Item, ItemRecord
 from domains.registry import domain_names, load_domain
 from flows.config import TrainSettings
-from flows.training.sources import Source, open_source
+from flows.training.sources import Source, open_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,22 +50,27 @@ def allowed(meta: Any, settings: TrainSettings) -> bool:
     return bool(meta.get("ships", True)) or not settings.shippable_only
 
 
-def records_of(settings: TrainSettings, split: str) -> Iterator[tuple[Source, ItemRecord]]:
+def records_of(
+    settings: TrainSettings, split: str, *, filled: bool = True
+) -> Iterator[tuple[Source, ItemRecord]]:
     """(where it comes from, record) of every item of a split that may be used."""
-    for source in map(open_source, settings.data):
+    for source in open_sources(settings, filled=filled):
         for record in source.items():
             if record.split == split and allowed(record.meta, settings):
                 yield source, record
 
 
-def load_windows(settings: TrainSettings, split: str) -> Iterator[tuple[str, Sequence[Array]]]:
+def load_windows(
+    settings: TrainSettings, split: str, *, filled: bool = True
+) -> Iterator[tuple[str, Sequence[Array]]]:
     """(condition, its views (c z h w)) of every item of a split that may be used.
 
     Conditions that nothing is drawn from are left out. Where the settings name guides, they are
-    further channels of every view, the last ones, NaN where an item has none.
+    further channels of every view, the last ones, NaN where an item has none. Without `filled`
+    views stay as they were measured.
     """
     wanted = _sources(settings)
-    for source, record in records_of(settings, split):
+    for source, record in records_of(settings, split, filled=filled):
         item = source.item(record) if settings.guides else None
         for name, views in source.windows(record).items():
             if name in wanted:
@@ -148,7 +153,7 @@ def patch_source(
             _augmentation(settings, domains),
             num_guides(settings),
             settings.guide_drop_share,
-            None if settings.corruption is None else settings.corruption.further,
+            settings.corruption.further if settings.learns_from_holes else None,
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error
@@ -170,12 +175,14 @@ def _augmentation(settings: TrainSettings, domains: Mapping[str, Domain]) -> Aug
 def prepare_views(settings: TrainSettings, run: Path) -> Path | None:
     """Write the views into the run's folder if they do not fit into memory; None if they do.
 
+    Views that a model has to fill first are always written: every worker would do it again.
     Those of an earlier command are taken if they were made of the same data.
     """
     from flows.training.views import key_of, write_views
 
     path, key = run / VIEWS, _key(settings)
-    if views_fit(settings, view_bytes(settings)):
+    costly = settings.corruption is not None and settings.corruption.filled_by is not None
+    if not costly and views_fit(settings, view_bytes(settings)):
         return None
     if key_of(path) != key:
         shutil.rmtree(path, ignore_errors=True)
@@ -201,7 +208,7 @@ def view_bytes(settings: TrainSettings) -> int:
     """Bytes of all training views, about: the least item of each kind is turned into views."""
     sources = _sources(settings)
     kinds: dict[tuple[str, int], list[tuple[Source, ItemRecord]]] = {}
-    for source, record in records_of(settings, "train"):
+    for source, record in records_of(settings, "train", filled=False):
         kinds.setdefault((record.domain, record.shape[0]), []).append((source, record))
     total = 0.0
     for found in kinds.values():
@@ -246,7 +253,7 @@ def _evenly(own: list[Volumes], drawn: list[Volumes]) -> list[Volumes]:
 def _key(settings: TrainSettings) -> dict[str, Any]:
     """What stored views depend on: the data's content, and which of it is wanted."""
     return {
-        "data": [open_source(path).digest for path in settings.data],
+        "data": [source.digest for source in open_sources(settings)],
         "conditions": sorted(_sources(settings)),
         "patch_size": settings.patch_size,
         "least_view_scale": settings.least_view_scale,

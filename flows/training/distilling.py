@@ -88,15 +88,14 @@ def finish_student(
 ) -> TrainResult:
     """Turn the run's averaged weights into a distilled model's directory."""
     from diffusion_core.model import DISTILLED, save_model
-    from flows.training.card import started_from, student_card, training_sources
+    from flows.training.card import NOT_TOLD, started_from, student_card, training_sources
     from flows.training.choice import chosen_average
     from flows.training.data import condition_channels
     from flows.training.finish import made_before, registered
     from flows.training.run_folder import steps_done
 
     step, path = steps_done(run), run / "model"
-    outside = {"data", "output", "compute", "init_from", "extra_samples"}
-    recipe = settings.model_dump(mode="json", exclude=outside)
+    recipe = settings.model_dump(mode="json", exclude=NOT_TOLD)
     made = made_before(path, recipe, step)
     if made is not None:
         return registered(settings, path, *made)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from flows.api_train import TrainResult
 from flows.config import TrainSettings
 from flows.engine.events import Event
-from flows.training.card import FIGURE_SIDE, model_card, started_from, training_sources
+from flows.training.card import (
+    FIGURE_SIDE,
+    NOT_TOLD,
+    filled_by,
+    model_card,
+    started_from,
+    training_sources,
+)
 from flows.training.choice import chosen_average
 from flows.training.curve import training_curve
 from flows.training.data import condition_channels
@@ -40,9 +47,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     from diffusion_core.model import save_model
 
     step, path = steps_done(run), run / "model"
-    recipe = settings.model_dump(
-        mode="json", exclude={"data", "output", "compute", "init_from", "extra_samples"}
-    )
+    recipe = settings.model_dump(mode="json", exclude=NOT_TOLD)
     made = made_before(path, recipe, step)
     if made is not None:
         return registered(settings, path, *made)
@@ -56,6 +61,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     metrics = denoising_psnr(module, images, _FIGURE_SIGMAS)
     sources = training_sources(settings)
     curve = training_curve(settings, run, chosen)
+    filled = filled_by(settings)
     digest = save_model(
         path,
         module,
@@ -66,6 +72,7 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
             "training": recipe,
             **({"guides": settings.guides} if settings.guides else {}),
             "started_from": started_from(settings),
+            **({} if filled is None else {"filled_by": filled}),
             "num_steps": step,
             "average": chosen.name,
             "restoration_scores_db": chosen.scores,

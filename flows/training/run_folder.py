@@ -40,6 +40,9 @@ items change the tables, which are measured anew whenever the run is finished, a
 ema_lengths change which averaged weights are shipped and stop how many steps are taken; data is
 compared by its content (below), wherever it lies."""
 
+_NOT_COMPARED: dict[str, Any] = {**dict.fromkeys(_MAY_CHANGE, True), "corruption": {"filled_by"}}
+"""The model that fills is part of the data's digests."""
+
 _DATA, _START = "data_digests", "init_digest"
 _CALLED = {_DATA: "data", _START: "init_from"}
 
@@ -138,11 +141,11 @@ def _refuse_other(run: Path, asked: dict[str, Any]) -> bool:
 
 def asked_of(settings: TrainSettings) -> dict[str, Any]:
     """All that the weights depend on, as JSON: settings, and digests of data and first weights."""
-    from flows.training.sources import open_source
+    from flows.training.sources import open_sources
 
     return {
-        **settings.model_dump(mode="json", exclude=_MAY_CHANGE),
-        _DATA: [open_source(path).digest for path in settings.data],
+        **settings.model_dump(mode="json", exclude=_NOT_COMPARED),
+        _DATA: [source.digest for source in open_sources(settings)],
         _START: started_from(settings),
     }
 

@@ -6,6 +6,7 @@ from here on, whatever y has in its place.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,7 +15,9 @@ from domains.base import Array, BadInputError, Item, ItemRecord
 from domains.registry import load_domain
 
 if TYPE_CHECKING:  # zarr takes its time to import, and the command line comes by here
+    from flows.config import TrainSettings
     from flows.store import Dataset, MeasurementEntry, Measurements
+    from flows.training.filling import Filler
 
 Windows: TypeAlias = Mapping[str, Sequence[Array]]
 
@@ -84,11 +87,38 @@ class MaskedItems:
         return {problem.condition: [np.moveaxis(view, 0, 1)]}
 
 
+class FilledItems(MaskedItems):
+    """The same, with a model's restorations where nothing was measured.
+
+    Raises:
+        BadInputError: also if the model cannot be used.
+    """
+
+    has_holes = False
+
+    def __init__(self, store: Measurements, filler: Filler) -> None:
+        super().__init__(store)
+        self._filler = filler
+        both = f"{self.digest} filled by {filler.digest}"
+        self.digest = hashlib.sha256(both.encode()).hexdigest()
+
+    def windows(self, record: ItemRecord) -> Windows:
+        """{condition: [view (c z h w) in network units]}, nothing missing."""
+        return {
+            condition: [self._filler.fill(view, condition, record.source_digest) for view in views]
+            for condition, views in super().windows(record).items()
+        }
+
+
 Source: TypeAlias = CleanItems | MaskedItems
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, filler: Filler | None = None) -> Source:
     """A store to train on.
+
+    Args:
+        path: of a dataset, or of measurements by masks.
+        filler: of what these lack; None leaves it NaN.
 
     Raises:
         BadInputError: if it cannot be read or trained on.
@@ -96,4 +126,23 @@ def open_source(path: Path) -> Source:
     from flows.store import Dataset, open_store
 
     store = open_store(path)
-    return CleanItems(store) if isinstance(store, Dataset) else MaskedItems(store)
+    if isinstance(store, Dataset):
+        return CleanItems(store)
+    return MaskedItems(store) if filler is None else FilledItems(store, filler)
+
+
+def open_sources(settings: TrainSettings, *, filled: bool = True) -> list[Source]:
+    """All stores of a training.
+
+    Args:
+        settings: name them, and what fills them.
+        filled: False looks at what was measured alone, which takes no restoration.
+
+    Raises:
+        BadInputError: as open_source, and if the model that fills cannot be used.
+    """
+    from flows.training.filling import open_filler
+
+    by = settings.corruption and settings.corruption.filled_by
+    filler = open_filler(by) if by and filled else None
+    return [open_source(path, filler) for path in settings.data]

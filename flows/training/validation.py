@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flows.config import TrainSettings
-from flows.training.sources import open_source
+from flows.training.sources import open_sources
 
 _CALIBRATION_SLICES = 4
 _LEAST_SIDE_PX = 32
@@ -110,7 +110,7 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
     import torch
 
     images: dict[str, list[Tensor]] = {}
-    for source in map(open_source, settings.data):
+    for source in open_sources(settings):
         for record in source.items():
             named = record.item_id in settings.calibration_items
             if not named and (settings.few is None or record.split != "train"):

@@ -1,5 +1,6 @@
 """`sashiko train` on images that lack pixels: the truth of those is never read."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_kit import dataset_of, photograph, settings
 
-from diffusion_core.model import Model
+from diffusion_core.model import CARD, Model
 from domains.base import BadInputError
 from domains.registry import load_domain
 from flows.api_data import ingest
@@ -17,7 +18,7 @@ from flows.api_train import new_network, train
 from flows.config import IngestSettings
 from flows.store import Measurements, MeasurementWriter
 from flows.training.plan import plan_training
-from flows.training.sources import open_source
+from flows.training.sources import open_source, open_sources
 from flows.training.validation import validation_images, without_holes
 
 pytestmark = pytest.mark.usefixtures("registry_home")
@@ -116,6 +117,79 @@ def test_a_network_fills_what_it_is_told_of_and_nothing_else(tmp_path):
     assert whole.isfinite().all()
     assert torch.equal(whole[~holed.isnan()], holed[~holed.isnan()])
     assert whole[holed.isnan()].std() > 0
+
+
+def filled_settings(store, output, first, **changes):
+    """Of a second part, that learns from what the model of the first one made of the images."""
+    changes = {"name": "second", "num_steps": 4, **changes}
+    return settings(store, output, corruption={"filled_by": first.model_path}, **changes)
+
+
+@pytest.fixture
+def first_part(tmp_path):
+    """A model that learned from images that lack pixels, and their store."""
+    store = store_of(tmp_path / "a.zarr")
+    return store, train(settings(store, tmp_path, **MASKED))
+
+
+def test_a_second_part_learns_from_the_first_ones_restorations_and_keeps_what_was_measured(
+    first_part, tmp_path
+):
+    store, first = first_part
+    asked = filled_settings(store, tmp_path, first)
+    [holed], [whole] = open_sources(asked, filled=False), open_sources(asked)
+    record = holed.items()[0]
+    before, after = (source.windows(record)["city"][0] for source in (holed, whole))
+    missing = np.isnan(before)
+    assert missing.mean() == pytest.approx(0.3, abs=0.05)
+    assert np.isfinite(after).all()
+    assert np.array_equal(after[~missing], before[~missing])
+    truth = load_domain("city").training_windows(photograph(0, "train"))["city"][0]
+    error = np.sqrt(np.mean((after - truth)[missing] ** 2))
+    assert error < 0.8 * truth[missing].std(), "restored from what surrounds them"
+    assert (holed.has_holes, whole.has_holes) == (True, False)
+    assert holed.digest != whole.digest
+
+    second = train(asked)
+    model = Model.load(second.model_path)
+    assert model.config["filled_by"] == first.digest
+    assert model.config["training"]["corruption"] == {"kind": "mask", "further": 0.1}
+    card = (second.model_path / CARD).read_text()
+    assert f"restored by model {first.digest[:12]}" in card
+    assert str(tmp_path) not in card + (second.model_path / "config.json").read_text()
+
+
+def test_poison_under_the_masks_reaches_no_second_part(first_part, tmp_path):
+    store, first = first_part
+    plain = shipped(train(filled_settings(store, tmp_path / "plain", first)))
+    poisoned = store_of(tmp_path / "p.zarr", poison=1e6)
+    other = shipped(train(filled_settings(poisoned, tmp_path / "poisoned", first)))
+    assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+def test_what_is_filled_by_another_model_is_another_run(first_part, tmp_path):
+    store, first = first_part
+    train(filled_settings(store, tmp_path, first))
+    other = train(settings(store, tmp_path, **{**MASKED, "name": "other", "seed": 9}))
+    with pytest.raises(BadInputError, match=r"other settings \(data\)"):
+        train(filled_settings(store, tmp_path, other))
+    moved = tmp_path / "moved"
+    shutil.copytree(first.model_path, moved)
+    again = filled_settings(store, tmp_path, first, num_steps=4)
+    again = again.model_copy(
+        update={"corruption": again.corruption.model_copy(update={"filled_by": moved})}
+    )
+    assert train(again).num_steps == 4, "the same model in another place is the same run"
+
+
+def test_a_model_that_cannot_fill_is_named(first_part, tmp_path):
+    store, first = first_part
+    asked = filled_settings(store, tmp_path / "x", first)
+    corruption = asked.corruption.model_copy(update={"filled_by": tmp_path / "nothing"})
+    asked = asked.model_copy(update={"corruption": corruption})
+    with pytest.raises(BadInputError, match=r"'corruption\.filled_by' names no model"):
+        train(asked)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
