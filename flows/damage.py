@@ -21,7 +21,7 @@ from domains.between_slices import missing_planes
 from domains.imaging import kernel_fault
 from domains.polygons import Polygons
 from domains.strokes import find_strokes
-from domains.validity import INVALID, unpack
+from domains.validity import INVALID, lacking, unpack
 from flows.boxes import SUFFIXES as BOX_SUFFIXES
 from flows.boxes import Box, boxes_of, inside, read_boxes
 from flows.config import RestoreSettings
@@ -295,10 +295,10 @@ def nodata_pixels(item: Item) -> Array:
         invalid = unpack(item.record.meta[INVALID], c, h, w)[:, None]
         return invalid[0] if len(invalid) == 1 else invalid
     value = item.record.meta.get("nodata", 0)
-    missing = (item.pixels == value).all(axis=0)
+    missing = lacking(item.pixels, value)
     if not missing.any():
         raise BadInputError(f"no pixel has the no-data value {value}; give a mask")
-    return np.asarray(missing)
+    return missing[0] if len(missing) == 1 else missing
 
 
 def stroke_pixels(item: Item) -> Array:
