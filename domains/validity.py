@@ -63,7 +63,7 @@ def lacking(bands: Array, value: float) -> Array:
     """Where bands (c ...) hold the no-data value: (1 ...), or (c ...) where bands differ in it."""
     lost = np.asarray(bands == value)
     if may_be_light(value, bands.dtype) or (lost == lost[:1]).all():
-        return lost.all(axis=0, keepdims=True)
+        return np.asarray(lost.all(axis=0, keepdims=True))
     return lost
 
 
