@@ -180,13 +180,20 @@ def as_stored(values: Array, frame: Frame, dataset: Dataset, before: Array | Non
     if padding is None or before is None:
         return stored
     far = dataset.get("PixelPaddingRangeLimit", padding)
-    low, high = sorted((int(padding), int(far)))
+    low, high = sorted(_as_signed(int(value), limits) for value in (padding, far))
     padded = (before >= low) & (before <= high)
     beside = high + 1 if high < limits.high else low - 1
     stored = np.where(
         (stored >= low) & (stored <= high), beside, stored
     )  # no padding where none was
     return np.where(padded, before, stored)
+
+
+def _as_signed(padding: int, limits: dicom.Stored) -> int:
+    """A padding value as the pixels hold it: some scanners state signed ones without their sign."""
+    if limits.signed and padding > limits.high:
+        return padding - 2**limits.bits_allocated
+    return padding
 
 
 def set_pixels(dataset: Dataset, stored: Array) -> None:

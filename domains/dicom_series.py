@@ -29,8 +29,16 @@ _KEY_TAGS = [
     "ImagePositionPatient", "AcquisitionNumber", "TemporalPositionIdentifier", "SOPInstanceUID",
     "DiffusionBValue", "NumberOfFrames", "InstanceNumber",
 ]  # fmt: skip
+_MODALITIES = (
+    "CR", "CT", "DX", "ECG", "IVUS", "MG", "MR", "NM", "OCT", "OT", "PR", "PT", "REG", "RF",
+    "RTDOSE", "RTIMAGE", "RTPLAN", "RTSTRUCT", "SC", "SEG", "SM", "SR", "US", "XA",
+)  # fmt: skip
+"""Those that are told; a value of no such kind may be anything, a name too (PS3.3, C.7.3.1.1.1)."""
 _SPLIT_BY = ("AcquisitionNumber", "TemporalPositionIdentifier", "DiffusionBValue", "EchoTime")
 """What may tell slices on the same places apart."""
+
+OTHER_PLANE = 0.01
+"""Direction cosines of slices that differ by more make another series, as those of a scout do."""
 
 _KINDS_OF_IMAGE = 3
 """Values of ImageType that tell a scout from a slice and a phase from a magnitude."""
@@ -60,6 +68,7 @@ class _Listed:
     position: tuple[float, ...] | None
     uid: str
     marks: tuple[Any, ...]
+    orientation: tuple[float, ...] = ()
 
 
 def leads(files: Sequence[Path]) -> list[Path]:
@@ -108,8 +117,25 @@ def _series_in(
     return tuple(
         tuple(sorted(item.path for item in part))
         for group in groups.values()
-        for part in _without_overlaps(group)
+        for plane in _by_plane(group)
+        for part in _without_overlaps(plane)
     )
+
+
+def _by_plane(group: list[_Listed]) -> list[list[_Listed]]:
+    """Split a group by the directions of its planes; what scanners round differently is one."""
+    planes: list[list[_Listed]] = []
+    for item in group:
+        for plane in planes:
+            first = plane[0].orientation
+            if len(first) == len(item.orientation) and np.allclose(
+                first, item.orientation, rtol=0, atol=OTHER_PLANE
+            ):
+                plane.append(item)
+                break
+        else:
+            planes.append([item])
+    return planes
 
 
 def _listed(path: Path) -> _Listed:
@@ -120,16 +146,17 @@ def _listed(path: Path) -> _Listed:
             uid = str(header.get("SeriesInstanceUID") or "")
             if not uid or header.get("NumberOfFrames") is not None:
                 return _Listed(path, (str(path),), None, "", ())
-            orientation = [round(float(v), 2) for v in header.get("ImageOrientationPatient") or ()]
+            orientation = tuple(float(v) for v in header.get("ImageOrientationPatient") or ())
             kind = [str(v) for v in header.get("ImageType") or ()][:_KINDS_OF_IMAGE]
             size = (int(header.get("Rows", 0)), int(header.get("Columns", 0)))
             position = header.get("ImagePositionPatient")
             return _Listed(
                 path,
-                (uid, size, tuple(orientation), tuple(kind)),
+                (uid, size, tuple(kind)),
                 None if position is None else tuple(round(float(v), 3) for v in position),
                 str(header.get("SOPInstanceUID", "")),
                 tuple(str(header.get(tag, "")) for tag in _SPLIT_BY),
+                orientation,
             )
     except Exception:  # pydicom converts values late, and raises as it likes; reading will tell
         return _Listed(path, (str(path),), None, "", ())
@@ -213,7 +240,7 @@ def _which(file: Path) -> str:
 def _require_modality(name: Path, header: Dataset, modality: str) -> None:
     found = str(header.get("Modality") or "")
     if found != modality:
-        known = found if found.isalpha() and len(found) < 9 else "unknown"
+        known = found if found in _MODALITIES else "another"
         raise BadInputError(
             f"{name}: its modality is {known}, not {modality}; choose another --domain, or leave "
             "it out"

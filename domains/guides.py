@@ -67,7 +67,7 @@ def require_one_grid(name: str, guide: ItemRecord, image: ItemRecord) -> None:
             f"{image.item_id}: its guide '{name}' has {next(sizes)} pixels and the image "
             f"{next(sizes)}; resample the guide onto the image's grid"
         )
-    apart = _voxels_apart(guide, image)
+    apart = voxels_apart(guide, image)
     if apart > MOST_APART:
         raise BadInputError(
             f"{image.item_id}: its guide '{name}' lies elsewhere, {apart:.2g} pixels away by the "
@@ -75,7 +75,7 @@ def require_one_grid(name: str, guide: ItemRecord, image: ItemRecord) -> None:
         )
 
 
-def _voxels_apart(one: ItemRecord, other: ItemRecord) -> float:
+def voxels_apart(one: ItemRecord, other: ItemRecord) -> float:
     """Largest distance of the grids' corners, in the image's smallest side of a voxel.
 
     0 where the files do not say where they lie.

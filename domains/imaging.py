@@ -264,8 +264,9 @@ def measured_pixels(missing: Array, record: ItemRecord) -> Array:
         missing = slices_first(missing)
     else:
         size = " x ".join(str(n) for n in missing.shape)
+        own = " x ".join(str(n) for n in ((z, h, w) if z > 1 else (h, w)))
         raise BadInputError(
-            f"{record.item_id}: its mask has {size} pixels, the image {h} x {w}; "
+            f"{record.item_id}: its mask has {size} pixels, the image {own}; "
             "give a mask of the image's size"
         )
     if missing.all():

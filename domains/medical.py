@@ -50,6 +50,9 @@ MODALITIES = {"ct": "CT", "mri": "MR"}
 THICK = 1.3
 """A volume is cut across the axis whose spacing is this much above the others', else axially."""
 
+MM_PER = {"meter": 1e3, "micron": 1e-3}
+"""Millimetres in the units of length that a NIfTI file may name; what names none is in mm."""
+
 _NIFTI_OFFSET = 352
 """Where the voxels of a single NIfTI-1 file begin."""
 
@@ -68,6 +71,7 @@ class Header:
         source_format: "nifti" or "nrrd".
         worlds: of a NIfTI file, where its affines lead to; see worlds_of.
         compressed: whether the file may be smaller than its voxels.
+        to_ras_mm: what its coordinates are multiplied by to be R, A and S in mm.
     """
 
     shape: tuple[int, ...]
@@ -76,6 +80,7 @@ class Header:
     source_format: str
     worlds: Mapping[str, Any] = field(default_factory=dict)
     compressed: bool = False
+    to_ras_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 def companions(path: Path) -> tuple[Path, ...]:
@@ -124,12 +129,13 @@ def _nifti_header(path: Path) -> Header:
         raise BadInputError(
             f"{path}: an Analyze volume, which states no orientation; convert it to NIfTI"
         )
-    affine = np.asarray(image.affine, dtype=np.float64)
+    mm = MM_PER.get(image.header.get_xyzt_units()[0], 1.0)
+    affine = _in_ras_mm(image.affine, (mm, mm, mm))
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular or not finite; export it again")
     # nibabel clears the scale in the loaded header; the data proxy has it.
     scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
-    worlds = worlds_of(image.header)
+    worlds = worlds_of(image.header, mm)
     return Header(
         shape=tuple(image.shape),
         dtype=image.get_data_dtype(),
@@ -137,10 +143,16 @@ def _nifti_header(path: Path) -> Header:
         source_format="nifti",
         worlds=worlds,
         compressed=suffix_of(path) == ".nii.gz",
+        to_ras_mm=(mm, mm, mm),
     )
 
 
-def worlds_of(header: Any) -> dict[str, Any]:
+def _in_ras_mm(affine: Any, factors: tuple[float, float, float]) -> Array:
+    """An affine (4x4) whose world is that of the factors' product with its own."""
+    return np.asarray(np.diag([*factors, 1.0]) @ np.asarray(affine, dtype=np.float64))
+
+
+def worlds_of(header: Any, mm_per_unit: float = 1.0) -> dict[str, Any]:
     """The codes of a NIfTI header's two affines: 0 unset, 1 scanner, 2 aligned, 3 and 4 atlases.
 
     Where both are set and differ, `qform_of_sform` (4x4) leads from the world of the first to that
@@ -153,12 +165,21 @@ def worlds_of(header: Any) -> dict[str, Any]:
         return worlds
     if abs(np.linalg.det(sform[:3, :3])) < SINGULAR:
         return worlds
-    return {**worlds, "qform_of_sform": (qform @ np.linalg.inv(sform)).tolist()}
+    between = qform @ np.linalg.inv(sform)
+    between[:3, 3] *= mm_per_unit
+    return {**worlds, "qform_of_sform": between.tolist()}
 
 
 def _nrrd_header(path: Path) -> Header:
     header = nrrd_header.read(path)
-    return Header(header.shape, header.dtype, False, "nrrd", compressed=header.compressed)
+    return Header(
+        header.shape,
+        header.dtype,
+        False,
+        "nrrd",
+        compressed=header.compressed,
+        to_ras_mm=header.to_ras_mm,
+    )
 
 
 def read_volume(path: Path, domain: str, units: str) -> Item:
@@ -193,7 +214,7 @@ def read_volume(path: Path, domain: str, units: str) -> Item:
     require_size(path, shape, _two_longest(shape))
     require_held(path, math.prod(shape) * header.dtype.itemsize, compressed=header.compressed)
     try:
-        pixels, affine, codes = _load(path, shape, header.source_format)
+        pixels, affine, codes = _load(path, shape, header)
     except BadInputError:
         raise
     except Exception as error:
@@ -240,7 +261,7 @@ def _two_longest(shape: tuple[int, int, int]) -> tuple[int, int]:
     return (middle, longest)
 
 
-def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[Array, Array, str]:
+def _load(path: Path, shape: tuple[int, int, int], header: Header) -> tuple[Array, Array, str]:
     """Pixels (1 z h w) and affine in canonical orientation, and the source's axis codes."""
     import nibabel
     import torch
@@ -253,10 +274,16 @@ def _load(path: Path, shape: tuple[int, int, int], source_format: str) -> tuple[
 
     # The readers themselves: LoadImage makes all of MONAI's, and one for DICOM misses a GPU, and
     # it fails on values of the other byte order.
-    reader = NibabelReader() if source_format == "nifti" else NrrdReader(dtype=None)
+    reader = (
+        NibabelReader()
+        if header.source_format == "nifti"
+        else NrrdReader(dtype=None, affine_lps_to_ras=False)
+    )
     values, meta = reader.get_data(reader.read(str(path)))
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     affine = np.asarray(meta["affine"], dtype=np.float64)
+    if affine.shape == (4, 4):
+        affine = _in_ras_mm(affine, header.to_ras_mm)
     if affine.shape != (4, 4) or abs(np.linalg.det(affine[:3, :3])) < SINGULAR:
         raise BadInputError(f"{path}: its affine is singular; export it again")
     image = convert_to_tensor(values.reshape(1, *shape))

@@ -32,6 +32,14 @@ DTYPES = {
 }  # fmt: skip
 """The names of the NRRD format definition, section 5."""
 
+_LPS, _RAS, _LAS = (-1, -1, 1), (1, 1, 1), (-1, 1, 1)
+SPACES = {
+    None: _LPS, "left-posterior-superior": _LPS, "lps": _LPS, "right-anterior-superior": _RAS,
+    "ras": _RAS, "left-anterior-superior": _LAS, "las": _LAS,
+}  # fmt: skip
+"""The anatomical spaces, section 5.2, and what turns them to R, A, S; unnamed is LPS, as in ITK."""
+MM_PER = {"mm": 1.0, "um": 1e-3, "\u00b5m": 1e-3, "\u03bcm": 1e-3, "cm": 10.0, "m": 1e3}
+"""Millimetres in the units of length that are known; what names none is in mm."""
 
 GZIP = ("gz", "gzip")
 COMPRESSED = (*GZIP, "bz2", "bzip2")
@@ -42,11 +50,19 @@ WIDEST = 8
 
 @dataclass(frozen=True)
 class NrrdHeader:
-    """Sizes (fastest axis first) and dtype of the values, and whether they are compressed."""
+    """What a file says of its values and of where they lie.
+
+    Attributes:
+        shape: sizes, fastest axis first.
+        dtype: of the values.
+        compressed: whether they are.
+        to_ras_mm: what coordinates are multiplied by to be R, A and S in mm.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     compressed: bool
+    to_ras_mm: tuple[float, float, float]
 
 
 def read(path: Path) -> NrrdHeader:
@@ -66,6 +82,7 @@ def read(path: Path) -> NrrdHeader:
             )
         if "space directions" not in header:
             raise BadInputError(f"{path}: it states no 'space directions'; export it with spacing")
+        to_ras_mm = _to_ras_mm(path, header)
         if int(header.get("line skip", 0)) or int(header.get("byte skip", 0)) not in (0, -1):
             raise BadInputError(f"{path}: its data do not follow its header; save it without skips")
         shape = tuple(int(n) for n in header["sizes"])
@@ -79,7 +96,24 @@ def read(path: Path) -> NrrdHeader:
             raise BadInputError(
                 f"{path}: its data are not of the size that the header states; export it again"
             )
-    return NrrdHeader(shape, dtype, compressed)
+    return NrrdHeader(shape, dtype, compressed, to_ras_mm)
+
+
+def _to_ras_mm(path: Path, header: dict[str, Any]) -> tuple[float, float, float]:
+    """The factors of a header's space and of its units."""
+    space = header.get("space")
+    signs = SPACES.get(space if space is None else str(space).strip().lower())
+    if signs is None:
+        raise BadInputError(
+            f"{path}: its 'space' does not say which side of the patient is left; save it as "
+            "left-posterior-superior"
+        )
+    units = [str(unit).strip() for unit in header.get("space units") or ()] or ["mm"]
+    if len(set(units)) > 1 or units[0] not in {*MM_PER, "", "none", "???"}:
+        raise BadInputError(f"{path}: its 'space units' are no length that is known; save it in mm")
+    mm = MM_PER.get(units[0], 1.0)
+    x, y, z = signs
+    return x * mm, y * mm, z * mm
 
 
 def _inflates_to(num_bytes: int, file: IO[bytes], encoding: str) -> bool:

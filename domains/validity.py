@@ -55,8 +55,21 @@ def invalid_pixels(meta: Mapping[str, Any], pixels: Array) -> Array | None:
     value = meta.get("geotiff", {}).get("nodata")
     if not isinstance(value, int | float):
         return None
-    invalid = np.asarray((pixels[:, 0] == value).all(axis=0, keepdims=True))
-    return invalid if invalid.any() else None
+    lost = lacking(pixels[:, 0], value)
+    return lost if lost.any() else None
+
+
+def lacking(bands: Array, value: float) -> Array:
+    """Where bands (c ...) hold the no-data value: (1 ...), or (c ...) where bands differ in it."""
+    lost = np.asarray(bands == value)
+    if may_be_light(value, bands.dtype) or (lost == lost[:1]).all():
+        return np.asarray(lost.all(axis=0, keepdims=True))
+    return lost
+
+
+def may_be_light(value: float, dtype: np.dtype[Any]) -> bool:
+    """Whether a no-data value in one band alone may be light: 0, and any of a byte."""
+    return value == 0 or dtype == np.uint8
 
 
 def stand_in(item: Item, filled: Array | None) -> Item:

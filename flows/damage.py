@@ -18,10 +18,11 @@ import numpy as np
 from domains import polygons
 from domains.base import Array, BadInputError, Domain, Item
 from domains.between_slices import missing_planes
+from domains.guides import MOST_APART, voxels_apart
 from domains.imaging import kernel_fault
 from domains.polygons import Polygons
 from domains.strokes import find_strokes
-from domains.validity import INVALID, unpack
+from domains.validity import INVALID, lacking, unpack
 from flows.boxes import SUFFIXES as BOX_SUFFIXES
 from flows.boxes import Box, boxes_of, inside, read_boxes
 from flows.config import RestoreSettings
@@ -190,7 +191,9 @@ class Damage:
         if mask is None:
             return self.mask
         try:
-            return missing_pixels(domain.read(mask).pixels)
+            read = domain.read(mask)
+            _require_same_place(read, item)
+            return missing_pixels(read.pixels)
         except BadInputError as error:
             # Without its name, which is the image's: reasons are recorded.
             raise BadInputError(f"its mask: {str(error).removeprefix(f'{mask}: ')}") from error
@@ -209,7 +212,10 @@ def _masks(path: Path, domain: Domain) -> dict[str, Any]:
     if path.is_file() and path.suffix.lower() in BOX_SUFFIXES:
         return {"mask_file": path, "boxes": read_boxes(path)}
     if path.is_file():
-        missing = missing_pixels(domain.read(path).pixels)
+        try:
+            missing = missing_pixels(domain.read(path).pixels)
+        except BadInputError as error:
+            raise BadInputError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
         if missing.all():
             raise BadInputError(
                 f"{path}: the mask marks every pixel as missing; white means missing, black means "
@@ -275,13 +281,37 @@ def missing_pixels(mask: Array) -> Array:
     """A mask image (c z h w), white where pixels are missing, as booleans (z h w).
 
     White is what lies above the middle of the mask's scale, so that a mask saved as JPEG serves
-    too: 0..1 for values of 0 and 1, else 0..white of the dtype.
+    too: 0..1 for values of 0 and 1; whole numbers 0..255 in whatever type they are, or 0..white of
+    a wider one; other fractions 0..highest.
+
+    Raises:
+        BadInputError: if it is not black, and nothing in it is white.
     """
     levels = mask.astype(np.float64).mean(axis=0)
-    white = 1.0
-    if mask.max() > 1:
-        white = float(np.iinfo(mask.dtype).max) if mask.dtype.kind in "iu" else float(mask.max())
-    return levels > white / 2
+    highest = white = float(mask.max())
+    if highest <= 1:
+        white = 1.0
+    elif mask.dtype.kind in "iu":
+        white = 255.0 if highest <= 255 else float(np.iinfo(mask.dtype).max)
+    missing = np.asarray(levels > white / 2)
+    if highest > 0 and not missing.any():
+        raise BadInputError(
+            f"nothing in it is white: its values reach {levels.max():g} of {white:g}; write 255 "
+            "where pixels are missing, or 1, and 0 elsewhere"
+        )
+    return missing
+
+
+def _require_same_place(mask: Item, image: Item) -> None:
+    """Refuse a mask of the image's size that by the files' own coordinates lies elsewhere."""
+    if mask.record.shape[1:] != image.record.shape[1:]:
+        return  # of another size, or one for all slices: looked at where it is used
+    apart = voxels_apart(mask.record, image.record)
+    if apart > MOST_APART:
+        raise BadInputError(
+            f"it lies elsewhere than the image, {apart:.2g} pixels away by the files' own "
+            "coordinates; resample it onto the image's grid"
+        )
 
 
 def nodata_pixels(item: Item) -> Array:
@@ -295,10 +325,10 @@ def nodata_pixels(item: Item) -> Array:
         invalid = unpack(item.record.meta[INVALID], c, h, w)[:, None]
         return invalid[0] if len(invalid) == 1 else invalid
     value = item.record.meta.get("nodata", 0)
-    missing = (item.pixels == value).all(axis=0)
+    missing = lacking(item.pixels, value)
     if not missing.any():
         raise BadInputError(f"no pixel has the no-data value {value}; give a mask")
-    return np.asarray(missing)
+    return missing[0] if len(missing) == 1 else missing
 
 
 def stroke_pixels(item: Item) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from domains.base import Array, BadInputError, ItemRecord
 from domains.files import require_size
-from domains.validity import INVALID, pack, unpack
+from domains.validity import INVALID, may_be_light, pack, unpack
 
 TAGS = frozenset({33550, 33922, 34264, 34735, 42112, 42113, 50844})
 """TIFF tags of GeoTIFF and GDAL: scale, tie points, transform, keys, metadata, no data, RPC."""
@@ -27,6 +27,8 @@ NODATA_IS_NAN = "nan"
 
 _LOSSLESS = frozenset({"deflate", "lzw", "zstd", "packbits", "lzma"})
 _OWN_NAMESPACES = frozenset({"IMAGE_STRUCTURE", "DERIVED_SUBDATASETS", "COLOR_PROFILE", "RPC"})
+_NAMING = frozenset({"TIFFTAG_ARTIST", "TIFFTAG_HOSTCOMPUTER", "TIFFTAG_IMAGEDESCRIPTION"})
+"""What names people, or is free text, in a picture that lies nowhere on the earth."""
 
 BigReader = Callable[[slice, slice, slice], Array]
 """(z, y, x) -> pixels (c z h w) in the dtype that is written."""
@@ -90,6 +92,9 @@ def _facts(source: Any, bands: Sequence[int]) -> dict[str, Any]:
     spaces = [n for n in source.tag_namespaces() if n not in _OWN_NAMESPACES and "xml:" not in n]
     nodata = source.nodata
     georeferenced = source.crs is not None or not source.transform.is_identity
+    tags = source.tags()
+    if not (georeferenced or points):
+        tags = {name: value for name, value in tags.items() if name not in _NAMING}
 
     def chosen(values: Sequence[Any]) -> list[Any]:
         return [values[number - 1] for number in bands]
@@ -107,7 +112,7 @@ def _facts(source: Any, bands: Sequence[int]) -> dict[str, Any]:
         "units": chosen(source.units),
         "scales": chosen(source.scales),
         "offsets": chosen(source.offsets),
-        "tags": {"": source.tags(), **{name: source.tags(ns=name) for name in spaces}},
+        "tags": {"": tags, **{name: source.tags(ns=name) for name in spaces}},
         "band_tags": [_lasting(source.tags(number)) for number in bands],
         "rpc": source.tags(ns="RPC"),
         "icc": source.tags(ns="COLOR_PROFILE").get("SOURCE_ICC_PROFILE"),
@@ -244,8 +249,10 @@ def _marked(box: Array, lost: Array | None, geo: Mapping[str, Any]) -> Array:
     """(c h w) with the no-data value where there is none, and nowhere that was restored."""
     value = box.dtype.type(geo["nodata"])
     if geo.get("filled"):
-        alike = (box == value).all(axis=0)
-        box[0] = np.where(alike, _beside(value), box[0])
+        alike = box == value
+        if may_be_light(value, box.dtype):
+            alike = alike.all(axis=0, keepdims=True)
+        box[: len(alike)] = np.where(alike, _beside(value), box[: len(alike)])
     if lost is not None and not (geo["alpha"] or geo.get("mask")):
         box = np.where(np.broadcast_to(lost, box.shape), value, box)
     return box

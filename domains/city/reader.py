@@ -45,6 +45,11 @@ SLACK_BYTES = 1 << 16
 _GDAL_NODATA = 42113
 """The TIFF tag that names the value of pixels without data."""
 _TIFF_ORIENTATION, _TIFF_PROFILE = 274, 34675
+_WHITE_IS_ZERO, _PALETTE, _COLOUR_FILTER = 0, 3, 32803
+_OTHER_COLOURS = {5: "CMYK", 8: "CIELab", 9: "ICCLab", 10: "ITULab", 32844: "LogL", 32845: "LogLuv"}
+"""Colours of a TIFF that are no light as they stand."""
+_ALPHA = (1, 2)
+"""Kinds of a TIFF's extra samples that are alpha: multiplied into the colours, or not."""
 
 
 def read(path: Path) -> Item:
@@ -221,8 +226,16 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
         size = dict(zip(axes, shape, strict=True))
         require_size(path, shape, (size["Y"], size["X"]))
         _require_honest_segments(path, series)
-        if not set(axes) - set("SCYX") and any(tag in first.tags for tag in geotiff.TAGS):
+        _require_light(path, first)
+        turned = first.photometric == _WHITE_IS_ZERO
+        alpha = any(kind in _ALPHA for kind in first.extrasamples)
+        one_page = not set(axes) - set("SCYX")
+        if one_page and (alpha or any(tag in first.tags for tag in geotiff.TAGS)):
+            if turned:
+                raise BadInputError(f"{path}: a scene whose white is 0; save it with black as 0")
             return geotiff.read(path)
+        if alpha:
+            raise BadInputError(f"{path}: pages with an alpha channel; save them without it")
         nodata = _nodata(first.tags.get(_GDAL_NODATA))
         kept, orientation = _tiff_kept(first)
         try:
@@ -231,7 +244,7 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
             if "imagecodecs" not in str(error) or any(a not in "YXS" for a in axes):
                 raise
             # tifffile needs imagecodecs for LZW and other compressions; OpenCV has them.
-            image = _decode_with_opencv(path)
+            image, turned = _decode_with_opencv(path), turned and first.bitspersample > 8
     image = image.reshape(shape)
     bands = [a for a in axes if a in "SC"]
     pages = [a for a in axes if a not in "SCYX"]
@@ -245,6 +258,8 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
         pixels = pixels[:, None]
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
+    if turned:
+        pixels, nodata = _black_is_zero(path, pixels, nodata, first.bitspersample)
     layout = "planar" if bands and axes.index(bands[0]) < axes.index("Y") else "interleaved"
     meta: dict[str, Any] = {"layout": layout, **nodata}
     if kept:
@@ -253,6 +268,42 @@ def _read_tiff(path: Path) -> tuple[Array, dict[str, Any]]:
         pixels = exif.upright(pixels.transpose(2, 3, 0, 1), orientation).transpose(2, 3, 0, 1)
         meta["orientation"] = orientation
     return pixels, meta
+
+
+def _require_light(path: Path, page: Any) -> None:
+    """Refuse a TIFF whose values are numbers of colours, or colours that are not light."""
+    kind = int(page.photometric)
+    if kind == _PALETTE:
+        raise BadInputError(
+            f"{path}: its values are numbers of classes or colours (a palette), which cannot be "
+            "restored as light; convert it to RGB"
+        )
+    if kind in _OTHER_COLOURS:
+        raise BadInputError(
+            f"{path}: {_OTHER_COLOURS[kind]} colours are not supported; convert it to RGB"
+        )
+    if kind == _COLOUR_FILTER:
+        raise BadInputError(
+            f"{path}: a camera's raw mosaic, whose neighbours are of unlike colours; develop it "
+            "to RGB"
+        )
+
+
+def _black_is_zero(
+    path: Path, pixels: Array, nodata: dict[str, float], bits: int
+) -> tuple[Array, dict[str, float]]:
+    """Light of values that fall with it, as faxes and scanners write them, and its no-data value.
+
+    It is written with black as 0, which every viewer shows the same.
+    """
+    if pixels.dtype.kind != "u":
+        raise BadInputError(
+            f"{path}: its white is 0, and its values are {pixels.dtype.name}, so that its black is "
+            "not known; save it with black as 0"
+        )
+    white = np.iinfo(pixels.dtype).max if bits == 1 else 2**bits - 1
+    turned = (white - pixels).astype(pixels.dtype)
+    return turned, {name: white - value for name, value in nodata.items()}
 
 
 def _tiff_kept(page: Any) -> tuple[dict[str, str], int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from domains import medical
-from domains.base import Array, Item
+from domains.base import Array, BadInputError, Item
 
 SUFFIXES = medical.SUFFIXES
 INT16 = np.iinfo(np.int16)
@@ -18,9 +18,15 @@ def read(path: Path) -> Item:
     """Read one CT volume; pixels (1 z h w) in HU, int16 wherever all values are whole numbers.
 
     Raises:
-        BadInputError: if the file cannot be used.
+        BadInputError: if the file cannot be used, or holds values that no HU have.
     """
     item = medical.read_volume(path, "ct", "HU")
+    low, high = item.pixels.min(), item.pixels.max()
+    if item.record.source_format != "dicom" and (low < INT16.min or high > INT16.max):
+        raise BadInputError(
+            f"{path}: its values span {low:g} to {high:g}, which are no Hounsfield units; rescale "
+            "it to HU"
+        )
     pixels = whole_hu(item.pixels)
     return Item(pixels, replace(item.record, dtype=pixels.dtype.name))
 

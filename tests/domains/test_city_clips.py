@@ -9,6 +9,7 @@ import tifffile
 from PIL import Image
 from sample_kit import sample_path
 
+from domains.base import BadInputError
 from domains.city import reader, writer
 from domains.city.degradations import moving_strokes
 from domains.files import select
@@ -93,6 +94,15 @@ def test_one_mask_moves_over_the_frames_and_parts_have_the_masks_of_the_whole(cl
     task = load_task("video-strokes")
     measured = load_domain("city").simulate(item, task, seed=3).arrays["mask"]
     np.testing.assert_array_equal(measured, ~missing)
+
+
+def test_a_mask_of_other_frames_than_the_clip_has_is_told_by_their_numbers(clip):
+    city = load_domain("city")
+    item = city.read(clip[1])
+    mask = np.zeros((4, 36, 50), bool)
+    mask[0] = True
+    with pytest.raises(BadInputError, match="4 x 36 x 50 pixels, the image 6 x 36 x 50"):
+        city.given(item, mask=mask, kernel=None, scale=None, sigma_y=0.0)
 
 
 def test_a_damaged_clip_is_restored_to_a_clip(tmp_path, clip, monkeypatch):

@@ -90,6 +90,64 @@ def test_thick_slices_stay_slices(tmp_path, codes, thick, plane):
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), values)
 
 
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [
+        ("left-posterior-superior", (-1, -1, 1)), ("LPS", (-1, -1, 1)), (None, (-1, -1, 1)),
+        ("right-anterior-superior", (1, 1, 1)), ("RAS", (1, 1, 1)),
+        ("left-anterior-superior", (-1, 1, 1)), ("LAS", (-1, 1, 1)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("unit", "mm"), [(None, 1.0), ("mm", 1.0), ("um", 1e-3), ("cm", 10.0)])
+def test_an_nrrd_lies_where_its_space_and_units_say(tmp_path, space, signs, unit, mm):
+    values = RNG.integers(-1000, 2000, (18, 20, 22)).astype(np.int16)
+    own = affine_of("RAS")
+    header = {"space directions": own[:3, :3].T / mm, "space origin": own[:3, 3] / mm}
+    header |= {"space dimension": 3} if space is None else {"space": space}
+    nrrd.write(
+        str(tmp_path / "a.nrrd"), values, header | ({"space units": [unit] * 3} if unit else {})
+    )
+    item = mri_reader.read(tmp_path / "a.nrrd")
+    written = nibabel.load(mri_writer.write(item, tmp_path / "b"))
+    np.testing.assert_allclose(written.affine, np.diag([*signs, 1]) @ own, atol=1e-5)
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), values)
+
+
+@pytest.mark.parametrize("header", [{"space": "scanner-xyz"}, {"space units": ["px"] * 3}])
+def test_an_nrrd_that_does_not_say_which_side_is_left_is_refused(tmp_path, header):
+    header = {"space": "LPS", "space directions": np.eye(3), "space origin": [0, 0, 0]} | header
+    nrrd.write(str(tmp_path / "a.nrrd"), np.zeros((18, 20, 22), np.int16), header)
+    with pytest.raises(BadInputError, match="save it"):
+        mri_reader.read(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("meter", 1e3), ("micron", 1e-3), ("unknown", 1.0)])
+def test_a_nifti_in_other_units_of_length_is_in_millimetres(tmp_path, unit, mm):
+    values = RNG.integers(-1000, 2000, (18, 20, 22)).astype(np.int16)
+    sform = affine_of("RAS")
+    qform = np.diag([-1.0, -1.0, 1.0, 1.0]) @ sform
+    qform[:3, 3] += 5
+    image = nibabel.Nifti1Image(values, None)
+    to_unit = np.diag([1 / mm, 1 / mm, 1 / mm, 1.0])
+    image.set_sform(to_unit @ sform, 2)
+    image.set_qform(to_unit @ qform, 1)
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    item = ct_reader.read(tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(item.record.spacing_mm, (1.2, 1.1, 1.0), rtol=1e-5)
+    written = nibabel.load(ct_writer.write(item, tmp_path / "b"))
+    assert written.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_allclose(written.get_sform(), sform, atol=1e-4)
+    np.testing.assert_allclose(written.get_qform(), qform, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "value"), [(np.uint16, 40000), (np.int32, -40000)])
+def test_a_ct_volume_beyond_what_hounsfield_units_are_is_refused(tmp_path, kind, value):
+    path = nifti(tmp_path / "a.nii.gz", np.full((18, 20, 22), value, kind))
+    with pytest.raises(BadInputError, match="no Hounsfield units"):
+        ct_reader.read(path)
+
+
 def test_nrrd_in_left_posterior_superior_becomes_the_same_item_as_nifti_in_ras(tmp_path):
     values = RNG.integers(0, 3000, (20, 21, 6)).astype(np.int16)
     directions = np.diag([0.8, -0.8, 6.5])
@@ -145,8 +203,6 @@ def test_whole_hounsfield_units_become_int16_whatever_holds_them(tmp_path):
         assert item.record.dtype == "int16"
     fraction = ct_reader.read(nifti(tmp_path / "b.nii", values.astype("f4") + 0.25))
     assert fraction.pixels.dtype == np.float32
-    large = ct_reader.read(nifti(tmp_path / "c.nii", values.astype("i4") * 100))
-    assert large.pixels.max() > 32767
 
 
 def test_restored_ct_is_written_in_whole_units_within_int16(tmp_path):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from domains.base import BadInputError, Item
 from domains.registry import load_domain
 from flows.api_restore import collect, plan, prepare, restore, restore_window
 from flows.config import ComputeSettings, MethodSettings, RestoreSettings, config_path
-from flows.damage import missing_pixels, nodata_pixels, read_kernel
+from flows.damage import Damage, missing_pixels, nodata_pixels, read_kernel
 from flows.engine.campaign import CampaignError
 from flows.engine.events import ignore
 from flows.engine.executor import InlineExecutor
@@ -226,6 +227,17 @@ def test_masks_and_kernels_are_read_as_people_save_them(tmp_path):
     assert missing_pixels(jpeg_like).tolist() == [[[False, False, True, True]]]
     ones = np.array([[[[0, 1]]]], np.uint8)
     assert missing_pixels(ones).tolist() == [[[False, True]]]
+    for kind in (np.int16, np.uint16, np.int32):  # a byte's white, as volumes hold it
+        assert missing_pixels(jpeg_like.astype(kind)).tolist() == [[[False, False, True, True]]]
+    assert missing_pixels(np.array([[[[0.0, 60, 90]]]])).tolist() == [[[False, True, True]]]
+    assert not missing_pixels(np.zeros((1, 1, 2, 2), np.uint8)).any()
+    for labels in (np.array([[[[0, 2]]]], np.uint8), np.array([[[[0, 900]]]], np.int16)):
+        with pytest.raises(BadInputError, match="nothing in it is white"):
+            missing_pixels(labels)
+    red = np.zeros((3, 1, 2, 2), np.uint8)
+    red[0] = 255
+    with pytest.raises(BadInputError, match="reach 85 of 255"):
+        missing_pixels(red)
     kernel = np.array([[0.0, 1.0], [2.0, 1.0]])
     np.save(tmp_path / "k.npy", kernel)
     np.savetxt(tmp_path / "k.txt", kernel)
@@ -237,6 +249,28 @@ def test_masks_and_kernels_are_read_as_people_save_them(tmp_path):
     for name in ("k.csv", "cube.npy", "none.npy"):
         with pytest.raises(BadInputError, match="kernel"):
             read_kernel(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("moved", "fits"),
+    [(np.eye(4), True), (np.diag([-1.0, 1, 1, 1]), False), (np.diag([1.0, 1, 2, 1]), False)],
+)
+def test_a_mask_that_lies_elsewhere_than_its_volume_is_refused(tmp_path, moved, fits):
+    affine = np.array([[1.0, 0, 0, -9], [0, 1, 0, -8], [0, 0, 3, 4], [0, 0, 0, 1]])
+    values = np.zeros((20, 24, 3), np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "a.nii.gz")
+    values[3:9, 4:7] = 255
+    (tmp_path / "masks").mkdir()
+    nibabel.save(nibabel.Nifti1Image(values, moved @ affine), tmp_path / "masks/a.nii.gz")
+    domain = load_domain("ct")
+    asked = RestoreSettings(input=tmp_path, output=tmp_path / "out", mask=str(tmp_path / "masks"))
+    damage, item = Damage.of(asked, domain), domain.read(tmp_path / "a.nii.gz")
+    if fits:
+        missing = damage.missing(item, "a", damage.mask_of("a"), domain)
+        assert missing.sum() == 6 * 3 * 3
+        return
+    with pytest.raises(BadInputError, match="its mask: it lies elsewhere"):
+        damage.missing(item, "a", damage.mask_of("a"), domain)
 
 
 def test_nodata_pixels_are_those_that_are_so_in_every_band(photos):
