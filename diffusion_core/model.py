@@ -91,6 +91,18 @@ def save_model(
     return _publish(staging, path)
 
 
+def is_student(path: Path) -> bool:
+    """Whether a model directory holds a distilled model.
+
+    Args:
+        path: of the model directory.
+
+    Raises:
+        BadModelError: if it has no readable configuration.
+    """
+    return DISTILLED in _read_json(Path(path) / CONFIG)
+
+
 def solver_settings(path: Path) -> dict[str, Any]:
     """Settings of solvers fitted for a model: solver.json, {} if it has none. Needs no torch.
 

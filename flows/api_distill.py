@@ -43,7 +43,7 @@ def _network_of_teacher(settings: DistillSettings) -> dict[str, Any]:
     Raises:
         BadInputError: if there is no teacher with the tables that data steps need.
     """
-    from diffusion_core.model import CONFIG, DISTILLED, BadModelError, model_digest
+    from diffusion_core.model import CONFIG, BadModelError, model_digest
 
     teacher = resolved(settings).init_from
     if teacher is None:
@@ -56,10 +56,6 @@ def _network_of_teacher(settings: DistillSettings) -> dict[str, Any]:
     except (BadModelError, OSError) as error:
         raise BadInputError(f"the setting 'init_from' names no teacher: {error}") from error
     config = json.loads((teacher / CONFIG).read_text())
-    if DISTILLED in config:
-        raise BadInputError(
-            f"{teacher} is a distilled model itself: name the one that it was distilled from"
-        )
     lacking = [
         c for c in settings.conditions if not (teacher / f"covariance-{c}.safetensors").is_file()
     ]
@@ -68,5 +64,6 @@ def _network_of_teacher(settings: DistillSettings) -> dict[str, Any]:
             f"{teacher} has no covariance table for '{lacking[0]}': leave out the condition, or "
             "train it with validation images"
         )
-    own = {name: value for name, value in config["network"].items() if name != "num_conditions"}
+    added = {"num_conditions", "num_inputs"}  # by the conditions, and by being a student
+    own = {name: value for name, value in config["network"].items() if name not in added}
     return settings.network or own

@@ -186,7 +186,7 @@ def new_network(settings: TrainSettings) -> Preconditioned:
             network = LocalUNet(
                 num_conditions=len(settings.conditions),
                 num_guides=len(guide_channels(settings.guides)),
-                sees_missing=settings.learns_from_holes,
+                sees_missing=settings.hidden_share is not None,
                 **settings.network,
             )
             module = Preconditioned(network)
@@ -195,16 +195,29 @@ def new_network(settings: TrainSettings) -> Preconditioned:
             f"the setting 'network' cannot be used ({error}): it takes widths and depths, lists of "
             "one length, and num_features"
         ) from error
+    if isinstance(settings, DistillSettings):
+        return _new_student(module, settings)
     if settings.init_from is not None:
         _begin_from(module, settings, settings.init_from)
-    if isinstance(settings, DistillSettings):
-        from diffusion_core.networks.student import student_of
-
-        return student_of(module)
     if settings.low_rank:
         with seeded_initialisation(settings.seed):
             add_low_rank(module, settings.low_rank)
     return module
+
+
+def _new_student(module: Preconditioned, settings: DistillSettings) -> Preconditioned:
+    """A student that begins as its teacher, or as the student that init_from holds."""
+    from diffusion_core.model import is_student
+    from diffusion_core.networks.student import student_of
+
+    start = settings.init_from
+    if start is not None and is_student(start):
+        module = student_of(module)
+        _begin_from(module, settings, start)
+        return module
+    if start is not None:
+        _begin_from(module, settings, start)
+    return student_of(module)
 
 
 def _begin_from(module: Preconditioned, settings: TrainSettings, path: Path) -> None:

@@ -219,9 +219,11 @@ class TrainSettings(Settings):
         return self
 
     @property
-    def learns_from_holes(self) -> bool:
-        """Whether the network is shown images that lack pixels, and told which."""
-        return self.corruption is not None and self.corruption.filled_by is None
+    def hidden_share(self) -> float | None:
+        """Of measured pixels, what the network is not shown; None if it sees whole images."""
+        if self.corruption is None or self.corruption.filled_by is not None:
+            return None
+        return self.corruption.further
 
     @field_validator("soft_shares", "guides")
     @classmethod

@@ -62,7 +62,7 @@ def _began(settings: TrainSettings) -> str:
 
 def _filled(settings: TrainSettings) -> str:
     """What stands for pixels that were never measured."""
-    if settings.learns_from_holes:
+    if settings.hidden_share is not None:
         return "No whole image was seen: pixels that were not measured were never learned from.\n"
     digest = filled_by(settings)
     return (

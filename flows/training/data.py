@@ -153,7 +153,7 @@ def patch_source(
             _augmentation(settings, domains),
             num_guides(settings),
             settings.guide_drop_share,
-            settings.corruption.further if settings.learns_from_holes else None,
+            settings.hidden_share,
         )
     except ValueError as error:
         raise BadInputError(str(error)) from error

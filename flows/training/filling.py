@@ -21,6 +21,7 @@ from domains.base import Array, BadInputError
 
 if TYPE_CHECKING:
     from diffusion_core.model import Model
+    from flows.config import TrainSettings
 
 _LEVELS = 6, 0.5, 0.02, 3.0
 """How many, the highest and the lowest, rho."""
@@ -82,8 +83,18 @@ class Filler:
         return whole
 
 
+def filler_of(settings: TrainSettings) -> Filler | None:
+    """What fills a training's images; None if nothing does.
+
+    Raises:
+        BadInputError: if the model that is named is none.
+    """
+    by = settings.corruption and settings.corruption.filled_by
+    return _open(by) if by else None
+
+
 @lru_cache(maxsize=2)
-def open_filler(path: Path) -> Filler:
+def _open(path: Path) -> Filler:
     """The filler of a model directory.
 
     Raises:

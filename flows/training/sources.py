@@ -141,8 +141,7 @@ def open_sources(settings: TrainSettings, *, filled: bool = True) -> list[Source
     Raises:
         BadInputError: as open_source, and if the model that fills cannot be used.
     """
-    from flows.training.filling import open_filler
+    from flows.training.filling import filler_of
 
-    by = settings.corruption and settings.corruption.filled_by
-    filler = open_filler(by) if by and filled else None
+    filler = filler_of(settings) if filled else None
     return [open_source(path, filler) for path in settings.data]

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flows.config import TrainSettings
+from flows.training.filling import filler_of
 from flows.training.sources import open_sources
 
 _CALIBRATION_SLICES = 4
@@ -72,7 +73,8 @@ def _pairs(
     channels = condition_channels(settings)
     domains = condition_domains()
     volumes: dict[str, list[Sequence[np.ndarray[Any, Any]]]] = {}
-    for condition, views in load_windows(settings, "validation"):
+    filler = filler_of(settings)
+    for condition, views in load_windows(settings, "validation", filled=False):
         volumes.setdefault(condition, []).append(views)
     images: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for condition in channels:
@@ -89,6 +91,9 @@ def _pairs(
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
             joined = _centre(volume[:, z], side)
             patch, guide = np.split(joined, [len(joined) - num_guides(settings)])
+            if filler is not None:  # of the crop alone: photographs are large
+                at = condition if condition in volumes else source
+                patch = filler.fill(patch[:, None], at, f"{condition}-{number}")[:, 0]
             rng = np.random.Generator(np.random.Philox(key=[_SEED, number]))
             if condition in domains[condition].drawn_from:
                 patch = domains[condition].augment(condition, patch, rng)
@@ -110,7 +115,8 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
     import torch
 
     images: dict[str, list[Tensor]] = {}
-    for source in open_sources(settings):
+    filler = filler_of(settings)
+    for source in open_sources(settings, filled=False):
         for record in source.items():
             named = record.item_id in settings.calibration_items
             if not named and (settings.few is None or record.split != "train"):
@@ -121,6 +127,8 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
                 for turn in range(_CALIBRATION_SLICES):
                     z = (2 * turn + 1) * depth // (2 * _CALIBRATION_SLICES)
                     image = np.ascontiguousarray(views[0][:, z], np.float32)
+                    if filler is not None:
+                        image = filler.fill(image[:, None], condition, record.source_digest)[:, 0]
                     images.setdefault(condition, []).append(torch.from_numpy(image)[None])
     return {c: chosen for c, chosen in images.items() if c in settings.conditions}
 

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from train_kit import dataset_of, settings
 
 from diffusion_core.model import DISTILLED, BadModelError, Model, solver_settings
@@ -16,7 +17,7 @@ from domains.base import BadInputError
 from flows import cli
 from flows.api_distill import distill
 from flows.api_evaluate import evaluate
-from flows.api_train import train
+from flows.api_train import new_network, train
 from flows.config import (
     ComputeSettings,
     DistillSettings,
@@ -219,9 +220,23 @@ def test_what_cannot_be_distilled_is_told_before_anything_is_written(
     assert not (tmp_path / "student").exists()
 
 
-def test_a_student_is_no_teacher(student, data, tmp_path):
-    with pytest.raises(BadInputError, match="is a distilled model itself"):
-        distill(asked(data, student.model_path, tmp_path))
+def test_a_student_goes_on_from_a_student_with_all_that_it_learned(student, data, tmp_path):
+    """Its inputs' weights and its head among it, which begin at 0 with a teacher."""
+    further = asked(data, student.model_path, tmp_path, num_steps=2, patch_size=48)
+    start = Model.load(student.model_path)
+    added = ("num_conditions", "num_inputs")
+    network = {k: v for k, v in start.config["network"].items() if k not in added}
+    module = new_network(further.model_copy(update={"network": network}))
+    begun, learned = module.state_dict(), start.module.state_dict()
+    assert all(torch.equal(begun[name], learned[name]) for name in learned)
+    assert begun["network.stem.weight"][:, 24:].abs().max() > 0
+
+    again = Model.load(distill(further).model_path)
+    assert again.is_distilled
+    assert again.config["started_from"] == start.digest
+    assert again.config["network"] == start.config["network"]
+    tables = [model.prior("city").prior_log_spectrum for model in (again, start)]
+    assert torch.equal(*tables)
 
 
 @pytest.mark.parametrize(
