@@ -317,13 +317,21 @@ def _require_same_place(mask: Item, image: Item) -> None:
 def nodata_pixels(item: Item) -> Array:
     """Pixels (z h w), or (c z h w), that hold no data: by a mask of the file, or by their value.
 
+    A GeoTIFF that names no value is taken to mean 0, as scenes are commonly cut. Anywhere else a 0
+    is a value: black in a photograph, water in CT.
+
     Raises:
-        BadInputError: if there is none.
+        BadInputError: if there is none, or the file has no means to say so.
     """
     if INVALID in item.record.meta:
         c, _, h, w = item.pixels.shape
         invalid = unpack(item.record.meta[INVALID], c, h, w)[:, None]
         return invalid[0] if len(invalid) == 1 else invalid
+    if not {"nodata", "geotiff"} & item.record.meta.keys():
+        raise BadInputError(
+            "it names no value for pixels without data, and its zeros may be as real as any other "
+            "value; draw a mask file, or save it as a GeoTIFF with a no-data value"
+        )
     value = item.record.meta.get("nodata", 0)
     missing = lacking(item.pixels, value)
     if not missing.any():

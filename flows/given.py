@@ -3,7 +3,7 @@
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
     --mask BOXES         a .csv or .json file of boxes: see boxes.py; .geojson: domains/polygons.py
     --mask auto          strokes, stripes and dead lines that are found: see domains/strokes.py
-    --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
+    --mask nodata        pixels without data, as the file says (a GeoTIFF that names no value: 0)
     --mask slices        slices that a DICOM series lacks
     --mask slices:7,9    these slices (from 0), as `sashiko inspect` counts them
     --mask moved         slices of MRI that look as if they moved while they were measured

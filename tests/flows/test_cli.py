@@ -192,7 +192,7 @@ def test_a_missing_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     pixels = np.full((32, 32, 3), 90, np.uint8)
     pixels[8:12] = 0
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    arguments = ("restore", "--input", tmp_path / "a.png", "--domain", "city", "--mask", "nodata")
+    arguments = ("restore", "--input", tmp_path / "a.png", "--domain", "city", "--mask", "auto")
     code, _, err = sashiko(
         capsys,
         *arguments,
