@@ -330,10 +330,17 @@ def view_text(found: Sequence[Viewable]) -> str:
 
     lines = []
     for one in found[:MAX_ROWS]:
-        lines.append(f"{one.item_id}, {one.task}, by {one.method}: {one.path}")
+        task = " ".join([one.task, *_as_options(one.given)])
+        lines.append(f"{one.item_id}, {task}, by {one.method}: {one.path}")
         for viewer, command in one.commands.items():
             here = "" if installed(command) else "   (not installed here)"
             lines.append(f"  {viewer:<10} {command}{here}")
     if len(found) > MAX_ROWS:
         lines.append(f"... and {len(found) - MAX_ROWS} more; --json tells all")
     return "\n".join(lines)
+
+
+def _as_options(given: Mapping[str, object]) -> Iterator[str]:
+    """Settings as they are typed: --scale 4."""
+    for name, value in given.items():
+        yield f"--{name.replace('_', '-')} {_plain_value(value)}"

@@ -47,6 +47,21 @@ def chosen_slices(mask: str | Path | None) -> tuple[int, ...]:
     return tuple(sorted({int(number) for number in found[1].split(",")})) if found else ()
 
 
+def given_of(settings: RestoreSettings) -> dict[str, Any]:
+    """What the user said is wrong: setting -> value, of files and folders their last name.
+
+    It tells results of one image apart, and stands where the image's own name does: in the
+    provenance beside files handed over, never in manifests.
+    """
+    said: dict[str, Any] = {}
+    for name in ("mask", "kernel", "scale", "scale_z", "sigma_y", "noise", "damage", "exposure"):
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            is_path = name == "kernel" or (name == "mask" and is_file(value))
+            said[name] = Path(value).name if is_path else value
+    return said
+
+
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with the images, the same for all or a mask for each.

@@ -41,6 +41,19 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("restore --input photos --output o --no-prefect", "photos: images need --domain"),
         ("restore --input photos --domain city --output o", "say what is wrong with the images"),
         ("restore --input photos --domain city --mask x --output o", "x: there is no such mask"),
+        (
+            "restore --input photos --domain city --mask masks --output photos/a.png",
+            "photos/a.png: it is a file; give a folder as output",
+        ),
+        (
+            "restore --input photos --domain city --mask masks --output photos/a.png/o",
+            "photos/a.png is a file; give a folder as output",
+        ),
+        (
+            "restore --input photos --domain city --mask masks --output /proc/o",
+            "/proc/o: nothing can be written there (no such file or directory); give a folder",
+        ),
+        ("explain --input photos --domain city --mask masks --output /proc/o", "sashiko: /proc/o:"),
         ("nightly --inbox nope --output o", "nope: there is no such folder"),
         ("review sashiko-ct --task ct-spars --yes", "unknown task 'ct-spars'"),
         ("review sashiko-ct --input nope --yes", "nope: there is no such dataset"),

@@ -259,7 +259,25 @@ def test_each_result_is_told_with_commands_that_name_what_is_there(output, capsy
     assert told[0]["commands"]["napari"].startswith("napari --plugin napari-ome-zarr ")
     code, out, _ = run(capsys, "view", output)
     assert out.count("napari ") >= 2
-    assert "by nlm" in out
+    assert "given --sigma-y 0.1, by nlm" in out
+
+
+def test_results_of_one_image_are_told_apart_by_what_was_given(output, capsys):
+    Image.new("L", (64, 48)).save(output.parent / "Mr_Smith.png")
+    how = ["--executor", "inline", "--no-prefect", "--mask", output.parent / "Mr_Smith.png"]
+    words = ["--domain", "city", "--input", output.parent / "photo's", "--output", output, *how]
+    assert run(capsys, "restore", *words, "--method", "telea")[0] == 0
+    told = json.loads(run(capsys, "view", output, "--json")[1])
+    given = {Path(one["path"]).suffix: [] for one in told}
+    for one in told:
+        given[Path(one["path"]).suffix].append(one["given"])
+    assert given[".png"] == given[".zarr"]
+    assert sorted(map(json.dumps, given[".png"])) == [
+        '{"mask": "Mr_Smith.png"}',
+        '{"sigma_y": 0.1}',
+    ]
+    for manifest in (output / "manifests").iterdir():
+        assert "Smith" not in manifest.read_text(), "names of files may tell of people"
 
 
 @pytest.mark.parametrize(
