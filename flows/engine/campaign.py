@@ -217,7 +217,8 @@ class _Campaign:
             self._outage.well(index)
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
-            self._progress.advance(item.plan.cost.seconds, pixels)
+            seconds = outcome.receipt.account.seconds if outcome.fresh else None
+            self._progress.advance(item.plan.cost.seconds, pixels, seconds)
             self._progress.tell(
                 "block",
                 f"restoring {item.label}",
