@@ -186,6 +186,7 @@ def _gained(gain: Gain) -> str:
 def restored_text(result: RestoreResult) -> str:
     """What was restored and where it is, for people."""
     bad = [f"quarantined: {q.source or q.item_id}: {q.reason}" for q in result.quarantined]
+    bad += [f"{path}: {remark}" for path, remark in result.remarks[:MAX_LINES]]
     before = f", {result.num_reused} of them before" if result.num_reused else ""
     files = f"; files in {result.output / 'files'}" if result.files else ""
     if result.published and not isinstance(result.output, Path):

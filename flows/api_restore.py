@@ -114,6 +114,7 @@ class RestoreResult:
         num_retries: attempts that failed and were made again.
         seconds: wall time of computing and publishing.
         num_unknown: files of the input that are of no kind the domain reads.
+        remarks: (file, what its user should know) of files that were used.
         account: what it took; kept in OUTPUT/campaigns/CAMPAIGN/account-RUN.json too.
     """
 
@@ -128,6 +129,7 @@ class RestoreResult:
     num_retries: int
     seconds: float
     num_unknown: int = 0
+    remarks: tuple[tuple[Path, str], ...] = ()
     account: RunAccount = field(default_factory=RunAccount)
 
 
@@ -335,6 +337,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
         num_retries=sum(campaign.num_retries for campaign in campaigns),
         seconds=sum(campaign.seconds for campaign in campaigns),
         num_unknown=job.given.num_unknown,
+        remarks=job.given.remarks,
         account=account,
     )
 

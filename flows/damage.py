@@ -62,6 +62,17 @@ def given_of(settings: RestoreSettings) -> dict[str, Any]:
     return said
 
 
+def remark_on(params: Mapping[str, Any]) -> str:
+    """What is to be said of an image by what was found out of its damage; "" if nothing.
+
+    Args:
+        params: of its measurement.
+    """
+    if params.get("exposure") == 1:
+        return "exposure 1: it is as bright as it should be, and is not made brighter"
+    return ""
+
+
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with the images, the same for all or a mask for each.
@@ -362,8 +373,15 @@ def stroke_pixels(item: Item) -> Array:
     """
     missing = find_strokes(item)
     if not missing.any():
-        raise BadInputError("no stroke, stripe or dead line was found; give a mask that shows them")
+        why = ", as JPEG blurs the even colour that tells thin ones" * _is_jpeg(item)
+        raise BadInputError(
+            f"no stroke, stripe or dead line was found{why}; give a mask that shows them"
+        )
     return missing
+
+
+def _is_jpeg(item: Item) -> bool:
+    return item.record.source_format == "jpeg"
 
 
 def place_below(path: Path, root: Path) -> str:
