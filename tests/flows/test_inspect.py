@@ -156,7 +156,8 @@ def test_the_domain_that_is_asked_for_reads_it(capsys):
     ("words", "said"),
     [
         (["{}/none"], "no such file or folder"),
-        (["{}/letter.txt"], "no domain reads such files; there are city, ct, mri"),
+        (["{}/letter.txt"], ") reads what is there; give "),
+        (["{}/empty"], "empty: the folder is empty; give one that holds images"),
         (["{}/letter.txt", "--domain", "zoo"], "unknown domain 'zoo'"),
         (["{}/bad.png"], "not a readable PNG"),
         (["{}"], "not a readable PNG"),
@@ -166,6 +167,7 @@ def test_the_domain_that_is_asked_for_reads_it(capsys):
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, said):
     place = tmp_path / "in"
     place.mkdir()
+    (place / "empty").mkdir()
     (place / "letter.txt").write_text("Dear sir")
     (place / "bad.png").write_text("Dear sir")
     if "good.png" in words[0]:
