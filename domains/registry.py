@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from domains.base import BadInputError, Domain
+from domains.naming import unknown
 
 GROUP = "sashiko.domains"
 
@@ -27,8 +28,7 @@ def require_domain(name: str) -> EntryPoint:
     """
     point = _found().get(name)
     if point is None:
-        known = ", ".join(domain_names()) or "none is installed"
-        raise BadInputError(f"unknown domain '{name}': choose one of {known}")
+        raise BadInputError(unknown("domain", name, domain_names()))
     return point
 
 

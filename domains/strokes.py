@@ -10,6 +10,7 @@ sensor dropped. So one looks for
 
 and for whole rows and columns of one value. Highlights, skies and shadows end softly or vary; wires
 and window bars vary along their length, unless they are clipped to black (a camera's tripod).
+JPEG's noise blurs the one colour: of strokes of 5 px most are missed (infra/decisions/0021).
 Nothing here is learnt; false alarms on clean photographs are measured in infra/decisions/0021.
 """
 

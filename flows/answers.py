@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.console import duration, size, table
+from flows.plural import plural
 
 if TYPE_CHECKING:
     from flows.api_inspect import Inspected, InspectResult
@@ -96,12 +97,12 @@ def plan_text(plan: Plan, left: Forecast) -> str:
     rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in shown]
     lines = [table(["item", "task", "method", "blocks", "s a block"], rows)]
     if len(plan.items) > len(shown):
-        lines.append(f"... and {len(plan.items) - len(shown)} items more, which take less a block")
-    workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
+        lines.append(f"... and {len(plan.items) - len(shown)} more, which take less a block")
     rest = ""
     if left.num_blocks:
         lines.append(
-            f"done already: {left.num_items} items, {left.num_blocks} blocks (counted, not checked)"
+            f"done already: {plural(left.num_items, 'item')}, {plural(left.num_blocks, 'block')} "
+            "(counted, not checked)"
         )
         rest = " for the rest"
     parts = {
@@ -112,7 +113,8 @@ def plan_text(plan: Plan, left: Forecast) -> str:
         "measurements, removed at the end": left.scratch_bytes,
     }
     lines += [
-        f"{len(plan.items)} items, {plan.num_blocks} blocks, {workers}: about "
+        f"{plural(len(plan.items), 'item')}, {plural(plan.num_blocks, 'block')}, "
+        f"{plural(plan.num_workers, 'worker')}: about "
         f"{duration(left.seconds)}{rest}, {size(plan.predicted_peak_bytes)} of memory, "
         f"{size(left.num_bytes)} written",
         f"a worker: {duration(left.work_seconds / plan.num_workers)} of work, "
@@ -186,11 +188,12 @@ def _gained(gain: Gain) -> str:
 def restored_text(result: RestoreResult) -> str:
     """What was restored and where it is, for people."""
     bad = [f"quarantined: {q.source or q.item_id}: {q.reason}" for q in result.quarantined]
+    bad += [f"{path}: {remark}" for path, remark in result.remarks[:MAX_LINES]]
     before = f", {result.num_reused} of them before" if result.num_reused else ""
     files = f"; files in {result.output / 'files'}" if result.files else ""
     if result.published and not isinstance(result.output, Path):
         files = "; on S3 no files are written for other tools, items are read by their manifests"
-    told = f"restored: {len(result.published)} items{before}, in {result.output}{files}"
+    told = f"restored: {plural(len(result.published), 'item')}{before}, in {result.output}{files}"
     return "\n".join([*bad, *account_lines(result.account), told])
 
 
@@ -199,13 +202,13 @@ def account_lines(account: RunAccount) -> list[str]:
     if not account.num_computed and not account.retries:
         return []
     before = ", ".join(
-        f"{count} {what} done before"
-        for count, what in ((account.num_receipted, "blocks"), (account.num_reused, "items"))
+        f"{plural(count, what)} done before"
+        for count, what in ((account.num_receipted, "block"), (account.num_reused, "item"))
         if count
     )
     busy = account.device_seconds / account.seconds if account.seconds else 0.0
     rows = [
-        ("computed", f"{account.num_computed} blocks, {account.num_pixels / 1e6:.3g} MP"),
+        ("computed", f"{plural(account.num_computed, 'block')}, {account.num_pixels / 1e6:.3g} MP"),
         ("reused", before),
         ("time", f"{duration(account.seconds)}, {account.megapixels_per_s:.3g} MP/s"),
         ("workers", f"{duration(account.device_seconds)} of work, {busy:.2f} busy on average, "
@@ -220,9 +223,10 @@ def account_lines(account: RunAccount) -> list[str]:
 
 
 def _mixed(account: RunAccount) -> str:
+    verb = "has" if account.num_mixed == 1 else "have"
     return (
-        f"{account.num_mixed} items have blocks of several environments (versions of libraries, "
-        "kinds of processor), and not the bits of one; their manifests name them"
+        f"{plural(account.num_mixed, 'item')} {verb} blocks of several environments (versions "
+        "of libraries, kinds of processor), and not the bits of one; their manifests name them"
     )
 
 
@@ -231,7 +235,7 @@ def _seams(account: RunAccount) -> str:
     if worst is None:
         return ""
     return (
-        f"{account.num_cut} items cut; gradient across borders over that beside them: "
+        f"{plural(account.num_cut, 'item')} cut; gradient across borders over that beside them: "
         f"{worst.ratio:.3f} +- {worst.standard_error:.3f} at worst ({worst.item_id})"
     )
 
@@ -330,10 +334,17 @@ def view_text(found: Sequence[Viewable]) -> str:
 
     lines = []
     for one in found[:MAX_ROWS]:
-        lines.append(f"{one.item_id}, {one.task}, by {one.method}: {one.path}")
+        task = " ".join([one.task, *_as_options(one.given)])
+        lines.append(f"{one.item_id}, {task}, by {one.method}: {one.path}")
         for viewer, command in one.commands.items():
             here = "" if installed(command) else "   (not installed here)"
             lines.append(f"  {viewer:<10} {command}{here}")
     if len(found) > MAX_ROWS:
         lines.append(f"... and {len(found) - MAX_ROWS} more; --json tells all")
     return "\n".join(lines)
+
+
+def _as_options(given: Mapping[str, object]) -> Iterator[str]:
+    """Settings as they are typed: --scale 4."""
+    for name, value in given.items():
+        yield f"--{name.replace('_', '-')} {_plain_value(value)}"

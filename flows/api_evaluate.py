@@ -36,6 +36,7 @@ from flows.config import (
 )
 from flows.engine.events import Event, EventHandler, ignore
 from flows.engine.methods import known_methods, require_methods
+from flows.plural import plural
 from flows.report.page import ModelFacts
 from flows.report.rows import Row, summarise
 from flows.report.table import results_table
@@ -356,8 +357,8 @@ def _restore(
                 along_z=settings.along_z,
             )
             tell = _prefixed(on_event, which)
-            blocks = f"{plan.num_blocks} blocks"
-            tell(Event("step", 0, 0, f"restoring: {len(plan.items)} items, {blocks}"))
+            todo = f"{plural(len(plan.items), 'item')}, {plural(plan.num_blocks, 'block')}"
+            tell(Event("step", 0, 0, f"restoring: {todo}"))
             results.append(run_plan(plan, executor, tell, max_attempts=compute.max_attempts))
     return results
 
@@ -428,8 +429,10 @@ def _facts(
         "Workers": f"{settings.compute.executor}, {settings.compute.num_workers or 'one a core'}",
         "Software": f"Python {platform.python_version()}, {versions}",
         "Restored now": f"{len(campaign.published) - len(campaign.reused)} of "
-        f"{len(campaign.published)} items in {campaign.seconds:.0f} s, the others before",
-        "Not restored": f"{len(campaign.quarantined)} items" if campaign.quarantined else "none",
+        f"{plural(len(campaign.published), 'item')} in {campaign.seconds:.0f} s, the others before",
+        "Not restored": plural(len(campaign.quarantined), "item")
+        if campaign.quarantined
+        else "none",
     }
 
 

@@ -165,11 +165,25 @@ def _each(
 
     restorer = Restorer()
     work = [(i, z) for i in items for z in (slices or [i.grid.shape[1] // 2])]
+    each = num_seeds + 2
     for done, (item, z) in enumerate(work):
-        words = f"explaining {item.item_id}, slice {z} ({item.task}): {num_seeds + 2} restorations"
-        on_event(Event("step", done, len(work), words))
+        words = f"explaining {item.item_id}, slice {z} ({item.task})"
+
+        def tell(count: int, done: int = done, words: str = words) -> None:
+            said = f"{words}: {count} of {each} restorations"
+            on_event(Event("step", done * each + count, len(work) * each, said))
+
+        tell(0)
         clean = None if truth is None else truth.read(item.item_id)
-        yield explain_slice(restorer, plan.measurements, item, z, num_seeds=num_seeds, truth=clean)
+        yield explain_slice(
+            restorer,
+            plan.measurements,
+            item,
+            z,
+            num_seeds=num_seeds,
+            truth=clean,
+            on_restored=tell,
+        )
 
 
 def _chosen(plan: Plan, settings: ExplainSettings) -> list[ItemPlan]:

@@ -141,8 +141,13 @@ def _candidates(settings: InspectSettings) -> dict[Path, list[Domain]]:
     if not found:
         if (settings.domain and faults) or not settings.source.exists():
             raise faults[0]
+        source, kinds = settings.source, ", ".join(names)
+        if source.is_dir() and not any(p.is_file() for p in source.rglob("*")):
+            raise BadInputError(f"{source}: the folder is empty; give one that holds images")
+        suffixes = sorted({s for name in names for s in load_domain(name).suffixes})
         raise BadInputError(
-            f"{settings.source}: no domain reads such files; there are {', '.join(names)}"
+            f"{source}: no domain ({kinds}) reads what is there; give {', '.join(suffixes)}, or a "
+            "folder that holds such files"
         )
     return dict(sorted(found.items()))
 

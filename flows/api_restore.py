@@ -22,6 +22,7 @@ from domains.base import BadInputError
 from domains.files import file_digest
 from domains.registry import domain_names, require_domain
 from flows.config import Home, RestoreSettings
+from flows.damage import given_of
 from flows.engine.account import RunAccount, add_accounts
 from flows.engine.campaign import (
     CampaignError,
@@ -113,6 +114,7 @@ class RestoreResult:
         num_retries: attempts that failed and were made again.
         seconds: wall time of computing and publishing.
         num_unknown: files of the input that are of no kind the domain reads.
+        remarks: (file, what its user should know) of files that were used.
         account: what it took; kept in OUTPUT/campaigns/CAMPAIGN/account-RUN.json too.
     """
 
@@ -127,6 +129,7 @@ class RestoreResult:
     num_retries: int
     seconds: float
     num_unknown: int = 0
+    remarks: tuple[tuple[Path, str], ...] = ()
     account: RunAccount = field(default_factory=RunAccount)
 
 
@@ -178,8 +181,6 @@ def prepare(
     model = _model(settings, domains)
     if work is None and settings.compute.ray_address is not None:
         require_cluster(settings.compute.ray_address)
-    if work is None and isinstance(settings.output, Path):
-        _require_links(settings.output)
     given = _measurements(settings, work or _scratch(settings.output), on_event)
     try:
         planned = _plan(settings, given, model)
@@ -267,10 +268,11 @@ def _hand_over(
     """Write the files of what is published; returns them, and the items that have none."""
     files: list[Path] = []
     unwritten: list[Quarantined] = []
+    said = given_of(job.settings)
     for entry in published:
         places = job.given.names.get(entry.item_id) or (place_of(entry),)
         try:
-            files += hand_over(output, entry, places, job.given.sources.get(entry.item_id))
+            files += hand_over(output, entry, places, job.given.sources.get(entry.item_id), said)
         except BadInputError as error:
             unwritten.append(_unwritten(entry, str(error), "input"))
         except OSError as error:
@@ -335,6 +337,7 @@ def collect(job: RestoreJob, results: Sequence[WindowResult]) -> RestoreResult:
         num_retries=sum(campaign.num_retries for campaign in campaigns),
         seconds=sum(campaign.seconds for campaign in campaigns),
         num_unknown=job.given.num_unknown,
+        remarks=job.given.remarks,
         account=account,
     )
 
@@ -364,7 +367,7 @@ def _measurements(settings: RestoreSettings, work: Path, on_event: EventHandler)
 
 
 def check_request(settings: RestoreSettings) -> set[str]:
-    """Refuse an input, a domain or a method that is not there, before anything is read.
+    """Refuse an input, a domain, a method or an output that is of no use, before anything is read.
 
     Returns:
         Whose images they are, as far as that can be told before any is read.
@@ -389,6 +392,8 @@ def check_request(settings: RestoreSettings) -> set[str]:
     domains = _domains(settings)
     if settings.method is not None and "name" in settings.method.model_fields_set and domains:
         require_methods([settings.method.name], sorted(domains))
+    if isinstance(settings.output, Path):
+        _require_links(settings.output)
     return domains
 
 

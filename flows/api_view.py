@@ -10,8 +10,9 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from domains.base import BadInputError
 from flows.engine.handed import FILES
@@ -32,6 +33,7 @@ class Viewable:
         method: that restored it.
         path: what is opened.
         commands: viewer -> command line.
+        given: what its user said to be wrong with it: setting -> value; {} where that is not kept.
     """
 
     item_id: str
@@ -39,6 +41,7 @@ class Viewable:
     method: str
     path: Path
     commands: Mapping[str, str]
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def view(output: Root) -> list[Viewable]:
@@ -73,27 +76,34 @@ def _results(output: Path) -> Iterator[Viewable]:
         return
     files = _files_by_key(output)
     for entry in open_restored(output).items():
-        zarr = Path(str(entry.path))
-        yield _viewable(entry, zarr, {"napari": _command("napari", zarr, "napari-ome-zarr")})
-        for path in files.get(entry.key, ()):
-            yield _viewable(entry, path, commands_for(path, entry.record.meta))
+        zarr, own = Path(str(entry.path)), files.get(entry.key, [])
+        command = _command("napari", zarr, "napari-ome-zarr")
+        yield _viewable(entry, zarr, {"napari": command}, own[0][1] if own else {})
+        for path, given in own:
+            yield _viewable(entry, path, commands_for(path, entry.record.meta), given)
 
 
-def _viewable(entry: RestoredEntry, path: Path, commands: Mapping[str, str]) -> Viewable:
-    return Viewable(entry.item_id, entry.task, entry.method, path, commands)
+def _viewable(
+    entry: RestoredEntry, path: Path, commands: Mapping[str, str], given: Mapping[str, Any]
+) -> Viewable:
+    return Viewable(entry.item_id, entry.task, entry.method, path, commands, given)
 
 
-def _files_by_key(output: Path) -> dict[str, list[Path]]:
-    """Key of an item -> its files for other tools, by the provenance beside them."""
-    found: dict[str, list[Path]] = {}
+def _files_by_key(output: Path) -> dict[str, list[tuple[Path, Mapping[str, Any]]]]:
+    """Key of an item -> its files for other tools, by the provenance beside them.
+
+    With each goes what its user said to be wrong; older provenances do not say it.
+    """
+    found: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
     for note in sorted((output / FILES).rglob("*.json")):
         try:
             told = json.loads(note.read_text())
             key, path = str(told["key"]), note.with_name(told["file"])
+            given = dict(told.get("given", {}))
         except (ValueError, KeyError, TypeError):
             continue  # no provenance of ours
         if path.exists():
-            found.setdefault(key, []).append(path)
+            found.setdefault(key, []).append((path, given))
     return found
 
 

@@ -26,6 +26,10 @@ COMMANDS = (cli_data, cli_restore, cli_rounds)
 """Modules of the commands, in the order of work: imported, they have joined the group."""
 
 
+RESUMING = {"demo", "train", "distill", "calibrate", "evaluate", "restore", "nightly"}
+"""Commands that take up what an interrupted run has done; the others begin anew."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The console script."""
     sys.exit(run(arguments))
@@ -45,7 +49,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if not _is_interruption(error):
             return explain(error, options_of(cli.commands.get(arguments[0])))
-        click.echo("\nsashiko: interrupted; the same command goes on where it stopped", err=True)
+        then = "; the same command goes on where it stopped" * (
+            next(iter(arguments), "") in RESUMING
+        )
+        click.echo(f"\nsashiko: interrupted{then}", err=True)
         return INTERRUPTED
 
 

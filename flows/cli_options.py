@@ -122,8 +122,8 @@ def damage_options(command: F) -> F:
         click.option("--kernel", type=LocalPath(), help="Blur kernel, an image or .npy."),
         click.option(
             "--mask",
-            help="Masks (white = missing), boxes (.csv, .json, .geojson), nodata, auto, slices, "
-            "slices:7,9 or moved.",
+            help="Masks (white = missing), boxes (.csv, .json, .geojson), nodata (as the file "
+            "says; 0 in a GeoTIFF that names no value), auto, slices, slices:7,9 or moved.",
         ),
         guide_option,
         click.option("--domain", help="Needed for a folder: ct, mri, city."),

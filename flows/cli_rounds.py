@@ -43,11 +43,13 @@ if TYPE_CHECKING:
 @json_flag
 def review(answer: bool | None, prefect: bool, as_json: bool, **options: Any) -> int:
     """Compare a candidate with the champion; promote on a yes."""
+    from flows.checks import check
     from flows.config import ReviewSettings
 
     if answer is not None:
         options["answer"] = "yes" if answer else "no"
     settings = ReviewSettings(**computing(options))
+    check(settings)  # what is not there is told before somebody is looked for who answers
     ask = _ask_here if answer is None and sys.stdin.isatty() else None
     if answer is None and ask is None and not (prefect and _has_server()):
         raise click.UsageError(

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from domains.base import BadInputError, Task
+from domains.naming import unknown
 from domains.registry import config_folders
 from flows.config_base import (
     MethodSettings,
@@ -50,8 +51,7 @@ def load_task_file(name: str) -> dict[str, Any]:
     """A task's YAML as it stands: Task fields, and `solver` with the default MethodSettings."""
     path = domain_config("tasks", name)
     if path is None:
-        known = ", ".join(task_names())
-        raise BadInputError(f"unknown task '{name}': choose one of {known}")
+        raise BadInputError(unknown("task", name, task_names()))
     return dict(yaml.safe_load(path.read_text()))
 
 

@@ -47,6 +47,32 @@ def chosen_slices(mask: str | Path | None) -> tuple[int, ...]:
     return tuple(sorted({int(number) for number in found[1].split(",")})) if found else ()
 
 
+def given_of(settings: RestoreSettings) -> dict[str, Any]:
+    """What the user said is wrong: setting -> value, of files and folders their last name.
+
+    It tells results of one image apart, and stands where the image's own name does: in the
+    provenance beside files handed over, never in manifests.
+    """
+    said: dict[str, Any] = {}
+    for name in ("mask", "kernel", "scale", "scale_z", "sigma_y", "noise", "damage", "exposure"):
+        value = getattr(settings, name)
+        if value != type(settings).model_fields[name].default:
+            is_path = name == "kernel" or (name == "mask" and is_file(value))
+            said[name] = Path(value).name if is_path else value
+    return said
+
+
+def remark_on(params: Mapping[str, Any]) -> str:
+    """What is to be said of an image by what was found out of its damage; "" if nothing.
+
+    Args:
+        params: of its measurement.
+    """
+    if params.get("exposure") == 1:
+        return "exposure 1: it is as bright as it should be, and is not made brighter"
+    return ""
+
+
 @dataclass(frozen=True)
 class Damage:
     """What is wrong with the images, the same for all or a mask for each.
@@ -317,13 +343,21 @@ def _require_same_place(mask: Item, image: Item) -> None:
 def nodata_pixels(item: Item) -> Array:
     """Pixels (z h w), or (c z h w), that hold no data: by a mask of the file, or by their value.
 
+    A GeoTIFF that names no value is taken to mean 0, as scenes are commonly cut. Anywhere else a 0
+    is a value: black in a photograph, water in CT.
+
     Raises:
-        BadInputError: if there is none.
+        BadInputError: if there is none, or the file has no means to say so.
     """
     if INVALID in item.record.meta:
         c, _, h, w = item.pixels.shape
         invalid = unpack(item.record.meta[INVALID], c, h, w)[:, None]
         return invalid[0] if len(invalid) == 1 else invalid
+    if not {"nodata", "geotiff"} & item.record.meta.keys():
+        raise BadInputError(
+            "it names no value for pixels without data, and its zeros may be as real as any other "
+            "value; draw a mask file, or save it as a GeoTIFF with a no-data value"
+        )
     value = item.record.meta.get("nodata", 0)
     missing = lacking(item.pixels, value)
     if not missing.any():
@@ -339,8 +373,15 @@ def stroke_pixels(item: Item) -> Array:
     """
     missing = find_strokes(item)
     if not missing.any():
-        raise BadInputError("no stroke, stripe or dead line was found; give a mask that shows them")
+        why = ", as JPEG blurs the even colour that tells thin ones" * _is_jpeg(item)
+        raise BadInputError(
+            f"no stroke, stripe or dead line was found{why}; give a mask that shows them"
+        )
     return missing
+
+
+def _is_jpeg(item: Item) -> bool:
+    return item.record.source_format == "jpeg"
 
 
 def place_below(path: Path, root: Path) -> str:

@@ -14,7 +14,7 @@ measurement or a solver stands in `left_out`, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from domains.registry import load_domain
 
 if TYPE_CHECKING:
     from diffusion_core.posterior.covariance import CovarianceTable
-    from flows.engine.block import Restorer
+    from flows.engine.block import Restorer, Solved, Watch
     from flows.engine.grid import Block
     from flows.engine.plan import ItemPlan
     from flows.roots import Root
@@ -199,6 +199,7 @@ def explain_slice(
     *,
     num_seeds: int,
     truth: Item | None = None,
+    on_restored: Callable[[int], None] = lambda _: None,
 ) -> Explained:
     """Restore a slice num_seeds + 2 times, and tell what there is to see.
 
@@ -209,6 +210,7 @@ def explain_slice(
         z: slice, from 0.
         num_seeds: restorations that differ by their seed.
         truth: the clean item, if it is known.
+        on_restored: told after each restoration how many there have been.
 
     Raises:
         BadInputError: if the method is a classical one, or the slice is not there.
@@ -223,7 +225,7 @@ def explain_slice(
         measurement = restorer.read(measurements, item, block)
         problem = posed(domain, measurement)
         overview = restorer.overview(measurements, item, block)
-        subject = _Subject(restorer, item, domain, problem, block, overview)
+        subject = _Subject(restorer, item, domain, problem, block, overview, on_restored)
         if truth is None:
             return _explained(subject, z, num_seeds, None)
         clean = domain.as_measured(truth, item.record).pixels[:, z]
@@ -252,9 +254,11 @@ class _Subject:
         problem: Problem,
         block: Block,
         overview: Pooled | None,
+        on_restored: Callable[[int], None],
     ) -> None:
         self.restorer, self.item, self.domain = restorer, item, domain
         self.problem, self.block, self.overview = problem, block, overview
+        self._on_restored, self._num_restored = on_restored, 0
         way = item.method
         sigmas = power_sigmas(way.num_levels, way.sigma_max, way.sigma_min, way.rho)
         self.levels = positive_levels(sigmas)
@@ -285,7 +289,14 @@ class _Subject:
         problem = self.problem
         if change is not None:
             problem = replace(problem, y=problem.y + change.to(problem.y))
-        return self.restorer.solve(item, problem, self.block, overview=self.overview).x
+        return self.solve(item, problem).x
+
+    def solve(self, item: ItemPlan, problem: Problem, watch: Watch | None = None) -> Solved:
+        """Restore it once, perhaps with the network watched, and count that."""
+        solved = self.restorer.solve(item, problem, self.block, watch, self.overview)
+        self._num_restored += 1
+        self._on_restored(self._num_restored)
+        return solved
 
     def misfit(self, x: Signal, measured: torch.Tensor) -> float:
         """The residual of an image."""
@@ -315,7 +326,7 @@ def _explained(subject: _Subject, z: int, num_seeds: int, truth: Array | None) -
         recorders.append(Recorder(denoise, subject.levels, look))
         return recorders[-1]
 
-    solved = subject.restorer.solve(item, problem, subject.block, watch, subject.overview)
+    solved = subject.solve(item, problem, watch)
     seen = recorders[0].seen
     restored = subject.show(solved.x)
     y0, x0 = subject.block.write.y0, subject.block.write.x0

@@ -3,7 +3,7 @@
     --mask FOLDER|FILE   white is missing; a folder holds one mask an image, of the same name
     --mask BOXES         a .csv or .json file of boxes: see boxes.py; .geojson: domains/polygons.py
     --mask auto          strokes, stripes and dead lines that are found: see domains/strokes.py
-    --mask nodata        pixels with the file's no-data value (if none is named: 0 in all bands)
+    --mask nodata        pixels without data, as the file says (a GeoTIFF that names no value: 0)
     --mask slices        slices that a DICOM series lacks
     --mask slices:7,9    these slices (from 0), as `sashiko inspect` counts them
     --mask moved         slices of MRI that look as if they moved while they were measured
@@ -54,7 +54,7 @@ from flows.api_data import (
 )
 from flows.boxes import boxes_of
 from flows.config import Home, RestoreSettings
-from flows.damage import Damage, is_file, place_below
+from flows.damage import Damage, is_file, place_below, remark_on
 from flows.engine.events import Event, EventHandler
 from flows.engine.in_use import InUse, alone_with
 from flows.guide_files import Guides
@@ -103,6 +103,7 @@ class Given:
         sources: item -> the file that it was read from; of equal ones the first.
         rejected: files that could not be used.
         num_unknown: files of the input that are of no kind the domain reads.
+        remarks: (file, what its user should know) of files that are used.
         scratch: folder of the store, to be removed when all is restored; None if the store is the
             user's own.
         made: folders that were not there before, the innermost first.
@@ -114,6 +115,7 @@ class Given:
     sources: Mapping[str, Path] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
     num_unknown: int = 0
+    remarks: tuple[tuple[Path, str], ...] = ()
     scratch: Path | None = None
     made: tuple[Path, ...] = ()
     in_use: InUse | None = None
@@ -204,7 +206,8 @@ def _is_whole(path: Path) -> bool:
 
 def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:
     """The store, with the files that are and are not in it."""
-    reasons = dict(Measurements(path).manifest["rejected"])
+    store = Measurements(path)
+    reasons = dict(store.manifest["rejected"])
     names: dict[str, tuple[str, ...]] = {}
     files: dict[str, Path] = {}
     rejected = []
@@ -216,7 +219,9 @@ def _given(path: Path, sources: Sequence[_Source], domain: Domain) -> Given:
             item_id = source.item_id(domain)
             names[item_id] = (*names.get(item_id, ()), source.place)
             files.setdefault(item_id, source.path)
-    return Given(path, names, files, tuple(rejected), scratch=path.parent)
+    told = ((files.get(entry.item_id), remark_on(entry.params)) for entry in store.entries())
+    remarks = tuple((file, remark) for file, remark in told if file is not None and remark)
+    return Given(path, names, files, tuple(rejected), remarks=remarks, scratch=path.parent)
 
 
 def local_images(settings: RestoreSettings) -> Path:

@@ -1,7 +1,8 @@
 """Published items as files of the domain's own formats, for the tools outside.
 
     OUTPUT/files/PLACE.png        the restored image; PLACE is its source's name, or its item's
-    OUTPUT/files/PLACE.json       where its pixels come from, and sha256 and size of the image
+    OUTPUT/files/PLACE.json       where its pixels come from, what was said to be wrong ("given"),
+                                  and sha256 and size of the image
 
 Files appear whole, provenance first, under names that are free; nothing is ever overwritten.
 Another result for the same place (another model, say) stands beside the first as
@@ -29,7 +30,11 @@ from flows.engine.restored import RestoredEntry, open_restored
 
 
 def hand_over(
-    output: Path, entry: RestoredEntry, places: Sequence[str], source: Path | None = None
+    output: Path,
+    entry: RestoredEntry,
+    places: Sequence[str],
+    source: Path | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Write a published item in its source's format, once for each of its places.
 
@@ -38,6 +43,7 @@ def hand_over(
         entry: the item.
         places: names under OUTPUT/files, without suffix.
         source: the file that it was read from, beside which some domains write; None if unknown.
+        given: what its user said to be wrong with it (damage.given_of), kept in its provenance.
 
     Returns:
         The files, old or new.
@@ -48,7 +54,7 @@ def hand_over(
     objects = LocalObjects(output)
     for place in places:
         _require_inside(objects, f"{FILES}/{place}")
-    return [_hand_over(objects, output, entry, place, source) for place in places]
+    return [_hand_over(objects, output, entry, place, source, given or {}) for place in places]
 
 
 def _require_inside(objects: LocalObjects, key: str) -> None:
@@ -71,14 +77,20 @@ def place_of(entry: RestoredEntry) -> str:
 
 
 def _hand_over(
-    objects: LocalObjects, output: Path, entry: RestoredEntry, place: str, source: Path | None
+    objects: LocalObjects,
+    output: Path,
+    entry: RestoredEntry,
+    place: str,
+    source: Path | None,
+    given: Mapping[str, Any],
 ) -> Path:
     """Under the place itself, or beside another result that has it."""
     own = f"{FILES}/{place}--{entry.method}-{entry.key[:8]}"
     for key in (f"{FILES}/{place}", own):
         owner = _owner(objects, key)
         if owner in (None, entry.key) or (owner == "" and key == own):
-            path = _finished(objects, key, entry) or _write(objects, output, entry, key, source)
+            path = _finished(objects, key, entry)
+            path = path or _write(objects, output, entry, key, source, given)
             if path is not None:
                 return path
     raise BadInputError(f"something else stands at its place in {FILES}/; move it away")
@@ -100,7 +112,12 @@ def _finished(objects: LocalObjects, key: str, entry: RestoredEntry) -> Path | N
 
 
 def _write(
-    objects: LocalObjects, output: Path, entry: RestoredEntry, key: str, source: Path | None
+    objects: LocalObjects,
+    output: Path,
+    entry: RestoredEntry,
+    key: str,
+    source: Path | None,
+    given: Mapping[str, Any],
 ) -> Path | None:
     """Write into a folder of this attempt's own, then let provenance and image appear.
 
@@ -115,7 +132,8 @@ def _write(
         target = str(PurePosixPath(key).with_name(written.name))
         if _owner(objects, key) is None and objects.exists(target):
             return None
-        provenance = {**entry.facts, "file": written.name, **fingerprint(written)}
+        told = {"given": dict(given)} if given else {}
+        provenance = {**entry.facts, **told, "file": written.name, **fingerprint(written)}
         note = (json.dumps(provenance, indent=1) + "\n").encode()
         if not objects.create(f"{key}.json", note):
             if _owner(objects, key) not in (entry.key, ""):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
+
+from domains.naming import nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+    from pydantic_core import ErrorDetails
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,34 @@ def mistake_in(
     given = [options[name] for name in map(str, fault["loc"]) if options and name in options]
     called = given[-1] if given else f"the setting '{where}'"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if plain := _plain(fault):
+        return Mistake(where, f"{called} cannot be {fault['input']}: {plain}{more}")
     return Mistake(where, f"{called} cannot be used: {_begun_small(fault['msg'])}{more}")
+
+
+def _plain(fault: ErrorDetails) -> str:
+    """What is wrong with a value that is one of few, or out of its range; "" of other faults."""
+    limits = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "or more"),
+              "less_than": ("lt", "below"), "less_than_equal": ("le", "or less")}  # fmt: skip
+    context = fault.get("ctx", {})
+    if fault["type"] == "literal_error":
+        known = [part.strip("'") for part in re.findall(r"'[^']*'", context["expected"])]
+        near = nearest(str(fault["input"]), known)
+        meant = "" if near is None else f"did you mean '{near}'? "
+        return f"{meant}choose one of {', '.join(known)}" if known else ""
+    if fault["type"] in limits:
+        name, word = limits[fault["type"]]
+        bound = context[name]
+        return f"give {f'{bound} {word}' if word.startswith('or') else f'a number {word} {bound}'}"
+    return ""
 
 
 def _meant(where: str, kind: type[BaseModel] | None) -> str:
     """What could be meant by a name: the nearest known one, or all of them."""
     known = [] if kind is None else list(_names(kind))
     by_last = {name.rpartition(".")[2]: name for name in known}
-    if near := get_close_matches(where.rpartition(".")[2], by_last, 1):
-        return f": did you mean '{by_last[near[0]]}'?"
+    if near := nearest(where.rpartition(".")[2], by_last):
+        return f": did you mean '{by_last[near]}'?"
     return f"; there are {', '.join(known)}" if known else ""
 
 

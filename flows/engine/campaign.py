@@ -50,6 +50,7 @@ from flows.engine.quarantine import (
 from flows.engine.receipt import each_receipt, reject_receipt
 from flows.engine.restored import RestoredEntry, entry_of
 from flows.engine.worker import BlockJob, Failure, Outcome
+from flows.plural import plural
 
 __all__ = ["CampaignError", "CampaignResult", "run_plan"]
 
@@ -139,8 +140,9 @@ class _Campaign:
         left = sum(i.plan.num_blocks - len(i.receipts) for i in self._items.values() if i.open)
         self._progress.tell(
             "start",
-            f"{len(self._plan.items)} items, {left} of {self._plan.num_blocks} blocks to compute "
-            f"on {self._executor.num_workers} workers",
+            f"{plural(len(self._plan.items), 'item')}, {left} of "
+            f"{plural(self._plan.num_blocks, 'block')} to compute "
+            f"on {plural(self._executor.num_workers, 'worker')}",
             campaign=self._plan.campaign,
             num_workers=self._executor.num_workers,
             num_receipted=sum(len(i.receipts) for i in self._items.values() if i.open),
@@ -217,7 +219,8 @@ class _Campaign:
             self._outage.well(index)
             item.receipts[index] = outcome.receipt
             pixels = item.plan.grid.block(index).write.num_pixels
-            self._progress.advance(item.plan.cost.seconds, pixels)
+            seconds = outcome.receipt.account.seconds if outcome.fresh else None
+            self._progress.advance(item.plan.cost.seconds, pixels, seconds)
             self._progress.tell(
                 "block",
                 f"restoring {item.label}",
@@ -397,8 +400,9 @@ class _Campaign:
         given_up = f", {len(result.quarantined)} quarantined" if result.quarantined else ""
         self._progress.tell(
             "done",
-            f"{len(result.published)} of {len(self._plan.items)} items restored{given_up}; "
-            f"{result.num_computed} blocks computed, {result.num_retries} retries",
+            f"{len(result.published)} of {plural(len(self._plan.items), 'item')} restored"
+            f"{given_up}; {plural(result.num_computed, 'block')} computed, "
+            f"{plural(result.num_retries, 'retry')}",
             campaign=result.campaign,
         )
         return replace(result, account=self._book.account())

@@ -39,7 +39,8 @@ class Progress:
     """Counts work done against work planned and foretells the rest.
 
     Work is weighed by predicted seconds, so that the estimate does not jump where heavy items
-    follow light ones. Blocks finished by an earlier run count as done but not towards the speed.
+    follow light ones. Blocks finished by an earlier run count as done but not towards the speed,
+    and no more does the time until the first block was begun, in which workers start.
     """
 
     def __init__(
@@ -60,23 +61,36 @@ class Progress:
         self.total, self.done = total, 0
         self._left, self._worked, self._pixels = weight, 0.0, 0
         self._emit, self._clock, self._start = emit, clock, clock()
+        self._begun_s, self._num_timed = self._start, 0
 
     def skip(self, blocks: int, weight: float) -> None:
         """Count blocks that need no work (any more): receipted before, or given up."""
         self.done += blocks
         self._left -= weight
 
-    def advance(self, weight: float, pixels: int) -> None:
-        """Count one block computed just now."""
+    def advance(self, weight: float, pixels: int, seconds: float | None = None) -> None:
+        """Count one block computed just now.
+
+        Args:
+            weight: its predicted seconds.
+            pixels: in it.
+            seconds: that it took; None if that is not known.
+        """
+        if seconds is not None and not self._num_timed:
+            self._begun_s = max(self._clock() - seconds, self._start)
+        self._num_timed += 1
         self.done += 1
         self._left -= weight
         self._worked += weight
         self._pixels += pixels
 
     def facts(self) -> dict[str, float | None]:
-        """elapsed_s, eta_s (None until a block is done), megapixels_per_s."""
-        elapsed = self._clock() - self._start
-        eta = elapsed / self._worked * max(self._left, 0.0) if self._worked > 0 else None
+        """elapsed_s, eta_s (None until two blocks are done), megapixels_per_s."""
+        now = self._clock()
+        elapsed = now - self._start
+        eta = None
+        if self._worked > 0 and self._num_timed > 1:
+            eta = (now - self._begun_s) / self._worked * max(self._left, 0.0)
         speed = self._pixels / 1e6 / elapsed if elapsed > 0 else 0.0
         return {"elapsed_s": elapsed, "eta_s": eta, "megapixels_per_s": speed}
 

@@ -22,6 +22,7 @@ import yaml
 
 from diffusion_core.posterior import DISTILLED, METHODS
 from domains.base import BadInputError
+from domains.naming import unknown
 from domains.registry import load_domain
 from flows.config import MethodSettings, domain_config, load_method, load_task
 
@@ -262,8 +263,7 @@ def require_methods(names: Iterable[str], domains: Iterable[str]) -> None:
     known = [name for domain in domains for name in known_methods(domain)]
     for name in names:
         if name not in known:
-            choices = ", ".join(dict.fromkeys(known))
-            raise BadInputError(f"unknown method '{name}': choose one of {choices}")
+            raise BadInputError(unknown("method", name, known))
 
 
 def _without(own: MethodSettings, *names: str) -> MethodSettings:

@@ -159,14 +159,34 @@ class LocalObjects:
         """Find out whether objects can be created here; nothing is left of it.
 
         Raises:
-            StoreError: if they cannot.
+            StoreError: if they cannot, naming the root.
         """
+        try:
+            self._require_folder()
+            self._try_out()
+        except StoreError:
+            raise
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise StoreError(
+                f"{self.root}: nothing can be written there ({reason}); give a folder as output "
+                "that can be written to"
+            ) from error
+
+    def _require_folder(self) -> None:
+        standing = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not standing.is_dir():
+            what = "it is a file" if standing == self.root else f"{standing} is a file"
+            raise StoreError(f"{self.root}: {what}; give a folder as output, old or new")
+
+    def _try_out(self) -> None:
         probe = f".work/.probe.{uuid.uuid4().hex}.partial"
         missing = [folder for folder in self.path(probe).parents if not folder.exists()]
         try:
             self.create(probe, b"", durable=False)
         finally:
-            self.remove(probe)
+            with suppress(OSError):  # it was never made
+                self.remove(probe)
             for folder in missing:
                 with suppress(OSError):  # another run writes there by now
                     folder.rmdir()

@@ -104,7 +104,8 @@ def sentences(one: Explained) -> list[str]:
         if found.beyond is not None:
             told.append(
                 f"Beyond the best linear estimate (kriging), which knows how smooth images are, "
-                f"goes {found.beyond:.1%} of that energy."
+                f"goes {found.beyond:.1%} of the image's energy; it is judged by another prior "
+                "than the first figure, and may exceed it."
             )
     fit = "largest misfit to the exact data" if one.exact_data else "residual"
     told.append(f"The restored image has the {fit} {one.residual:.3g}.")

@@ -1,6 +1,7 @@
 """Masks that nobody painted: boxes of detectors, and strokes, stripes and dead lines found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from domains.strokes import find_strokes
 from flows.api_restore import restore
 from flows.boxes import boxes_of, inside, read_boxes
 from flows.config import ComputeSettings, MethodSettings, RestoreSettings
+from flows.damage import stroke_pixels
 
 FILL = MethodSettings(name="telea", kind="baseline")
 BOXES = {"a": [(3.0, 2.0, 8.0, 7.0), (20.5, 10.25, 4.0, 3.0)], "b": [(36.0, 30.0, 8.0, 7.0)]}
@@ -182,6 +184,13 @@ def test_dead_lines_are_found_whatever_their_colours():
     assert found[300:302].all()
     assert find_strokes(photograph(image.T))[0][:, 100].all()
     assert found.mean() < 0.012  # of it the lines .006
+
+
+@pytest.mark.parametrize(("kind", "words"), [("jpeg", "found, as JPEG blurs"), ("png", "found; ")])
+def test_of_a_jpeg_without_strokes_it_is_said_that_thin_ones_are_missed(kind, words):
+    item = photograph(data.cat())
+    with pytest.raises(BadInputError, match=words):
+        stroke_pixels(replace(item, record=replace(item.record, source_format=kind)))
 
 
 def test_found_strokes_are_mended_and_pictures_without_any_say_so(photos):

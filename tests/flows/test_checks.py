@@ -30,17 +30,43 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("ingest photos --domain city --to masks", "masks: it exists already"),
         ("evaluate --input nope --task inpaint-box", "nope: there is no such file or folder"),
         ("evaluate --input nope.zarr --task inpaint-box", "nope.zarr: not a store of ours"),
-        ("evaluate --input photos --task inpaint-bx", "unknown task 'inpaint-bx'"),
+        (
+            "evaluate --input photos --task inpaint-bx",
+            "unknown task 'inpaint-bx': did you mean 'inpaint-box'?",
+        ),
         ("evaluate --input photos --task inpaint-box --method tw", "unknown method 'tw'"),
-        ("evaluate --input photos --task inpaint-box --domain cty", "unknown domain 'cty'"),
+        (
+            "evaluate --input photos --task inpaint-box --method covproxx",
+            "unknown method 'covproxx': did you mean 'covprox'? choose one of",
+        ),
+        (
+            "evaluate --input photos --task inpaint-box --domain cty",
+            "unknown domain 'cty': did you mean 'city'?",
+        ),
         ("evaluate --input photos --task inpaint-box --model nope", "no model at nope"),
         ("restore --input nope --domain city --output o", "nope: there is no such file or folder"),
-        ("restore --input photos --domain cty --output o", "unknown domain 'cty': choose one of"),
+        (
+            "restore --input photos --domain cty --output o",
+            "unknown domain 'cty': did you mean 'city'? choose one of city",
+        ),
         ("restore --input photos --mask masks --output o", "photos: images need --domain"),
-        ("restore --input photos --domain cty --output o --plan", "unknown domain 'cty': choose"),
+        ("restore --input photos --domain cty --output o --plan", "unknown domain 'cty': did you"),
         ("restore --input photos --output o --no-prefect", "photos: images need --domain"),
         ("restore --input photos --domain city --output o", "say what is wrong with the images"),
         ("restore --input photos --domain city --mask x --output o", "x: there is no such mask"),
+        (
+            "restore --input photos --domain city --mask masks --output photos/a.png",
+            "photos/a.png: it is a file; give a folder as output",
+        ),
+        (
+            "restore --input photos --domain city --mask masks --output photos/a.png/o",
+            "photos/a.png is a file; give a folder as output",
+        ),
+        (
+            "restore --input photos --domain city --mask masks --output /proc/o",
+            "/proc/o: nothing can be written there (no such file or directory); give a folder",
+        ),
+        ("explain --input photos --domain city --mask masks --output /proc/o", "sashiko: /proc/o:"),
         ("nightly --inbox nope --output o", "nope: there is no such folder"),
         ("review sashiko-ct --task ct-spars --yes", "unknown task 'ct-spars'"),
         ("review sashiko-ct --input nope --yes", "nope: there is no such dataset"),
@@ -55,8 +81,9 @@ def test_it_is_told_before_a_server_starts(command, words, capsys):
     assert words in line
 
 
-def test_a_review_of_no_model_is_told_before_a_server_starts(registry_home, capsys):
-    assert cli.run(["review", "nope", "--yes"]) == 2
+@pytest.mark.parametrize("answer", [["--yes"], []])
+def test_a_review_of_no_model_is_told_before_a_server_starts(answer, registry_home, capsys):
+    assert cli.run(["review", "nope", "--candidate", "2", *answer]) == 2
     assert "no model is registered as nope" in capsys.readouterr().err
 
 

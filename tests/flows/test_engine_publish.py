@@ -473,6 +473,18 @@ def test_progress_counts_to_the_end_and_foretells_the_rest():
     assert events[0].facts["megapixels_per_s"] == pytest.approx(0.25)
 
 
+def test_the_time_left_knows_nothing_of_the_time_that_workers_take_to_start():
+    now = 0.0
+    progress = Progress(10, 100.0, recorder()[1], clock=lambda: now)
+    now = 32.0  # of which 30 until it was begun
+    progress.advance(10.0, 1, 2.0)
+    assert progress.facts()["eta_s"] is None, "one block may be the one that warms up"
+    now = 34.0
+    progress.advance(10.0, 1, 2.0)
+    assert progress.facts()["eta_s"] == pytest.approx(16.0)
+    assert progress.facts()["elapsed_s"] == pytest.approx(34.0)
+
+
 def test_chunks_round_trip_and_refuse_to_be_shared():
     chunk = (1, 1, 8, 8)
     values = np.arange(2 * 13 * 8, dtype=np.float32).reshape(1, 2, 13, 8)

@@ -211,7 +211,7 @@ sys.stderr.write(json.dumps({"heavy": heavy, "blocks": len(made)}))
         check=True,
     )
     assert json.loads(again.stderr) == {"heavy": [], "blocks": 0}
-    assert "done already: 1 items, 19000 blocks" in again.stdout
+    assert "done already: 1 item, 19000 blocks" in again.stdout
 
 
 def test_a_long_plan_names_its_heaviest_items_and_counts_the_rest(tmp_path):

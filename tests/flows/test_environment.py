@@ -78,7 +78,7 @@ def test_an_item_whose_run_was_upgraded_halfway_says_so(store, tmp_path, monkeyp
     assert result.account.num_mixed == 1
     [told] = [e.message for e in events if e.kind == "published"]
     assert "computed in 2 environments" in told
-    assert "1 items have blocks of several environments" in " ".join(account_lines(result.account))
+    assert "1 item has blocks of several environments" in " ".join(account_lines(result.account))
     again = run_plan(plan, InlineExecutor())
     assert again.account.num_mixed == 1, "told by every run that finds it"
 

@@ -235,8 +235,11 @@ def test_the_command_answers_in_words_and_in_json(site, capsys):
     line = ["explain", "--input", f"{site / 'inpaint-random70.zarr'}", "--item", "frames"]
     line += ["--model", f"{site / 'model'}", "--output", f"{site / 'told'}", "--levels", "2"]
     assert run([*line, "--seeds", "2", "--slice", "0"]) == 0
-    words = capsys.readouterr().out
+    words, progress = capsys.readouterr()
+    assert [line[:5] for line in progress.splitlines()] == [f"[{n}/4]" for n in range(5)]
+    assert "4 of 4 restorations" in progress
     assert "What the prior invented: " in words
+    assert "of the image's energy; it is judged by another prior" in words
     assert "Over 2 seeds the picture varies by" in words
     assert run([*line, "--seeds", "2", "--slice", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["steadiness"]["num_seeds"] == 2

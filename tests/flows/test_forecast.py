@@ -58,7 +58,7 @@ def test_what_is_done_is_left_out_whether_published_or_receipted(store, tmp_path
     assert left.pixel_bytes == 4 * np.prod(SHAPE[2:])
     assert left.pyramid_bytes == whole.pyramid_bytes / 2
     assert left.file_bytes == whole.file_bytes / 2
-    assert "done already: 1 items, 5 blocks (counted, not checked)" in plan_text(planned, left)
+    assert "done already: 1 item, 5 blocks (counted, not checked)" in plan_text(planned, left)
     assert run_plan(planned, InlineExecutor()).num_computed == 6 - left.num_blocks
     done = foretell(planned)
     assert (done.num_items, done.num_blocks, done.seconds, done.num_bytes) == (2, 6, 0, 0)

@@ -10,6 +10,7 @@ from PIL import Image
 from skimage import data
 
 from domains.base import BadInputError
+from flows.answers import restored_text
 from flows.api_nightly import nightly
 from flows.api_restore import plan, restore
 from flows.config import ComputeSettings, MethodSettings, NightlySettings, RestoreSettings
@@ -88,6 +89,16 @@ def test_a_dark_photograph_comes_back_bright_and_with_less_noise(photos):
     (file,) = restore(settings(photos, "low-light", exposure=0.2)).files
     image = tifffile.imread(file) / 257.0
     assert psnr(image) > psnr(np.clip(dark / 0.2 / 257, 0, 255)) + 3
+
+
+def test_of_a_bright_photograph_it_is_said_that_nothing_is_made_brighter(photos):
+    bright, dark = np.clip(SCENE.astype(int) + 100, 0, 255), SCENE // 8
+    Image.fromarray(bright.astype(np.uint8)).save(photos / "bright.png")
+    Image.fromarray(dark).save(photos / "dark.png")
+    fast = MethodSettings(name="clahe", kind="baseline")
+    result = restore(settings(photos, "low-light", method=fast))
+    assert [path.name for path, _ in result.remarks] == ["bright.png"]
+    assert "bright.png: exposure 1: it is as bright as it should be" in restored_text(result)
 
 
 def test_haze_is_taken_off_where_it_is_thick(photos):

@@ -156,7 +156,8 @@ def test_the_domain_that_is_asked_for_reads_it(capsys):
     ("words", "said"),
     [
         (["{}/none"], "no such file or folder"),
-        (["{}/letter.txt"], "no domain reads such files; there are city, ct, mri"),
+        (["{}/letter.txt"], ") reads what is there; give "),
+        (["{}/empty"], "empty: the folder is empty; give one that holds images"),
         (["{}/letter.txt", "--domain", "zoo"], "unknown domain 'zoo'"),
         (["{}/bad.png"], "not a readable PNG"),
         (["{}"], "not a readable PNG"),
@@ -166,6 +167,7 @@ def test_the_domain_that_is_asked_for_reads_it(capsys):
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, capsys, words, said):
     place = tmp_path / "in"
     place.mkdir()
+    (place / "empty").mkdir()
     (place / "letter.txt").write_text("Dear sir")
     (place / "bad.png").write_text("Dear sir")
     if "good.png" in words[0]:
@@ -259,7 +261,25 @@ def test_each_result_is_told_with_commands_that_name_what_is_there(output, capsy
     assert told[0]["commands"]["napari"].startswith("napari --plugin napari-ome-zarr ")
     code, out, _ = run(capsys, "view", output)
     assert out.count("napari ") >= 2
-    assert "by nlm" in out
+    assert "given --sigma-y 0.1, by nlm" in out
+
+
+def test_results_of_one_image_are_told_apart_by_what_was_given(output, capsys):
+    Image.new("L", (64, 48)).save(output.parent / "Mr_Smith.png")
+    how = ["--executor", "inline", "--no-prefect", "--mask", output.parent / "Mr_Smith.png"]
+    words = ["--domain", "city", "--input", output.parent / "photo's", "--output", output, *how]
+    assert run(capsys, "restore", *words, "--method", "telea")[0] == 0
+    told = json.loads(run(capsys, "view", output, "--json")[1])
+    given = {Path(one["path"]).suffix: [] for one in told}
+    for one in told:
+        given[Path(one["path"]).suffix].append(one["given"])
+    assert given[".png"] == given[".zarr"]
+    assert sorted(map(json.dumps, given[".png"])) == [
+        '{"mask": "Mr_Smith.png"}',
+        '{"sigma_y": 0.1}',
+    ]
+    for manifest in (output / "manifests").iterdir():
+        assert "Smith" not in manifest.read_text(), "names of files may tell of people"
 
 
 @pytest.mark.parametrize(

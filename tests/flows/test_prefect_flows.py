@@ -108,12 +108,13 @@ def test_restore_runs_a_task_a_window_and_tells_of_them_as_one_run(
         holey = np.random.default_rng(number).integers(1, 255, (32, 40, 3), np.uint8)
         holey[10:14, 10:20] = 0
         Image.fromarray(holey).save(tmp_path / "in" / f"{number}.png")
+    Image.fromarray((holey[..., 0] == 0).astype(np.uint8) * 255).save(tmp_path / "mask.png")
     settings = RestoreSettings(
         input=tmp_path / "in",
         output=tmp_path / "out",
         model=str(make_model(tmp_path / "model")),
         domain="city",
-        mask="nodata",
+        mask=str(tmp_path / "mask.png"),
         dtype="float32",
         window_items=2,
         compute=INLINE,

@@ -278,9 +278,17 @@ def test_nodata_pixels_are_those_that_are_so_in_every_band(photos):
     pixels = np.maximum(item.pixels, 1)
     pixels[:, 0, 3, 4] = 0
     pixels[0, 0, 7, 7] = 0
-    assert np.argwhere(nodata_pixels(replace(item, pixels=pixels))).tolist() == [[0, 3, 4]]
+    scene = replace(item.record, meta={**item.record.meta, "geotiff": {"nodata": None}})
+    assert np.argwhere(nodata_pixels(Item(pixels, scene))).tolist() == [[0, 3, 4]]
     with pytest.raises(BadInputError, match="no-data value 0"):
-        nodata_pixels(replace(item, pixels=np.maximum(pixels, 1)))
+        nodata_pixels(Item(np.maximum(pixels, 1), scene))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_black_of_a_photograph_is_not_taken_for_missing(name, tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / name)
+    with pytest.raises(BadInputError, match=r"no value for pixels without data.*GeoTIFF"):
+        nodata_pixels(load_domain("city").read(tmp_path / name))
 
 
 # --- measurement stores --------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_one_sample_the_mean_of_samples_and_the_mean_mode_are_rows_of_their_own(
 
 
 def test_the_sample_that_is_drawn_is_told(result, told):
-    steps = [message for message in told if "restoring: 1 items" in message]
+    steps = [message for message in told if "restoring: 1 item," in message]
     assert steps[0].startswith("restoring")
     assert [s.partition(": ")[0] for s in steps[1:]] == [f"sample {k} of 3" for k in (1, 2, 3)]
 
