@@ -6,8 +6,9 @@
 
 The images are those of configs/samples.yaml: MRI (brain1, seg3d) and a street (lund, 29
 photographs), as stores of measurements by masks; for `clean` the masks hide nothing, so that both
-are trained on the same views in the same steps by the product. Validation photographs (berlin) lack
-pixels as well: not even the tables of covariances come from a whole image.
+are trained on the same views in the same steps by the product. Each has a second part of as many
+steps, the damaged ones' on what the first part's model made of them. Validation photographs
+(berlin) lack pixels as well: not even the tables of covariances come from a whole image.
 
 Rows go to tests/benchmarks/results/ambient.json: PSNR in dB on whole test images (brain2, china and
 bikes-3), of denoising by level and of tasks by CovProx in 12 evaluations with the settings of
@@ -58,12 +59,18 @@ def settings_of(way: str, work: Path) -> TrainSettings:
     """Of one training."""
     known = table()
     own = dict(known["ways"][way])
-    missing, further = own.pop("missing"), own.pop("further")
+    missing, corruption = own.pop("missing"), {"kind": "mask"}
+    if "further" in own:
+        corruption["further"] = own.pop("further")
+    if "after" in own:
+        own["init_from"] = work / "runs" / own.pop("after") / "model"
+    if own.pop("filled", False):
+        corruption["filled_by"] = own["init_from"]
     return TrainSettings(
         **{**known["base"], **own},
         name=way,
         data=[store_of(missing, work)],
-        corruption={"kind": "mask", "further": further},
+        corruption=corruption,
         output=work / "runs",
         compute=ComputeSettings(executor="inline"),
     )
@@ -117,13 +124,15 @@ def measured(model: Model, test: Dataset) -> dict[str, dict[str, float]]:
 
 
 def table_of(rows: Sequence[Row]) -> str:
-    """Markdown: means over images, and what each way is below or above the clean one."""
+    """Markdown: means over images, and what each way is off the clean one of as many steps."""
     by_way = {row["way"]: row for row in rows}
-    clean = by_way.get("clean")
     names = list(dict.fromkeys(name for row in rows for name in row["psnr"]))
     lines = [f"| figure | {' | '.join(by_way)} |", "|---" * (1 + len(by_way)) + "|"]
     for name in names:
-        cells = [_cell(row, clean, name) for row in by_way.values()]
+        cells = [
+            _cell(row, by_way.get(way.replace("ambient", "clean")), name)
+            for way, row in by_way.items()
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
