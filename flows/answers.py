@@ -97,7 +97,8 @@ def plan_text(plan: Plan, left: Forecast) -> str:
     rows = [[i.item_id, i.task, i.method.name, i.num_blocks, i.cost.seconds] for i in shown]
     lines = [table(["item", "task", "method", "blocks", "s a block"], rows)]
     if len(plan.items) > len(shown):
-        lines.append(f"... and {len(plan.items) - len(shown)} more, which take less a block")
+        rest = plural(len(plan.items) - len(shown), "item")
+        lines.append(f"... and {rest} more, which take less a block")
     rest = ""
     if left.num_blocks:
         lines.append(

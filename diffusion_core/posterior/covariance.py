@@ -41,12 +41,8 @@ ENERGY_FLOOR = 1e-7
 _FORMAT = "sashiko-covariance-1"
 _NUM_FREQUENCIES = 28
 _LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 1.0 / 256.0, math.sqrt(0.5)
-_LONGEST_WAVE = 1.0 / 64.0
-"""Cycles a pixel below which a prior of unknown mean grows no more (infra/decisions/0029)."""
-_LEVEL_FREQUENCIES = 1.0 / 16384.0, 1.0 / 8192.0
-"""Below the first is the mean alone, above the second the waves of any canvas."""
-_LEVEL_RISE = math.log(64.0)
-"""Of the mean's eigenvalue over the prior's own: higher, float32 would not resolve the rest."""
+_FAR_FREQUENCY = 1.0 / 2048.0
+"""To which a prior is continued for wide holes: further, float32 would not resolve the rest."""
 _NUM_ENERGIES = 20
 _LEAST_VARIANCE = 1e-3
 """Smallest S^2, of the mean S^2: keeps the solves well-conditioned where nothing ever errs."""
@@ -166,26 +162,19 @@ class CovarianceTable:
             self.basis, self.log_frequencies, self.prior_log_spectrum, none, none, self.reach
         )
 
-    def mean_unknown(self) -> Self:
-        """The same, the prior's mean as good as unknown, and its longest waves no stronger.
+    def far_sighted(self) -> Self:
+        """The same, the prior's spectrum going on below the lowest frequency as f^-2.
 
-        For wide holes. With the mean of all images for certain, the middle of a hole is drawn to
-        it; with waves as long as f^-2 would have them, a slope that ends at a hole goes on through
-        all of it. So the mean comes from what is measured, and what is far from it tends to that
-        (ordinary kriging).
+        As that of photographs does at all scales. Held constant there, the prior draws the middle
+        of a wide hole to the mean of all images.
         """
-        knots = self.log_frequencies
-        level, shortest = (torch.tensor([math.log(f)]).to(knots) for f in _LEVEL_FREQUENCIES)
-        first = int((knots < math.log(_LONGEST_WAVE)).sum())
-        flat = self.prior_log_spectrum[:, first : first + 1]
-        free = self.prior_log_spectrum[:, :1] + _LEVEL_RISE
-        tail = flat.expand(-1, first + 1)
-        prior = torch.cat([free, tail, self.prior_log_spectrum[:, first:]], dim=1)
-        begin = self.log_spectrum[..., :1].expand(-1, -1, 2)
+        lowest = torch.tensor([math.log(_FAR_FREQUENCY)], dtype=self.log_frequencies.dtype)
+        rise = 2.0 * (self.log_frequencies[:1] - lowest)
+        prior = torch.cat([self.prior_log_spectrum[:, :1] + rise, self.prior_log_spectrum], dim=1)
         return replace(
             self,
-            log_frequencies=torch.cat([level, shortest, knots]),
-            log_spectrum=torch.cat([begin, self.log_spectrum], dim=2),
+            log_frequencies=torch.cat([lowest, self.log_frequencies]),
+            log_spectrum=torch.cat([self.log_spectrum[..., :1], self.log_spectrum], dim=2),
             prior_log_spectrum=prior,
         )
 

@@ -100,7 +100,7 @@ def coarse_scales(
         denoise: of any canvas.
         first: global number of the first batch element.
     """
-    method, prior = item.method, prior.mean_unknown()
+    method, prior = item.method, prior.far_sighted()
     if method.options.get("mode", "mean") == "sample":
         solver = make_solver(method.name, prior, solver_options(method.options))
     else:

@@ -175,50 +175,13 @@ def test_a_guides_window_is_that_of_the_plane():
         whole.window(18, 53, 24, 99)
 
 
-def test_a_prior_of_unknown_mean_is_ordinary_kriging():
-    """Half an image missing: the weights of ordinary kriging, solved densely, on the same canvas.
-
-    Its variogram's waves end at 64 px; the mean is the generalised least-squares estimate.
-    """
-    from diffusion_core.model import Model
-    from diffusion_core.posterior.spectra import fast_size
-    from flows.config import config_path
-
-    prior = Model.load(config_path("models", "starter")).prior("city-grey")
-    unknown, side = prior.mean_unknown(), 24
-    image = DRAWS.normal(7, torch.empty(1, 1, side, side)).cumsum(dim=3).cumsum(dim=2) / 40 + 0.6
-    mask = torch.arange(side).expand(1, 1, side, side) < side // 2
-    solver = make_solver("kriging", unknown, {"tolerance": 1e-6, "max_steps": 400})
-    found = solver(None, Mask(mask), image * mask, GaussianNoise(0.0), torch.ones(1), DRAWS).x
-
-    canvas = fast_size(side + 32)
-    level = unknown.prior()
-    spectrum = level.spectrum(canvas, canvas)[0].double()
-    assert spectrum[0, 0] > 30 * spectrum[0, 1], "the mean is free"
-    spectrum[0, 0] = spectrum[0, 1]
-    longest = torch.fft.rfftfreq(canvas)[1 : canvas // 64 + 1]
-    torch.testing.assert_close(spectrum[0, 1 : len(longest) + 1], spectrum[0, 1].expand_as(longest))
-    covariance = torch.fft.irfft2(spectrum, s=(canvas, canvas))
-    y, x = (i.flatten() for i in torch.meshgrid(*[torch.arange(side)] * 2, indexing="ij"))
-    C = covariance[(y[:, None] - y) % canvas, (x[:, None] - x) % canvas]
-    known = mask.flatten()
-    inverse = torch.linalg.inv(C[known][:, known])
-    data = image.flatten()[known].double()
-    mean = (inverse @ data).sum() / inverse.sum()
-    expected = mean + C[~known][:, known] @ inverse @ (data - mean)
-    error = (found.flatten()[~known] - expected).abs().max()
-    assert error < 0.01
-    far = found.flatten()[~known][-1] - prior.prior_mean[0]
-    assert error < 0.05 * far.abs(), "it is not drawn to the mean of all images"
-
-
 @pytest.mark.parametrize("ramp", [0.0, 1.0])
 def test_a_constant_and_a_ramp_go_on_through_a_hole(ramp):
     """The shipped prior, whose mean is half a unit away from them."""
     from diffusion_core.model import Model
     from flows.config import config_path
 
-    prior = Model.load(config_path("models", "starter")).prior("city-grey").mean_unknown()
+    prior = Model.load(config_path("models", "starter")).prior("city-grey").far_sighted()
     size = (256, 256)
     columns = torch.linspace(-0.4, 0.4, size[1]).expand(1, 1, *size)
     x = 0.5 + ramp * columns
@@ -232,5 +195,4 @@ def test_a_constant_and_a_ramp_go_on_through_a_hole(ramp):
     noise = GaussianNoise(0.0)
     found = coarse_means(pooled(x, mask, 4), noise, restore)
     fine = restore(*found.applied(mask, x, noise), 1)
-    # A slope bends towards the level of what is measured: photographs' do (0029).
-    assert float((fine - x).abs().max()) < (0.06 if ramp else 0.02)
+    assert float((fine - x).abs().max()) < 0.03
