@@ -46,7 +46,7 @@ prefect_flag = click.option(
 )
 model_option = click.option(
     "--model",
-    help="champion, starter, a directory or models:/NAME@ALIAS.  "
+    help="champion, starter, starter-distilled, a directory or models:/NAME@ALIAS.  "
     "[default: champion of the domain, the starter while it has none]",
 )
 along_z_option = click.option(

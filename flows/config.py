@@ -25,9 +25,11 @@ from pydantic import (
 
 from flows.config_base import (
     ALONG_Z,
+    DISTILLED_STARTER,
     GUIDES,
     MAX_SCALE,
     MODEL,
+    SHIPPED,
     STARTER,
     ComputeSettings,
     GuideName,
@@ -59,9 +61,11 @@ from flows.config_training import (
 from flows.roots import Root, parse_root
 
 __all__ = [
+    "DISTILLED_STARTER",
     "MAX_SCALE",
     "MODEL",
     "NAME",
+    "SHIPPED",
     "STARTER",
     "AnyRoot",
     "CalibrateSettings",

@@ -37,7 +37,10 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
-MODEL = "champion (of the domain; the starter while it has none), starter, a directory, or models:/"
+MODEL = (
+    "champion (of the domain; the starter while it has none), starter, starter-distilled, a "
+    "directory, or models:/"
+)
 
 ALONG_Z = "whether slices or frames are restored jointly; default: frames of clips are"
 
@@ -49,8 +52,10 @@ GUIDES: Any = Field(
     "second contrast, a panchromatic band",
 )
 
-STARTER = "starter"
-"""Name of the shipped model."""
+STARTER, DISTILLED_STARTER = "starter", "starter-distilled"
+"""Names of the shipped model, and of its student for four evaluations and fewer."""
+
+SHIPPED = (STARTER, DISTILLED_STARTER)
 
 MAX_SCALE = 16
 """Of 256 pixels 255 are made up then: more is no restoration."""

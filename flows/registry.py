@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
-from flows.config import STARTER, Home, config_path
+from flows.config import SHIPPED, STARTER, Home, config_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -102,9 +102,9 @@ def resolve_model(ref: str, domains: Iterable[str] = ()) -> ResolvedModel:
     """Find the model that `ref` names and check its files.
 
     Args:
-        ref: "champion" (of `domains`; the starter while they have none), "starter", a directory,
-            "models:/NAME@ALIAS" or "models:/NAME/VERSION". An alias is followed once, here: a
-            campaign keeps the version that it began with.
+        ref: "champion" (of `domains`; the starter while they have none), a shipped one
+            ("starter"), a directory, "models:/NAME@ALIAS" or "models:/NAME/VERSION". An alias is
+            followed once, here: a campaign keeps the version that it began with.
         domains: what the model is for.
 
     Raises:
@@ -115,8 +115,8 @@ def resolve_model(ref: str, domains: Iterable[str] = ()) -> ResolvedModel:
         return _champion_of(sorted(set(domains)))
     if ref.startswith("models:"):
         return _resolve_registered(ref)
-    path = config_path("models", STARTER) if ref == STARTER else Path(ref)
-    name = STARTER if ref == STARTER else path.resolve().name
+    shipped = config_path("models", ref)
+    path, name = (shipped, ref) if ref in SHIPPED else (Path(ref), Path(ref).resolve().name)
     return ResolvedModel(path=path, digest=_digest(path), name=name, version="")
 
 
