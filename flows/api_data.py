@@ -120,7 +120,7 @@ def samples(settings: SamplesSettings, on_event: EventHandler = ignore) -> list[
 
 
 def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestResult:
-    """Make a dataset of a user's own files; of such as lack pixels a store of measurements.
+    """Make a dataset of a user's own files; of raw ones, or such as lack pixels, of measurements.
 
     Items are named by keyed hashes of their content; groups by keyed hashes of the first folder
     below the source. What cannot be read is left out with a reason.
@@ -138,6 +138,12 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     domain = load_domain(settings.domain)
     guides = Guides.of(settings.guides)
     files = [p for p in find_files(settings.source, domain) if not guides.holds(p)]
+    raw = all(domain.is_raw(path) for path in files)
+    if raw and (settings.mask is not None or settings.guides):
+        raise BadInputError(
+            f"{settings.source}: raw files say themselves what they lack, and take no guides here: "
+            "leave out --mask and --guide"
+        )
     places = {path: place_below(path, settings.source) for path in files}
     guides.require(list(places.values()), on_event)
     tell_unknown(unknown_files(settings.source, domain), on_event)
@@ -145,14 +151,20 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     records: list[ItemRecord] = []
     bad: list[Quarantined] = []
     take = None if settings.mask is None else _as_masked(settings, domain)
-    writing: Any = DatasetWriter if take is None else MeasurementWriter
+    writing: Any = MeasurementWriter if raw or take is not None else DatasetWriter
     with writing(settings.output) as writer:
         for done, path in enumerate(files, start=1):
             try:
-                item = _own_item(path, settings, key, {r.item_id for r in records})
-                read = guides.read(places[path], lambda guide: read_file(domain, guide))
-                item = with_guides(item, read)
-                writer.add(item if take is None else take(item, path))
+                known = {r.item_id for r in records}
+                if raw:
+                    measurement = _own_measurement(path, settings, key, known)
+                    writer.add(measurement)
+                    item = Item(measurement.y, measurement.record)
+                else:
+                    item = _own_item(path, settings, key, known)
+                    read = guides.read(places[path], lambda guide: read_file(domain, guide))
+                    item = with_guides(item, read)
+                    writer.add(item if take is None else take(item, path))
             except BadInputError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 bad.append(Quarantined(path, _place(path, settings.source, key), reason))
@@ -187,10 +199,27 @@ def _as_masked(settings: IngestSettings, domain: Domain) -> Callable[[Item, Path
 
 def _own_item(path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]) -> Item:
     """A user's own file as an item of the dataset: keyed name, group and split."""
-    item = with_site_key(read_file(load_domain(settings.domain), path), key)
+    item = _named(read_file(load_domain(settings.domain), path), path, settings, key, taken)
+    require_whole(item, path)
+    return item
+
+
+def _own_measurement(
+    path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]
+) -> Measurement:
+    """The same of a raw file, which holds a measurement."""
+    read = read_measured(load_domain(settings.domain), path)
+    item = _named(Item(read.y, read.record), path, settings, key, taken)
+    return replace(read, record=item.record)
+
+
+def _named(
+    item: Item, path: Path, settings: IngestSettings, key: bytes, taken: Collection[str]
+) -> Item:
+    """An item under its keyed name, in its group and split."""
+    item = with_site_key(item, key)
     if item.record.item_id in taken:
         raise BadInputError(f"{path}: the same bytes as another file; leave one out")
-    require_whole(item, path)
     folder = _first_folder(path, settings.source)
     group = item.record.item_id if folder is None else f"group-{_code(key, folder)}"
     by_group = settings.split == "by-group"

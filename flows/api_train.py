@@ -103,13 +103,18 @@ def resolved(settings: TrainSettings) -> TrainSettings:
     """Settings whose paths hold in workers, which have another working directory."""
     corruption = settings.corruption
     if corruption is not None and corruption.filled_by is not None:
-        filled = corruption.model_copy(update={"filled_by": corruption.filled_by.resolve()})
+        by = corruption.filled_by  # a classical method's name is no path
+        named = by if str(by) != STARTER and not by.is_dir() else _model_path(by)
+        filled = corruption.model_copy(update={"filled_by": named})
         settings = settings.model_copy(update={"corruption": filled})
     if settings.init_from is None:
         return settings
-    if str(settings.init_from) == STARTER:
-        return settings.model_copy(update={"init_from": config_path("models", STARTER)})
-    return settings.model_copy(update={"init_from": settings.init_from.resolve()})
+    return settings.model_copy(update={"init_from": _model_path(settings.init_from)})
+
+
+def _model_path(model: Path) -> Path:
+    """Where a model lies that is named by its directory, or as the starter."""
+    return config_path("models", STARTER) if str(model) == STARTER else model.resolve()
 
 
 def steps_left(settings: TrainSettings, run: Path) -> int:

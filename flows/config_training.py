@@ -70,8 +70,9 @@ class CorruptionSettings(Settings):
     )
     filled_by: Path | None = Field(
         None,
-        description="model of an earlier part, whose restorations stand for what was not measured: "
-        "then all pixels are learned from, and none more is hidden",
+        description="model of an earlier part, starter, or a classical method (tv), whose "
+        "restorations stand for what was not measured: then all pixels are learned from, and none "
+        "more is hidden; of k-space, sinograms and other measurements it makes the images",
     )
 
 
@@ -113,7 +114,7 @@ class TrainSettings(Settings):
     )
     few: FewSettings | None = Field(None, description="learn from some slices; default: all")
     corruption: CorruptionSettings | None = Field(
-        None, description="of stores of measurements in `data`, whose images lack pixels"
+        None, description="of stores of measurements in `data`: what the images lack"
     )
     least_view_scale: float = Field(
         0.0,

@@ -66,7 +66,7 @@ class MRI(MedicalDomain):
         if self.is_raw(path):
             raise BadInputError(
                 f"{path}: raw k-space is a measurement and no image; restore it with `sashiko "
-                "restore --domain mri`, or give NIfTI or NRRD"
+                "restore --domain mri`, give NIfTI or NRRD, or ingest it in a folder of its own"
             )
         return read(path)
 

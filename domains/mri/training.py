@@ -16,8 +16,11 @@ _PERCENTILE = 99.9
 
 
 def training_windows(item: Item) -> Mapping[str, Sequence[Array]]:
-    """{"mri": views (1 z h w)}: 0 .. the volume's 99.9th percentile to [-1, 1]."""
-    magnitude = np.maximum(item.pixels.astype(np.float32), 0)
+    """{"mri": views (1 z h w)}: 0 .. the volume's 99.9th percentile to [-1, 1].
+
+    Of an image of two channels the magnitude: the second is its phase.
+    """
+    magnitude = np.maximum(item.pixels[:1].astype(np.float32), 0)
     top = float(np.percentile(magnitude, _PERCENTILE))
     return {"mri": orientations(2 * magnitude / top - 1, item.record.spacing_mm)}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.api_train import recipe_of
 from flows.config import DistillSettings, TrainSettings
 from flows.training.data import allowed
+from flows.training.filling import ByModel, filler_of
 from flows.training.sources import open_sources
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ def started_from(settings: TrainSettings) -> str | None:
 
 
 def filled_by(settings: TrainSettings) -> str | None:
-    """Digest of the model that restored what the training images lack."""
-    from diffusion_core.model import model_digest
-
-    by = settings.corruption and settings.corruption.filled_by
-    return model_digest(by) if by else None
+    """What restored what the training images lack: a model's digest, or a classical method."""
+    filler = filler_of(settings)
+    return None if filler is None else filler.digest
 
 
 def training_sources(settings: TrainSettings) -> list[dict[str, Any]]:
@@ -64,12 +63,13 @@ def _filled(settings: TrainSettings) -> str:
     """What stands for pixels that were never measured."""
     if settings.hidden_share is not None:
         return "No whole image was seen: pixels that were not measured were never learned from.\n"
-    digest = filled_by(settings)
+    filler = filler_of(settings)
+    if filler is None:
+        return ""
+    by = f"model {filler.digest[:12]}" if isinstance(filler, ByModel) else f"'{filler.digest}'"
     return (
-        f"What was not measured of the training images was restored by model {digest[:12]}, and "
-        "learned from as if it had been measured.\n"
-        if digest
-        else ""
+        f"What was not measured of the training images was restored by {by}, and learned from as "
+        "if it had been measured.\n"
     )
 
 

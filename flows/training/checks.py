@@ -86,7 +86,7 @@ def _lacking(settings: TrainSettings) -> Iterator[str]:
     """Conditions that no training image can be drawn for; stops reading once all have one."""
     domains = condition_domains()
     sources = {c: {c, domains[c].drawn_from.get(c, c)} for c in settings.conditions}
-    for condition, views in load_windows(settings, "train", filled=False):
+    for condition, views in load_windows(settings, "train", blank=True):
         if large_views(views, settings):
             sources = {c: names for c, names in sources.items() if condition not in names}
         if not sources:

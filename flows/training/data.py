@@ -61,18 +61,18 @@ def records_of(
 
 
 def load_windows(
-    settings: TrainSettings, split: str, *, filled: bool = True
+    settings: TrainSettings, split: str, *, filled: bool = True, blank: bool = False
 ) -> Iterator[tuple[str, Sequence[Array]]]:
     """(condition, its views (c z h w)) of every item of a split that may be used.
 
     Conditions that nothing is drawn from are left out. Where the settings name guides, they are
     further channels of every view, the last ones, NaN where an item has none. Without `filled`
-    views stay as they were measured.
+    pixels that were not measured are NaN; `blank` views are for counting, and nothing is restored.
     """
     wanted = _sources(settings)
     for source, record in records_of(settings, split, filled=filled):
         item = source.item(record) if settings.guides else None
-        for name, views in source.windows(record).items():
+        for name, views in (source.blank_windows if blank else source.windows)(record).items():
             if name in wanted:
                 shown = views if item is None else with_guides_shown(settings, item, name, views)
                 yield name, shown
@@ -208,12 +208,12 @@ def view_bytes(settings: TrainSettings) -> int:
     """Bytes of all training views, about: the least item of each kind is turned into views."""
     sources = _sources(settings)
     kinds: dict[tuple[str, int], list[tuple[Source, ItemRecord]]] = {}
-    for source, record in records_of(settings, "train", filled=False):
+    for source, record in records_of(settings, "train"):
         kinds.setdefault((record.domain, record.shape[0]), []).append((source, record))
     total = 0.0
     for found in kinds.values():
         source, least = min(found, key=lambda one: prod(one[1].shape))
-        windows = source.windows(least)
+        windows = source.blank_windows(least)
         wanted = [view for name, views in windows.items() if name in sources for view in views]
         # Views along other axes share their memory, unless guides are joined to each.
         bare = {_owner(view): view.size * _FLOAT_BYTES for view in wanted}

@@ -1,7 +1,8 @@
-"""What is trained on: datasets of clean items, or stores of images that lack pixels.
+"""What is trained on: datasets of clean items, or stores of measurements.
 
-A store of measurements holds y and the mask and no truth; a pixel that was not measured is NaN
-from here on, whatever y has in its place.
+A store of measurements holds y and the operator and no truth. Of masks a pixel that was not
+measured is NaN from here on, whatever y has in its place; other measurements are learned from as
+what a model or a classical method makes of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from domains.registry import load_domain
 if TYPE_CHECKING:  # zarr takes its time to import, and the command line comes by here
     from flows.config import TrainSettings
     from flows.store import Dataset, MeasurementEntry, Measurements
-    from flows.training.filling import Filler
+    from flows.training.filling import ByModel, Filler
 
 Windows: TypeAlias = Mapping[str, Sequence[Array]]
 
@@ -44,26 +45,27 @@ class CleanItems:
         item = self._dataset.read(record.item_id)
         return load_domain(record.domain).training_windows(item)
 
+    def blank_windows(self, record: ItemRecord) -> Windows:
+        """The same: they are at hand."""
+        return self.windows(record)
 
-class MaskedItems:
-    """Measurements of images by masks: their measured pixels, and NaN for the others.
+
+class _Measured:
+    """Measurements, each of another image.
 
     Raises:
-        BadInputError: if the store holds other measurements, or noisy ones.
+        BadInputError: if an image was measured twice.
     """
-
-    has_holes = True
 
     def __init__(self, store: Measurements) -> None:
         self._store = store
         self.digest = store.content_digest
         self._entries: dict[str, MeasurementEntry] = {}
         for entry in store.entries():
-            noisy = float(entry.noise.get("sigma_y", 1.0)) > 0
-            if entry.operator != "mask" or noisy or entry.item_id in self._entries:
+            if entry.item_id in self._entries:
                 raise BadInputError(
-                    f"{store.path}: its '{entry.task}' of {entry.item_id} is no training image; "
-                    "a store to train on holds images that lack pixels and have no noise, each once"
+                    f"{store.path}: holds {entry.item_id} twice (its '{entry.task}'); a store to "
+                    "train on has each image once"
                 )
             self._entries[entry.item_id] = entry
 
@@ -72,7 +74,17 @@ class MaskedItems:
         return [entry.record for entry in self._entries.values()]
 
     def item(self, record: ItemRecord) -> None:
-        """None: what lacks pixels is no clean item, and has no guides."""
+        """None: what was not measured in full is no clean item, and has no guides."""
+
+    def _filled_digest(self, filler: Filler) -> str:
+        both = f"{self.digest} filled by {filler.digest}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
+
+class MaskedItems(_Measured):
+    """Noiseless measurements of images by masks: their measured pixels, and NaN for the others."""
+
+    has_holes = True
 
     def windows(self, record: ItemRecord) -> Windows:
         """{condition: [view (c z h w) in network units, NaN where nothing was measured]}."""
@@ -86,21 +98,20 @@ class MaskedItems:
         view = np.where(problem.known.numpy(), y, np.float32(np.nan)).astype(np.float32)
         return {problem.condition: [np.moveaxis(view, 0, 1)]}
 
+    def blank_windows(self, record: ItemRecord) -> Windows:
+        """Views of that shape, which nothing had to be restored for."""
+        return MaskedItems.windows(self, record)
+
 
 class FilledItems(MaskedItems):
-    """The same, with a model's restorations where nothing was measured.
-
-    Raises:
-        BadInputError: also if the model cannot be used.
-    """
+    """The same, with a model's restorations where nothing was measured."""
 
     has_holes = False
 
-    def __init__(self, store: Measurements, filler: Filler) -> None:
+    def __init__(self, store: Measurements, filler: ByModel) -> None:
         super().__init__(store)
         self._filler = filler
-        both = f"{self.digest} filled by {filler.digest}"
-        self.digest = hashlib.sha256(both.encode()).hexdigest()
+        self.digest = self._filled_digest(filler)
 
     def windows(self, record: ItemRecord) -> Windows:
         """{condition: [view (c z h w) in network units]}, nothing missing."""
@@ -110,25 +121,79 @@ class FilledItems(MaskedItems):
         }
 
 
-Source: TypeAlias = CleanItems | MaskedItems
+class RestoredItems(_Measured):
+    """Measurements of any kind, as the images that are made of them.
+
+    Args:
+        store: of measurements.
+        filler: makes the images.
+    """
+
+    has_holes = False
+
+    def __init__(self, store: Measurements, filler: Filler) -> None:
+        super().__init__(store)
+        self._filler = filler
+        self.digest = self._filled_digest(filler)
+
+    def windows(self, record: ItemRecord) -> Windows:
+        """{condition: views (c z h w) in network units} of an item."""
+        key = self.digest, record.item_id
+        if key not in _restored:
+            entry = self._entries[record.item_id]
+            read = self._store.read(record.item_id, entry.task)
+            _restored[key] = self._filler.restored(read, entry)
+            while len(_restored) > _MOST_RESTORED:
+                del _restored[next(iter(_restored))]
+        return load_domain(record.domain).training_windows(_restored[key])
+
+    def blank_windows(self, record: ItemRecord) -> Windows:
+        """Views of that shape, which nothing had to be restored for."""
+        import numpy as np
+
+        item = Item(np.ones(record.shape, np.float32), record)
+        return load_domain(record.domain).training_windows(item)
 
 
-def open_source(path: Path, filler: Filler | None = None) -> Source:
+_restored: dict[tuple[str, str], Item] = {}
+"""Of RestoredItems: figures and tables look at the same ones several times."""
+_MOST_RESTORED = 4
+
+Source: TypeAlias = CleanItems | MaskedItems | RestoredItems
+
+
+def open_source(path: Path, filler: Filler | None = None, *, filled: bool = True) -> Source:
     """A store to train on.
 
     Args:
-        path: of a dataset, or of measurements by masks.
-        filler: of what these lack; None leaves it NaN.
+        path: of a dataset, or of measurements.
+        filler: restores what these lack; None leaves pixels that they lack NaN.
+        filled: False leaves them NaN though there is a model to fill them.
 
     Raises:
         BadInputError: if it cannot be read or trained on.
     """
     from flows.store import Dataset, open_store
+    from flows.training.filling import ByClassic
 
     store = open_store(path)
     if isinstance(store, Dataset):
         return CleanItems(store)
-    return MaskedItems(store) if filler is None else FilledItems(store, filler)
+    other = next((entry for entry in store.entries() if not _lacks_pixels(entry)), None)
+    if other is not None and filler is None:
+        raise BadInputError(
+            f"{path}: its '{other.task}' of {other.item_id} is more than an image that lacks "
+            "pixels: set corruption={filled_by: MODEL} to learn from what a model makes of it; "
+            "starter is one, and so is a classical method (tv)"
+        )
+    if isinstance(filler, ByClassic) or (filler is not None and other is not None):
+        return RestoredItems(store, filler)
+    return FilledItems(store, filler) if filler is not None and filled else MaskedItems(store)
+
+
+def _lacks_pixels(entry: MeasurementEntry) -> bool:
+    """Whether what was measured was measured exactly, pixel by pixel."""
+    return entry.operator == "mask" and float(entry.noise.get("sigma_y", 1.0)) == 0
 
 
 def open_sources(settings: TrainSettings, *, filled: bool = True) -> list[Source]:
@@ -136,12 +201,12 @@ def open_sources(settings: TrainSettings, *, filled: bool = True) -> list[Source
 
     Args:
         settings: name them, and what fills them.
-        filled: False looks at what was measured alone, which takes no restoration.
+        filled: False leaves pixels that are missing NaN, of a crop to be filled by itself.
 
     Raises:
-        BadInputError: as open_source, and if the model that fills cannot be used.
+        BadInputError: as open_source, and if what fills cannot be used.
     """
     from flows.training.filling import filler_of
 
-    filler = filler_of(settings) if filled else None
-    return [open_source(path, filler) for path in settings.data]
+    filler = filler_of(settings)
+    return [open_source(path, filler, filled=filled) for path in settings.data]

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flows.config import TrainSettings
-from flows.training.filling import filler_of
+from flows.training.filling import ByModel, filler_of
 from flows.training.sources import open_sources
 
 _CALIBRATION_SLICES = 4
@@ -91,7 +91,7 @@ def _pairs(
             z = min(depth - 1, int(depth * (turn + 1) / (turns + 1)))
             joined = _centre(volume[:, z], side)
             patch, guide = np.split(joined, [len(joined) - num_guides(settings)])
-            if filler is not None:  # of the crop alone: photographs are large
+            if isinstance(filler, ByModel):  # of the crop alone: photographs are large
                 at = condition if condition in volumes else source
                 patch = filler.fill(patch[:, None], at, f"{condition}-{number}")[:, 0]
             rng = np.random.Generator(np.random.Philox(key=[_SEED, number]))
@@ -127,7 +127,7 @@ def calibration_images(settings: TrainSettings) -> dict[str, list[Tensor]]:
                 for turn in range(_CALIBRATION_SLICES):
                     z = (2 * turn + 1) * depth // (2 * _CALIBRATION_SLICES)
                     image = np.ascontiguousarray(views[0][:, z], np.float32)
-                    if filler is not None:
+                    if isinstance(filler, ByModel):
                         image = filler.fill(image[:, None], condition, record.source_digest)[:, 0]
                     images.setdefault(condition, []).append(torch.from_numpy(image)[None])
     return {c: chosen for c, chosen in images.items() if c in settings.conditions}

@@ -21,6 +21,7 @@ from flows.config import (
     RestoreSettings,
 )
 from flows.engine.methods import resolve_method
+from flows.store import Measurements
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +107,23 @@ def test_another_header_is_another_scan(folder):
     assert first.published[0].item_id != second.published[0].item_id
 
 
-def test_raw_scans_are_no_images_to_learn_from(folder):
-    with pytest.raises(BadInputError, match="a measurement and no image"):
-        ingest(IngestSettings(source=folder / "scans", domain="mri", output=folder / "d.zarr"))
+def test_raw_scans_become_a_store_of_measurements_and_do_not_mix_with_images(folder):
+    asked = IngestSettings(source=folder / "scans", domain="mri", output=folder / "d.zarr")
+    result = ingest(asked)
+    assert ["raw k-space is complex" in q.reason for q in result.quarantined] == [True]
+    store = Measurements(folder / "d.zarr")
+    assert [e.operator for e in store.entries()] == ["multi-coil", "multi-coil"]
+    assert {e.record.group for e in store.entries()} > {result.items[-1].item_id}
+    assert "CANARY" not in (folder / "d.zarr" / "manifest.json").read_text()
+    for wrong in ({"mask": "auto"}, {"guides": {"t1": folder / "scans"}}):
+        with pytest.raises(BadInputError, match="leave out --mask and --guide"):
+            ingest(asked.model_copy(update={**wrong, "output": folder / "e.zarr"}))
+    nibabel.save(
+        nibabel.Nifti1Image(np.ones((32, 32, 2), np.float32), np.eye(4)), folder / "scans/a.nii"
+    )
+    mixed = ingest(asked.model_copy(update={"output": folder / "mixed.zarr"}))
+    assert len(mixed.items) == 1
+    assert sum("in a folder of its own" in q.reason for q in mixed.quarantined) == 3
 
 
 def test_rician_noise_is_taken_off_a_users_volume(tmp_path):

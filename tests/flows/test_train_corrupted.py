@@ -196,7 +196,7 @@ def test_a_model_that_cannot_fill_is_named(first_part, tmp_path):
     ("changes", "store", "named"),
     [
         ({"num_steps": 2}, {}, "set corruption"),
-        (MASKED, {"sigma_y": 0.1}, "images that lack pixels and have no noise"),
+        (MASKED, {"sigma_y": 0.1}, r"set corruption=\{filled_by"),
         ({**MASKED, "score": {"every_steps": 2}}, {}, "lacks pixels, and what fills them"),
     ],
 )
