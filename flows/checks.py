@@ -80,12 +80,12 @@ def _restore(settings: RestoreSettings) -> None:
 
 def _train(settings: TrainSettings) -> None:
     from flows.api_train import resolved
-    from flows.store import Dataset
     from flows.training.checks import check_settings
+    from flows.training.sources import open_sources
 
-    for path in settings.data:
-        Dataset(path)
-    check_settings(resolved(settings))
+    settings = resolved(settings)
+    open_sources(settings)
+    check_settings(settings)
 
 
 def _review(settings: ReviewSettings) -> None:

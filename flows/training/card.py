@@ -136,16 +136,22 @@ averaged weights of that moment; hours of one training job, scores and start lef
 """
 
 
-def _calibrated(settings: TrainSettings) -> str:
+def _calibrated(settings: TrainSettings, sources: list[dict[str, Any]]) -> str:
+    """Where the covariance tables come from, but for validation images."""
     items = ", ".join(settings.calibration_items)
-    return (
-        f"""
+    if items:
+        return f"""
 The covariance tables were measured on validation images and on slices of {items}, which the
 network also learned from: validation scans of the same resolution were not to be had.
 """
-        if items
-        else ""
-    )
+    domains = {source["domain"] for source in sources}
+    bare = domains - {source["domain"] for source in sources if source["split"] == "validation"}
+    if not bare:
+        return ""
+    return f"""
+Of {", ".join(sorted(bare))} there was no validation image: the covariance tables were measured on
+training images, which flatters the network a little.
+"""
 
 
 def model_card(
@@ -181,7 +187,7 @@ PSNR in dB (network units span 2), mean over centre crops of up to {FIGURE_SIDE}
 |---|---|
 {figures}
 
-{_data_and_limits(sources, _calibrated(settings))}"""
+{_data_and_limits(sources, _calibrated(settings, sources))}"""
 
 
 def student_card(

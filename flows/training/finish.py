@@ -54,7 +54,11 @@ def finish(settings: TrainSettings, run: Path, report: Callable[[Event], None]) 
     chosen = chosen_average(settings, run, lambda line: report(Event("finish", 0, 3, line, {})))
     module = chosen.module
     report(Event("finish", 0, 3, "measuring covariance on validation images", {}))
-    tables = covariance_tables(settings, module, chosen.trained)
+
+    def warn(line: str) -> None:
+        report(Event("warning", 0, 3, line, {}))
+
+    tables = covariance_tables(settings, module, chosen.trained, warn)
     report(Event("finish", 1, 3, "measuring denoising on validation images", {}))
     images = validation_images(settings, _NUM_FIGURE_IMAGES, FIGURE_SIDE)
     images = without_holes(chosen.trained, images)
@@ -118,16 +122,22 @@ def registered(
 
 
 def covariance_tables(
-    settings: TrainSettings, module: Preconditioned, trained: Preconditioned
+    settings: TrainSettings,
+    module: Preconditioned,
+    trained: Preconditioned,
+    warn: Callable[[str], None],
 ) -> dict[str, CovarianceTable]:
     """The covariance table of each condition, from validation images, at the network's best.
 
-    Of a condition with guides a second one, of the validation images that have some, shown them.
+    Where there are none, training images stand in: their residuals flatter the network a little,
+    and without a table no solver but diffpir and dds could use the model. Of a condition with
+    guides a second one, of the validation images that have some, shown them.
 
     Args:
         settings: name the images.
         module: that is shipped.
         trained: what fills images that lack pixels.
+        warn: told of conditions without a validation image.
     """
     from diffusion_core.model import GUIDED
     from diffusion_core.networks.precond import CarryingDenoiser, ConditionedDenoiser, guided
@@ -149,6 +159,10 @@ def covariance_tables(
                 )
     for condition, more in calibration_images(settings).items():
         images[condition] = images[condition] + more
+    if bare := [condition for condition, found in images.items() if not found]:
+        warn(f"no validation image for {', '.join(bare)}: covariance measured on training images")
+        learned = validation_images(settings, _NUM_TABLE_IMAGES, _TABLE_SIDE, learned=True)
+        images = {condition: found or learned[condition] for condition, found in images.items()}
     images = without_holes(trained, images)
     for index, (condition, chosen) in enumerate(images.items()):
         if not chosen:

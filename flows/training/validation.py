@@ -12,6 +12,8 @@ from flows.training.sources import open_sources
 
 _CALIBRATION_SLICES = 4
 _LEAST_SIDE_PX = 32
+_MOST_LEARNED = 3
+"""Training items that stand in for validation items: each may have to be restored for it."""
 _FILL_SIGMA = 0.02
 _SEED = 0
 """Of the phases and bands drawn for validation: not the run's, or no two runs could be compared."""
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def validation_images(
-    settings: TrainSettings, num_images: int, side: int
+    settings: TrainSettings, num_images: int, side: int, *, learned: bool = False
 ) -> dict[str, list[Tensor]]:
     """Centre crops (1 c h w) in network units of the validation split, per condition.
 
@@ -36,8 +38,9 @@ def validation_images(
         settings: names the datasets and conditions.
         num_images: for each condition, where there are as many.
         side: of the crop in pixels; smaller images are taken whole.
+        learned: take the first training items instead.
     """
-    pairs = _pairs(_training_json(settings), num_images, side)
+    pairs = _pairs(_training_json(settings), num_images, side, learned=learned)
     return {condition: [image for image, _ in chosen] for condition, chosen in pairs.items()}
 
 
@@ -56,7 +59,7 @@ def _training_json(settings: TrainSettings) -> str:
 
 @lru_cache(maxsize=4)
 def _pairs(
-    settings_json: str, num_images: int, side: int
+    settings_json: str, num_images: int, side: int, *, learned: bool = False
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """(image, its guides) of each condition."""
     import numpy as np
@@ -74,8 +77,12 @@ def _pairs(
     domains = condition_domains()
     volumes: dict[str, list[Sequence[np.ndarray[Any, Any]]]] = {}
     filler = filler_of(settings)
-    for condition, views in load_windows(settings, "validation", filled=False):
+    for condition, views in load_windows(
+        settings, "train" if learned else "validation", filled=False
+    ):
         volumes.setdefault(condition, []).append(views)
+        if learned and all(len(found) >= _MOST_LEARNED for found in volumes.values()):
+            break
     images: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for condition in channels:
         source = domains[condition].drawn_from.get(condition, condition)

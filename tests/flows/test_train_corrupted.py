@@ -13,6 +13,7 @@ from train_kit import dataset_of, photograph, settings
 from diffusion_core.model import CARD, Model
 from domains.base import BadInputError
 from domains.registry import load_domain
+from flows import cli
 from flows.api_data import ingest
 from flows.api_train import new_network, train
 from flows.config import IngestSettings
@@ -238,3 +239,22 @@ def test_own_photographs_with_masks_become_a_store_to_train_from(tmp_path):
     assert {record.split for record in source.items()} == {"train"}
     trained = train(settings(output, tmp_path, **MASKED))
     assert isinstance(trained.model_path, Path)
+
+
+def test_the_two_commands_of_the_readme_need_no_validation_image(tmp_path, capsys):
+    """The second part's filling needs the first part's covariances."""
+    store = store_of(tmp_path / "a.zarr", numbers=range(3))
+    config = tmp_path / "own.json"
+    plain = settings(store, tmp_path / "runs", num_steps=2)
+    config.write_text(plain.model_dump_json(exclude_unset=True))
+    model = tmp_path / "runs/small/model"
+    for corruption, name in (("{kind: mask}", "small"), (f"{{filled_by: {model}}}", "second")):
+        asked = ["train", str(config), "--set", f"corruption={corruption}", "--set", f"name={name}"]
+        assert cli.run(asked) == 0
+        told = "".join(capsys.readouterr())
+        assert "no validation image for city: covariance measured on training images" in told
+        made = Model.load(tmp_path / "runs" / name / "model")
+        assert made.prior("city").prior_mean.isfinite().all()
+        card = (made.path / CARD).read_text()
+        assert "Of city there was no validation image" in card
+        assert not made.config["validation_psnr"], "figures of learned images would be none"
