@@ -2,12 +2,13 @@
 
     m_0 = E[x0 | y] under the Gaussian prior (kriging), solved until it has converged
     mu_k = D(m_(k-1), inputs; a sigma_k)         the student's estimate of x0: no noise is added
-    m_k = mu_k + K_k (y - A mu_k)                CovProx's data step, Sigma = c_k Sigma(sigma_k)
+    m_k = mu_k + K_k (y - A mu_k)                CovProx's data step, Sigma = c_k Sigma(sigma_k),
+                                                 c = 1 at the last
 
 The levels sigma_k are labels that the student was trained with, scaled by how wrong the start of
 an image is expected to be, a = rms error / .07: k-space leaves twice as much open as a random mask.
-A chain of fewer evaluations is the beginning of a longer one. What the student is told of the
-operator are its inputs, the same at every level:
+But for that c, a chain of fewer evaluations is the beginning of a longer one. What the student is
+told of the operator are its inputs, the same at every level:
 
     w = g / (1 + |g|), g = var(x0) A' R^-1 A 1      how well each pixel is determined by itself
     e - K (A e + n), e ~ N(0, P), n ~ N(0, R)       a draw of the start's error, of the Gaussian
@@ -70,7 +71,8 @@ class Distilled:
         prior: the covariance table of the teacher's condition.
         levels: sigma_k, as the student was trained; as many evaluations at most. Those that it is
             told are a times as large.
-        inflation: c, or one c_k a level.
+        inflation: c, or one c_k a level, of the data steps that another estimate follows.
+        final_inflation: c of the last one: what it lets in of the data's noise nobody takes out.
         final_data_step: whether the last estimate is brought to the data too; a one-pass regressor
             returns its own.
         local: whether Sigma varies from pixel to pixel.
@@ -83,6 +85,7 @@ class Distilled:
     prior: CovarianceTable
     levels: Sequence[float] = (0.4,)
     inflation: float | Sequence[float] = 4.0
+    final_inflation: float = 1.0
     final_data_step: bool = True
     local: bool = True
     start: Start = "kriging"
@@ -100,6 +103,8 @@ class Distilled:
             )
         if not all(self.inflation_at(k) > 0 for k in range(len(self.levels))):
             raise ValueError(f"inflation must be positive, not {self.inflation}")
+        if not self.final_inflation > 0:
+            raise ValueError(f"final_inflation must be positive, not {self.final_inflation}")
 
     def __call__(
         self,
@@ -137,8 +142,9 @@ class Distilled:
         for level, sigma in enumerate(self.levels[:num]):
             shown = torch.cat([m, term.inputs], dim=1)
             m = calls.denoiser(shown, sigma * term.scale)[:, :channels]
-            if level + 1 < num or self.final_data_step:
-                update = term.update(level, m)
+            last = level + 1 == num
+            if not last or self.final_data_step:
+                update = term.update(level, m, self.final_inflation if last else None)
                 m = m + update.delta
                 moved = float(update.delta.square().mean().sqrt())
                 trace.append({"sigma": sigma, "steps": update.num_steps, "moved": moved})
@@ -181,12 +187,19 @@ class DataTerm:
         error = F.pad(error, (0, 0, 0, 0, 0, NUM_CHANNELS - error.shape[1]))
         self.inputs = torch.cat([determined, error], dim=1)
 
-    def update(self, level: int, mu: Signal) -> Update:
-        """K_k (y - A mu): how far the data move an estimate (b c h w) of a level."""
+    def update(self, level: int, mu: Signal, inflation: float | None = None) -> Update:
+        """K_k (y - A mu): how far the data move an estimate (b c h w) of a level.
+
+        Args:
+            level: k, from 0.
+            mu: the estimate.
+            inflation: c, if it is not the level's.
+        """
         solver = self._solver
         A_mu = self._calls.A(mu)
+        c = solver.inflation_at(level) if inflation is None else inflation
         covariance = solver.prior.at(solver.levels[level]).on(
-            mu, solver.inflation_at(level), self._step.padding, local=solver.local
+            mu, c, self._step.padding, local=solver.local
         )
         R = self._noise.variance(A_mu)
         accuracy = Accuracy(solver.tolerance, solver.max_steps)

@@ -76,11 +76,11 @@ def test_each_estimate_is_brought_to_the_data_as_a_dense_solve_does(name):
     table = prior.table(LEVELS)
     mus = [normal(2, prior.channels, *SIZE, stream=20 + k) for k in range(3)]
     student = Fixed(*mus)
-    solver = Distilled(table, LEVELS, INFLATION, **EXACTLY)
-    found = solver(student, operator, y, GaussianNoise(NOISE), torch.tensor(LEVELS), DRAWS)
-
+    of_last = 0.7
+    solver = Distilled(table, LEVELS, INFLATION, of_last, **EXACTLY)
     expected = []
-    for level, (mu, c) in enumerate(zip(mus, INFLATION, strict=True)):
+    found = solver(student, operator, y, GaussianNoise(NOISE), torch.tensor(LEVELS), DRAWS)
+    for level, (mu, c) in enumerate(zip(mus, [*INFLATION[:-1], of_last], strict=True)):
         Sigma = matrix_on(table.at(LEVELS[level]), operator, mu, c)
         gain = dense_gain(A, Sigma, R, flat(y).T - A @ columns(mu))
         expected.append((columns(mu) + gain).T.reshape(mu.shape))
@@ -169,10 +169,10 @@ def test_channels_that_an_image_lacks_are_shown_as_0():
 def test_fewer_evaluations_are_the_beginning_of_more_and_their_levels_are_the_student_s_own():
     prior, operator, _, y, _ = problem("mask")
     mus = [normal(2, prior.channels, *SIZE, stream=20 + k) for k in range(3)]
-    solver = Distilled(prior.table(LEVELS), LEVELS, **EXACTLY)
 
-    def restored(sigmas):
+    def restored(sigmas, **options):
         student = Fixed(*mus)
+        solver = Distilled(prior.table(LEVELS), LEVELS, **options, **EXACTLY)
         args = operator, y, GaussianNoise(NOISE), torch.tensor(sigmas), DRAWS
         return solver(student, *args), student
 
@@ -180,7 +180,11 @@ def test_fewer_evaluations_are_the_beginning_of_more_and_their_levels_are_the_st
     two, student = restored([9.0, 5.0, 0.0])
     assert two.num_denoiser_calls == 2
     c = prior.channels
-    assert torch.equal(two.x, longest.shown[2][0][:, :c])
+    for k, (shown, _) in enumerate(student.shown):
+        assert torch.equal(shown, longest.shown[k][0])
+    carried = longest.shown[2][0][:, :c]
+    assert not torch.allclose(two.x, carried, atol=1e-3), "the last data step has its own c"
+    assert torch.equal(restored([2.0, 1.0], final_inflation=4.0)[0].x, carried)
     told = [float(s[0]) for _, s in student.shown]
     assert told == pytest.approx([float(s[0]) for _, s in longest.shown[:2]])
     assert told[1] == pytest.approx(told[0] * LEVELS[1] / LEVELS[0])
@@ -217,6 +221,8 @@ def test_what_makes_no_chain_is_refused():
     table = GaussianPrior(SIZE).table(LEVELS)
     with pytest.raises(ValueError, match="one level > 0"):
         Distilled(table, ())
+    with pytest.raises(ValueError, match="final_inflation must be positive, not 0"):
+        Distilled(table, LEVELS, final_inflation=0.0)
     with pytest.raises(ValueError, match="2 inflations do not fit 3 levels"):
         Distilled(table, LEVELS, (1.0, 2.0))
     with pytest.raises(ValueError, match="must be positive"):
