@@ -367,7 +367,9 @@ class Restorer:
         def make(_: Any) -> Solver:
             try:
                 prior = replace(model.prior(condition, guided=all_guides), reach=reach)
-            except BadModelError:
+            except BadModelError as error:
+                if condition not in model.conditions:
+                    raise BadInputError(str(error)) from error
                 prior = None  # solvers that need the table say so themselves
             try:
                 return make_solver(name, prior, solver_options(options))

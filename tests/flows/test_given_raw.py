@@ -126,6 +126,14 @@ def test_raw_scans_become_a_store_of_measurements_and_do_not_mix_with_images(fol
     assert sum("in a folder of its own" in q.reason for q in mixed.quarantined) == 3
 
 
+def test_a_model_that_does_not_know_such_images_is_named(folder):
+    """The shipped student restores magnitudes; a raw scan's image is complex."""
+    asked = settings(folder, input=folder / "scans/second.npy", method=None)
+    result = restore(asked.model_copy(update={"model": "starter-distilled"}))
+    [bad] = result.quarantined
+    assert "was not trained for 'mri-complex' (it knows ct, mri, city, city-grey)" in bad.reason
+
+
 def test_rician_noise_is_taken_off_a_users_volume(tmp_path):
     """Air, black in truth, reads 1.25 sigma; it comes back near 0, the body near what it was."""
     n = 20.0 * np.random.default_rng(0).standard_normal((2, 48, 40, 2))
