@@ -18,6 +18,7 @@ DOMAINS = {
 # name -> (short label, what it is)
 METHODS = {
     "covprox": ("CovProx", "network and covariance-weighted data step"),
+    "distilled": ("Distilled", "a student network that knows the operator, a data step after each"),
     "covprox-sample": ("CovProx, one sample", "one draw of the posterior"),
     "covprox-samples": ("CovProx, mean of samples", "mean of several draws of the posterior"),
     "diffpir": ("DiffPIR", "plug-and-play diffusion, our start and levels"),

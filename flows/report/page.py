@@ -193,7 +193,7 @@ def _task(story: TaskStory, quality: tuple[int | None, int | None]) -> dict[str,
 
 def _method(method: MethodSummary, summary: TaskSummary, columns: Sequence[str]) -> dict[str, Any]:
     """A line of the table of figures."""
-    kind = "ours" if method.method == OURS else ("classical" if method.classical else "diffusion")
+    kind = "ours" if method.method in OURS else ("classical" if method.classical else "diffusion")
     return {
         "label": method_label(method.method),
         "gloss": method_gloss(method.method),
@@ -297,11 +297,11 @@ def _shown(
         ("view", f"Measured: {case.view.label}", "", [show_view(case, w) for w in windows]),
     ]
     for method, pixels in case.restored.items():
-        role = "ours" if method == OURS else "classical"
+        role = "ours" if method in OURS else "classical"
         pictures = [w.show(pixels) for w in windows]
         shown.append((role, picture_name(method), picture_figures(case, method), pictures))
     for method, pixels in case.restored.items():
-        role = "error-ours" if method == OURS else "error-classical"
+        role = "error-ours" if method in OURS else "error-classical"
         if errors is not None:
             error_map = [errors.show(case.truth, pixels, case.scale[1])]
             shown.append((role, f"Error of {method_label(method)}", "", error_map))
@@ -312,7 +312,7 @@ def picture_name(method: str) -> str:
     """How a restored picture is captioned."""
     return (
         f"{method_label(method)} (ours)"
-        if method == OURS
+        if method in OURS
         else f"{method_label(method)} (best classical)"
     )
 

@@ -62,7 +62,7 @@ def _table(summary: TaskSummary) -> Table:
         if key == summary.metric:
             table.add_column("gain dB", justify="right", no_wrap=True)
     for method in summary.methods:
-        table.add_row(*_cells(method, summary, keys), style="cyan" if method.method == OURS else "")
+        table.add_row(*_cells(method, summary, keys), style="cyan" if method.method in OURS else "")
     return table
 
 

@@ -12,6 +12,9 @@ it is a process of its own, peer_call.py), BM3D is told sigma and restores denoi
 
     python3.11 -m venv B && B/bin/pip install bm3d==4.0.3
 
+A student (--model configs/models/starter-distilled) restores by itself in four evaluations, only
+the tasks that it was distilled for; name another --output for its rows.
+
 Rows go to tests/benchmarks/results/restoration.json: psnr, psnr_hole, ssim of a slice, still or
 frame on [0, 1]. `--card` writes the table into the model's card; `--pictures FOLDER` keeps a strip
 a task there, of the image whose gain is the median: measurement, classical, ours, truth. Tasks for
@@ -27,7 +30,7 @@ from typing import Any
 import click
 import numpy as np
 
-from diffusion_core.model import store_card_section, weights_digest
+from diffusion_core.model import DISTILLED, is_student, store_card_section, weights_digest
 from domains.metrics import score
 from domains.registry import load_domain
 from flows.api_data import DemoItem, demo_items, ingest_samples
@@ -93,6 +96,11 @@ def images_of(task: str, work: Path) -> Path:
     return dataset
 
 
+def own_method(model: Path) -> str:
+    """What a model restores with."""
+    return DISTILLED if is_student(model) else "covprox"
+
+
 def evaluated(task: str, dataset: Path, model: Path, folder: Path) -> EvaluateResult:
     """A task by ours, kriging, and the task's classical methods."""
     return evaluate(
@@ -101,7 +109,7 @@ def evaluated(task: str, dataset: Path, model: Path, folder: Path) -> EvaluateRe
             tasks=[task],
             items=list(ITEMS[task]) if task in ITEMS else None,
             model=str(model),
-            methods=["covprox", "kriging", *load_task(task).baselines],
+            methods=[own_method(model), "kriging", *load_task(task).baselines],
             output=folder / task,
             compute=ComputeSettings(executor="inline"),
         )
@@ -165,7 +173,7 @@ def _denoised(image: np.ndarray, one: PeerFunction, three: PeerFunction) -> np.n
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: by task, ours against the classical method of the highest mean."""
     lines = [
-        "| task | images | evaluations | CovProx, SSIM | best classical, SSIM | gain (std) | asked "
+        "| task | images | evaluations | ours, SSIM | best classical, SSIM | gain (std) | asked "
         "| seconds: ours, classical |",
         "|---" * 8 + "|",
     ]
