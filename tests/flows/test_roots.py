@@ -79,7 +79,7 @@ def test_the_answer_says_that_on_s3_there_are_no_files():
 
     def told(output) -> str:
         nothing = Book().account()
-        result = RestoreResult(output, "c", (object(),), 0, (), (), 1, 1, 0, 1.0, 0, nothing)
+        result = RestoreResult(output, "c", (object(),), 0, (), (), 1, 1, 0, 1.0, account=nothing)
         return restored_text(result)
 
     assert "in s3://lab/x; on S3 no files are written for other tools" in told(S3Root("lab", "x"))
