@@ -19,6 +19,9 @@ from diffusion_core.networks.precond import Preconditioned, pad_to_multiple
 NUM_INPUTS = 1 + NUM_CHANNELS
 """How well each pixel is determined, and a draw of the start's error (posterior/distilled.py)."""
 _STEM, _CELL = "network.stem.weight", 4
+_BORDER_PX = 48
+"""From the bottom and the right border, where a canvas does not divide by the network's stride;
+the network's reach at most, as halos are that wide: tiles of these pixels see the border too."""
 
 
 class StudentUNet(LocalUNet):
@@ -112,17 +115,38 @@ class StudentDenoiser:
         Raises:
             ValueError: if x has other channels than the image's and the inputs'.
         """
-        (b, count, h, w), c = x.shape, self._num_channels
+        count, c = x.shape[1], self._num_channels
         num_inputs = self._network.network.config["num_inputs"]
         if count != c + num_inputs:
             raise ValueError(
                 f"a student of {c} channels takes {num_inputs} inputs beside them, not {count - c}"
             )
         image = F.pad(x[:, :c].float(), (0, 0, 0, 0, 0, NUM_CHANNELS - c))
-        stride = self.stride
-        padded = pad_to_multiple(torch.cat([image, x[:, c:].float()], dim=1), stride)
-        index = torch.full((b,), self._condition, dtype=torch.long, device=x.device)
-        D_x = self._network(
-            padded[:, :NUM_CHANNELS], sigma.float(), index, inputs=padded[:, NUM_CHANNELS:]
+        D_x = self._to_the_borders(torch.cat([image, x[:, c:].float()], dim=1), sigma.float())
+        return torch.cat([D_x[:, :c].to(x.dtype), x[:, c:]], dim=1)
+
+    def _to_the_borders(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The estimate of a canvas of any size, every border of it the border of a window.
+
+        A student learned what its start has wrong at the borders of a canvas, and sees them by the
+        convolutions' zeros there: what is padded to the network's stride hides the bottom and the
+        right one. So a second window ends with the canvas and gives the pixels near to it.
+        """
+        for axis in (-2, -1):
+            size, over = x.shape[axis], x.shape[axis] % self.stride
+            if over == 0 or size < self.stride:
+                continue
+            near = min(_BORDER_PX, self.reach, size - over)
+            depth = -(-(near + self.reach) // self.stride) * self.stride
+            depth = min(size - over, depth)
+            first = self._to_the_borders(x.narrow(axis, 0, size - over), sigma)
+            last = self._to_the_borders(x.narrow(axis, size - depth, depth), sigma)
+            kept = first.narrow(axis, 0, size - near), last.narrow(axis, depth - near, near)
+            return torch.cat(kept, dim=axis)
+        h, w = x.shape[-2:]
+        padded = pad_to_multiple(x, self.stride)
+        index = torch.full((len(x),), self._condition, dtype=torch.long, device=x.device)
+        D_x: Tensor = self._network(
+            padded[:, :NUM_CHANNELS], sigma, index, inputs=padded[:, NUM_CHANNELS:]
         )
-        return torch.cat([D_x[:, :c, :h, :w].to(x.dtype), x[:, c:]], dim=1)
+        return D_x[..., :h, :w]

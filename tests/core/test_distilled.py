@@ -253,7 +253,7 @@ def test_a_student_begins_as_its_teacher_whatever_it_is_shown():
     own = teacher()
     before = {k: v.clone() for k, v in own.state_dict().items()}
     student = student_of(own)
-    x, inputs = normal(2, 2, 21, 18).float(), normal(2, NUM_INPUTS, 21, 18, stream=1).float()
+    x, inputs = normal(2, 2, 20, 16).float(), normal(2, NUM_INPUTS, 20, 16, stream=1).float()
     sigma = torch.tensor([0.1, 0.7])
     expected = ConditionedDenoiser(own, 1, 2)(x, sigma)
     found = StudentDenoiser(student, 1, 2)(torch.cat([x, inputs], dim=1), sigma)
@@ -281,6 +281,20 @@ def test_what_a_student_is_shown_reaches_its_estimate():
         changed = x.clone()
         changed[:, channel] += 1.0
         assert (denoise(changed, torch.tensor([0.2]))[:, :1] - base).abs().max() > 1e-4
+
+
+def test_every_border_of_a_canvas_is_the_border_of_a_window():
+    """Padding would hide the bottom and the right one of a canvas of no multiple of the stride."""
+    denoise, sigma = StudentDenoiser(trained_student(), 0, 1), torch.tensor([0.2])
+    x = normal(1, 1 + NUM_INPUTS, 91, 86).float()
+    assert denoise.stride == 4
+    found = denoise(x, sigma)
+    far = denoise(x[..., 3:, 2:], sigma)  # a multiple of the stride, with the same far corner
+    near = denoise(x[..., :88, :84], sigma)
+    assert torch.allclose(found[..., -8:, -8:], far[..., -8:, -8:], atol=1e-5)
+    assert torch.allclose(found[..., :40, :40], near[..., :40, :40], atol=1e-5)
+    tiny = x[..., :3, :5]  # less than a stride: there is no window, and it is padded
+    assert denoise(tiny, sigma).shape == tiny.shape
 
 
 def test_a_student_in_tiles_is_the_student_at_once():

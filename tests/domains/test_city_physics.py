@@ -371,7 +371,7 @@ GIVEN = {"mask": None, "kernel": None, "scale": None, "sigma_y": 0.0}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mask": np.zeros((64, 87))}, "64 x 87 pixels, the image 64 x 88"),
+        ({"mask": np.zeros((64, 87))}, "64 x 87 pixels, the image 2 x 64 x 88"),
         ({"mask": np.ones(SIZE)}, "every pixel as missing"),
         ({"mask": np.zeros(SIZE), "scale": 2}, "give one of"),
         ({"kernel": np.ones(3)}, "2-D"),

@@ -64,8 +64,8 @@ def test_an_item_that_kills_its_worker_each_time_is_given_up_and_then_left_alone
     before = pool.num_replaced
     [entry] = run_plan(plan, pool, max_attempts=2, max_runs=1).quarantined
     assert (entry.item_id, entry.kind, entry.num_runs) == ("item-0", "worker", 1)
-    # Blocks of the other item may have been in the dead worker's hands: a death or two more.
-    assert 2 <= pool.num_replaced - before <= 4
+    # Its other blocks may be in hands already when the first is given up, and kill as well.
+    assert 2 <= pool.num_replaced - before <= 2 * SLICES
     before = pool.num_replaced
     [entry] = run_plan(plan, pool, max_attempts=2, max_runs=1).quarantined
     assert pool.num_replaced == before, "it kills nobody any more"
