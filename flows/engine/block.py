@@ -279,7 +279,8 @@ class Restorer:
             prior = model.prior(problem.condition)
         except BadModelError:
             return None  # of solvers that do without a table
-        denoise = _on_device(model.denoiser(problem.condition), item.device_class)
+        own = model.student if model.is_distilled else model.denoiser
+        denoise = _on_device(own(problem.condition), item.device_class)
         return coarse_scales(
             item, overview, problem.noise, prior, _bounded(denoise, (0, 0)), block.read.z0 * bands
         )

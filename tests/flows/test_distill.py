@@ -9,8 +9,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sample_kit import sample_path
 from train_kit import dataset_of, settings
 
@@ -191,6 +193,30 @@ def test_restore_takes_the_student_s_own_method_with_a_student(student, data, tm
 
     with pytest.raises(BadInputError, match="have no film to be explained"):
         explain(ExplainSettings(output=tmp_path / "explained", **asked_for))
+
+
+def test_a_user_s_mask_is_filled_by_a_student_wide_holes_too(student, tmp_path):
+    """Wide holes are filled from a coarse scale first, by kriging: no denoiser is asked for."""
+    from flows.api_restore import restore
+    from flows.config import RestoreSettings
+
+    rng = np.random.default_rng(0)
+    smooth = np.cumsum(rng.normal(size=(160, 150, 3)), axis=0)
+    pixels = np.clip(128 + 8 * smooth, 0, 255).astype(np.uint8)
+    missing = np.zeros((160, 150), bool)
+    missing[20:150, 10:140] = True
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "photos/a.png")
+    Image.fromarray((missing * 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    result = restore(
+        RestoreSettings(
+            input=tmp_path / "photos", domain="city", mask=str(tmp_path / "mask.png"),
+            model=str(student.model_path), output=tmp_path / "out", compute=INLINE,
+        )
+    )  # fmt: skip
+    assert [entry.method for entry in result.published] == ["distilled"]
+    restored = np.asarray(Image.open(tmp_path / "out/files/a.png"))
+    assert np.array_equal(restored[~missing], pixels[~missing])
 
 
 def test_other_solvers_and_models_are_refused_in_a_sentence(student, teacher, data, tmp_path):
