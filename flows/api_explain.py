@@ -110,7 +110,6 @@ def explain_first(
     from flows.config import MethodSettings
     from flows.engine.methods import resolve_method
     from flows.engine.plan import make_plan
-    from flows.report.rows import OURS
 
     calibrated = solver_settings(Path(model.path)) if model else {}
     plan = make_plan(
@@ -125,7 +124,9 @@ def explain_first(
         slices_per_block=1,
         along_z=False,
         batch_px=0,
-        methods_for=lambda entry: [resolve_method(MethodSettings(name=OURS), entry, calibrated)],
+        methods_for=lambda entry: [
+            resolve_method(MethodSettings(name="covprox"), entry, calibrated)
+        ],
     )
     order = [record.item_id for record in dataset.items()]
     ranked = sorted(plan.items, key=lambda item: order.index(item.item_id))

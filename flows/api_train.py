@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domains.base import BadInputError
-from flows.config import STARTER, DistillSettings, Home, TrainSettings, config_path
+from flows.config import SHIPPED, STARTER, DistillSettings, Home, TrainSettings, config_path
 from flows.engine.events import Event
 from flows.training.data import VIEWS, cache_bytes, prepare_views
 
@@ -103,8 +103,10 @@ def resolved(settings: TrainSettings) -> TrainSettings:
     """Settings whose paths hold in workers, which have another working directory."""
     corruption = settings.corruption
     if corruption is not None and corruption.filled_by is not None:
-        by = corruption.filled_by  # a classical method's name is no path
-        named = by if str(by) != STARTER and not by.is_dir() else _model_path(by)
+        from flows.training.filling import classics
+
+        by = corruption.filled_by
+        named = by if str(by) in classics() else _model_path(by)
         filled = corruption.model_copy(update={"filled_by": named})
         settings = settings.model_copy(update={"corruption": filled})
     if settings.init_from is None:
@@ -113,8 +115,8 @@ def resolved(settings: TrainSettings) -> TrainSettings:
 
 
 def _model_path(model: Path) -> Path:
-    """Where a model lies that is named by its directory, or as the starter."""
-    return config_path("models", STARTER) if str(model) == STARTER else model.resolve()
+    """Where a model lies that is named by its directory, or as a shipped one."""
+    return config_path("models", str(model)) if str(model) in SHIPPED else model.resolve()
 
 
 def steps_left(settings: TrainSettings, run: Path) -> int:

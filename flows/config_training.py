@@ -70,7 +70,7 @@ class CorruptionSettings(Settings):
     )
     filled_by: Path | None = Field(
         None,
-        description="model of an earlier part, starter, or a classical method (tv), whose "
+        description="model of an earlier part (a directory, or starter) or classical method whose "
         "restorations stand for what was not measured: then all pixels are learned from, and none "
         "more is hidden; of k-space, sinograms and other measurements it makes the images",
     )

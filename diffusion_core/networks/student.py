@@ -136,7 +136,7 @@ class StudentDenoiser:
             size, over = x.shape[axis], x.shape[axis] % self.stride
             if over == 0 or size < self.stride:
                 continue
-            near = min(_BORDER_PX, self.reach, size - over)
+            near = min(_BORDER_PX, self.reach, size // 2)
             depth = -(-(near + self.reach) // self.stride) * self.stride
             depth = min(size - over, depth)
             first = self._to_the_borders(x.narrow(axis, 0, size - over), sigma)

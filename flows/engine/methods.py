@@ -299,6 +299,11 @@ def baseline_params(task: str, name: str) -> dict[str, Any]:
     return dict(_frozen(task).get(name, {}))
 
 
+def frozen_methods(task: str) -> list[str]:
+    """Names of the classical methods whose parameters are frozen for a task."""
+    return sorted(_frozen(task))
+
+
 @cache
 def _frozen(task: str) -> dict[str, dict[str, Any]]:
     path = domain_config("baselines", task)

@@ -138,20 +138,22 @@ averaged weights of that moment; hours of one training job, scores and start lef
 
 def _calibrated(settings: TrainSettings, sources: list[dict[str, Any]]) -> str:
     """Where the covariance tables come from, but for validation images."""
-    items = ", ".join(settings.calibration_items)
+    items, told = ", ".join(settings.calibration_items), ""
     if items:
-        return f"""
+        told = f"""
 The covariance tables were measured on validation images and on slices of {items}, which the
 network also learned from: validation scans of the same resolution were not to be had.
 """
     domains = {source["domain"] for source in sources}
-    bare = domains - {source["domain"] for source in sources if source["split"] == "validation"}
-    if not bare:
-        return ""
-    return f"""
-Of {", ".join(sorted(bare))} there was no validation image: the covariance tables were measured on
-training images, which flatters the network a little.
+    for source in sources:
+        if source["split"] == "validation" or source["item"] in settings.calibration_items:
+            domains.discard(source["domain"])
+    if domains:
+        told += f"""
+Of {", ".join(sorted(domains))} there was no validation image: the covariance tables were
+measured on training images, which flatters the network a little.
 """
+    return told
 
 
 def model_card(

@@ -13,7 +13,7 @@ from flows.training.data import (
     large_views,
     load_windows,
 )
-from flows.training.sources import open_sources
+from flows.training.sources import CleanItems, open_sources
 
 
 def check_settings(settings: TrainSettings) -> None:
@@ -57,6 +57,12 @@ def check_data(settings: TrainSettings) -> None:
     if settings.corruption is None and any(source.has_holes for source in sources):
         raise BadInputError(
             "the data lack pixels: set corruption={kind: mask} to learn from what was measured"
+        )
+    filled = settings.corruption is not None and settings.corruption.filled_by is not None
+    if filled and all(isinstance(source, CleanItems) for source in sources):
+        raise BadInputError(
+            "corruption.filled_by restores what measurements lack, and `data` holds images alone: "
+            "leave it out, or name a store of measurements"
         )
     holes_to_score = [
         record.item_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -61,16 +62,26 @@ def records_of(
 
 
 def load_windows(
-    settings: TrainSettings, split: str, *, filled: bool = True, blank: bool = False
+    settings: TrainSettings,
+    split: str,
+    *,
+    filled: bool = True,
+    blank: bool = False,
+    most: int | None = None,
 ) -> Iterator[tuple[str, Sequence[Array]]]:
     """(condition, its views (c z h w)) of every item of a split that may be used.
 
     Conditions that nothing is drawn from are left out. Where the settings name guides, they are
     further channels of every view, the last ones, NaN where an item has none. Without `filled`
     pixels that were not measured are NaN; `blank` views are for counting, and nothing is restored.
+    With `most`, of items of a domain with as many channels the first ones alone.
     """
-    wanted = _sources(settings)
+    wanted, met = _sources(settings), Counter[tuple[str, int]]()
     for source, record in records_of(settings, split, filled=filled):
+        kind = record.domain, record.shape[0]
+        met[kind] += 1
+        if most is not None and met[kind] > most:
+            continue
         item = source.item(record) if settings.guides else None
         for name, views in (source.blank_windows if blank else source.windows)(record).items():
             if name in wanted:

@@ -102,6 +102,7 @@ class ByModel:
         from diffusion_core.noise.draws import KeyedDraws
         from diffusion_core.noise.schedules import power_sigmas
         from diffusion_core.posterior import make_solver
+        from diffusion_core.protocols import UnsuitedError
         from flows.config import MethodSettings
         from flows.engine.methods import resolve_method, solver_options
 
@@ -118,9 +119,12 @@ class ByModel:
                 raise BadInputError(f"the setting 'corruption.filled_by': {error}") from error
             solver = make_solver(method.name, prior, solver_options(method.options))
             draws = KeyedDraws(0, measurement.record.source_digest, (z, 0, 0))
-            with torch.no_grad():
-                found = solver(denoise, problem.operator, problem.y, problem.noise, sigmas, draws)
-            return found.x
+            data = problem.operator, problem.y, problem.noise
+            try:
+                with torch.no_grad():
+                    return solver(denoise, *data, sigmas, draws).x
+            except UnsuitedError as error:
+                raise BadInputError(f"{entry.item_id}, its '{entry.task}': {error}") from error
 
         return _restored(measurement, solve)
 
@@ -142,15 +146,17 @@ class ByClassic:
         Raises:
             BadInputError: if the method has none for such a measurement.
         """
-        from flows.engine.methods import baseline_params, reference_task
+        from flows.engine.methods import baseline_params, frozen_methods, reference_task
 
-        method = load_domain(measurement.record.domain).baselines().get(self._name)
         like = reference_task(entry.task, entry.operator, entry.noise)
-        if method is None or like is None:
+        known = frozen_methods(like) if like else []
+        if like is None or self._name not in known:
+            others = f"one of {', '.join(known)}, or " if known else ""
             raise BadInputError(
                 f"the setting 'corruption.filled_by': '{self._name}' restores no "
-                f"{measurement.operator} of {measurement.record.domain}; name a model"
+                f"{measurement.operator} of {measurement.record.domain}: name {others}a model"
             )
+        method = load_domain(measurement.record.domain).baselines()[self._name]
         params = baseline_params(like, self._name)
         return _restored(measurement, lambda _, one, problem: method(one, problem, params))
 
@@ -196,7 +202,7 @@ def _open(path: Path) -> Filler:
     """
     from diffusion_core.model import BadModelError, Model, solver_settings
 
-    if not path.is_dir() and str(path) in classics():
+    if str(path) in classics():
         return ByClassic(str(path))
     try:
         model, calibrated = Model.load(path), solver_settings(path)

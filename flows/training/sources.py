@@ -157,7 +157,7 @@ class RestoredItems(_Measured):
 
 _restored: dict[tuple[str, str], Item] = {}
 """Of RestoredItems: figures and tables look at the same ones several times."""
-_MOST_RESTORED = 4
+_MOST_RESTORED = 16
 
 Source: TypeAlias = CleanItems | MaskedItems | RestoredItems
 

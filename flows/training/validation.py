@@ -13,7 +13,7 @@ from flows.training.sources import open_sources
 _CALIBRATION_SLICES = 4
 _LEAST_SIDE_PX = 32
 _MOST_LEARNED = 3
-"""Training items that stand in for validation items: each may have to be restored for it."""
+"""Training items of a kind that stand in for validation items: each may have to be restored."""
 _FILL_SIGMA = 0.02
 _SEED = 0
 """Of the phases and bands drawn for validation: not the run's, or no two runs could be compared."""
@@ -77,12 +77,9 @@ def _pairs(
     domains = condition_domains()
     volumes: dict[str, list[Sequence[np.ndarray[Any, Any]]]] = {}
     filler = filler_of(settings)
-    for condition, views in load_windows(
-        settings, "train" if learned else "validation", filled=False
-    ):
+    split, most = ("train", _MOST_LEARNED) if learned else ("validation", None)
+    for condition, views in load_windows(settings, split, filled=False, most=most):
         volumes.setdefault(condition, []).append(views)
-        if learned and all(len(found) >= _MOST_LEARNED for found in volumes.values()):
-            break
     images: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for condition in channels:
         source = domains[condition].drawn_from.get(condition, condition)

@@ -178,9 +178,9 @@ class _Journal:
             return
         every = self._settings.picture_every_steps
         if step // every > (step - self._settings.log_every_steps) // every:
-            self._tracked.log_picture(
-                f"pictures/step-{step:07d}.png", sample_picture(self._settings, averaged)
-            )
+            picture = sample_picture(self._settings, averaged)
+            if picture is not None:
+                self._tracked.log_picture(f"pictures/step-{step:07d}.png", picture)
 
     def score(self, entry: dict[str, Any]) -> None:
         """Log a restoration score, which its own file holds already."""
@@ -190,11 +190,13 @@ class _Journal:
             self._tracked.log_metrics({**figures, **parts}, entry["step"])
 
 
-def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndarray[Any, Any]:
+def sample_picture(
+    settings: TrainSettings, averaged: Preconditioned
+) -> np.ndarray[Any, Any] | None:
     """Validation patches clean, noisy and denoised: a row a condition, uint8 (h w 3).
 
-    The crops are the centres of each condition's first validation image, the noise is keyed: two
-    pictures of one run differ by the network alone.
+    None where there is no validation image. The crops are the centres of each condition's first
+    one, the noise is keyed: two pictures of one run differ by the network alone.
     """
     import numpy as np
     import torch
@@ -214,7 +216,9 @@ def sample_picture(settings: TrainSettings, averaged: Preconditioned) -> np.ndar
         with torch.no_grad():
             D_x = denoise(x, torch.full((1,), 0.4))
         rows.append(np.concatenate([_as_rgb(part[0].numpy()) for part in (x0, x, D_x)], axis=1))
-    side = max((row.shape[1] for row in rows), default=0)
+    if not rows:
+        return None
+    side = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(r, ((0, 0), (0, side - r.shape[1]), (0, 0))) for r in rows])
 
 

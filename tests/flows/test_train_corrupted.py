@@ -245,7 +245,7 @@ def test_the_two_commands_of_the_readme_need_no_validation_image(tmp_path, capsy
     """The second part's filling needs the first part's covariances."""
     store = store_of(tmp_path / "a.zarr", numbers=range(3))
     config = tmp_path / "own.json"
-    plain = settings(store, tmp_path / "runs", num_steps=2)
+    plain = settings(store, tmp_path / "runs", num_steps=2, picture_every_steps=1)
     config.write_text(plain.model_dump_json(exclude_unset=True))
     model = tmp_path / "runs/small/model"
     for corruption, name in (("{kind: mask}", "small"), (f"{{filled_by: {model}}}", "second")):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kspace_kit import lines, scan, write_bart
 from safetensors.torch import load_file
-from train_kit import photograph, settings
+from train_kit import dataset_of, photograph, settings
 
 from diffusion_core.model import CARD, Model
 from domains.base import BadInputError, Item, ItemRecord, Task
@@ -15,7 +15,7 @@ from domains.registry import load_domain
 from flows.api_data import ingest
 from flows.api_train import resolved, train
 from flows.config import IngestSettings, config_path
-from flows.store import Measurements, MeasurementWriter
+from flows.store import DatasetWriter, Measurements, MeasurementWriter
 from flows.training.filling import ByModel
 from flows.training.plan import plan_training
 from flows.training.sources import open_sources
@@ -145,9 +145,11 @@ def test_raw_scans_of_a_folder_teach_magnitudes_and_complex_images(tmp_path):
     store = tmp_path / "raw.zarr"
     ingest(IngestSettings(source=tmp_path / "scans", domain="mri", output=store, split="train"))
     both = {"conditions": {"mri": 0.5, "mri-complex": 0.5}, "calibration_items": []}
-    result = train(filled(store, tmp_path, "tv", **both))
+    with pytest.raises(BadInputError, match="'tv' restores no multi-coil of mri: name one of"):
+        train(filled(store, tmp_path / "refused", "tv", **both))
+    result = train(filled(store, tmp_path, "wavelet", **both))
     assert Model.load(result.model_path).conditions == {"mri": 1, "mri-complex": 2}
-    [source] = open_sources(filled(store, tmp_path, "tv", **both))
+    [source] = open_sources(filled(store, tmp_path, "wavelet", **both))
     views = source.windows(source.items()[0])["mri"]
     assert views[0].shape == (1, 1, 48, 65) or views[0].shape == (1, 1, 65, 48)
     assert views[0].min() >= -1, "a magnitude"
@@ -173,15 +175,19 @@ def test_counting_restores_nothing(tmp_path, monkeypatch):
         raise AssertionError("restored what is only counted")
 
     monkeypatch.setattr(ByModel, "restored", restored)
-    asked = filled(store, tmp_path, "starter", init_from=None)
+    asked = filled(store, tmp_path, "starter")
     plan = plan_training(resolved(asked))
     assert plan.num_items == 3
     assert plan.data_bytes == 3 * 4 * 48 * 40 * 4
 
 
-def test_the_starter_fills_by_its_name(tmp_path):
+def test_the_starter_fills_by_its_name(tmp_path, monkeypatch):
     asked = resolved(filled(tmp_path / "k.zarr", tmp_path, "starter"))
     assert asked.corruption.filled_by == config_path("models", "starter")
+    with pytest.raises(BadInputError, match="names a distilled model, which is no denoiser"):
+        open_sources(resolved(filled(heads(tmp_path / "k.zarr"), tmp_path, "starter-distilled")))
+    (tmp_path / "tv").mkdir()  # a folder of that name is none
+    monkeypatch.chdir(tmp_path)
     asked = resolved(filled(tmp_path / "k.zarr", tmp_path, "tv"))
     assert str(asked.corruption.filled_by) == "tv"
 
@@ -203,8 +209,30 @@ def test_what_cannot_restore_is_refused_before_anything_is_written(corruption, n
 
 def test_a_classical_method_of_other_measurements_is_named(tmp_path):
     store = heads(tmp_path / "k.zarr")
-    with pytest.raises(BadInputError, match="'biharmonic' restores no fourier of mri"):
+    named = "'biharmonic' restores no fourier of mri: name one of tv, wavelet, zero-filled, or a"
+    with pytest.raises(BadInputError, match=named):
         train(filled(store, tmp_path / "runs", "biharmonic"))
+
+
+def test_clean_images_need_no_filling(tmp_path):
+    clean = dataset_of(tmp_path / "clean.zarr", range(4))
+    with pytest.raises(BadInputError, match="`data` holds images alone: leave it out"):
+        train(settings(clean, tmp_path / "runs", corruption={"filled_by": "tv"}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_condition_without_validation_images_gets_its_covariances(tmp_path):
+    """More items of one kind than are looked at, before the first of another."""
+    with DatasetWriter(tmp_path / "all.zarr") as writer:
+        for number in range(5):
+            writer.add(photograph(number, "train"))
+        writer.add(head(0))
+    both = {"conditions": {"city": 0.5, "mri": 0.5}, "num_steps": 1}
+    made = Model.load(train(settings(tmp_path / "all.zarr", tmp_path, **both)).model_path)
+    for condition in both["conditions"]:
+        assert made.prior(condition).prior_mean.isfinite().all()
+    card = (made.path / CARD).read_text()
+    assert "Of city, mri there was no validation image" in card
 
 
 def test_an_image_that_was_measured_twice_is_refused(tmp_path):
