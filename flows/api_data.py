@@ -138,7 +138,11 @@ def ingest(settings: IngestSettings, on_event: EventHandler = ignore) -> IngestR
     domain = load_domain(settings.domain)
     guides = Guides.of(settings.guides)
     files = [p for p in find_files(settings.source, domain) if not guides.holds(p)]
-    raw = bool(files) and all(domain.is_raw(path) for path in files)
+    if not files:
+        raise BadInputError(
+            f"{settings.source}: every image there is a guide; name the folder of the images"
+        )
+    raw = all(domain.is_raw(path) for path in files)
     if raw and (settings.mask is not None or settings.guides):
         raise BadInputError(
             f"{settings.source}: raw files say themselves what they lack, and take no guides here: "

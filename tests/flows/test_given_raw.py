@@ -115,8 +115,14 @@ def test_raw_scans_become_a_store_of_measurements_and_do_not_mix_with_images(fol
     assert [e.operator for e in store.entries()] == ["multi-coil", "multi-coil"]
     assert {e.record.group for e in store.entries()} > {result.items[-1].item_id}
     assert "CANARY" not in (folder / "d.zarr" / "manifest.json").read_text()
-    for wrong in ({"mask": "auto"}, {"guides": {"t1": folder / "scans"}}):
-        with pytest.raises(BadInputError, match="leave out --mask and --guide"):
+    (folder / "t1").mkdir()
+    (folder / "t1/second.npy").write_bytes((folder / "scans/second.npy").read_bytes())
+    for wrong, words in (
+        ({"mask": "auto"}, "leave out --mask and --guide"),
+        ({"guides": {"t1": folder / "t1"}}, "leave out --mask and --guide"),
+        ({"guides": {"t1": folder / "scans"}}, "every image there is a guide"),
+    ):
+        with pytest.raises(BadInputError, match=words):
             ingest(asked.model_copy(update={**wrong, "output": folder / "e.zarr"}))
     nibabel.save(
         nibabel.Nifti1Image(np.ones((32, 32, 2), np.float32), np.eye(4)), folder / "scans/a.nii"
